@@ -1,0 +1,1 @@
+"""Triton kernels and their plain twins; imports torch and triton, nothing of ours."""

@@ -1,0 +1,1 @@
+"""The pipeline: from conversations to an evaluated model, one module a stage."""

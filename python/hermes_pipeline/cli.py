@@ -1,0 +1,234 @@
+"""The command `hermes4`: one subcommand for each step, in the order of the flow.
+
+Every command imports what it needs when it runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hermes_pipeline.errors import UserError
+
+app = typer.Typer(
+    name="hermes4",
+    help="From conversations to a trained, served and scored model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+# Data in.
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A .jsonl, .jsonl.gz, .json or .parquet file, a folder of them, or the name of a "
+        "Hugging Face data set."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Revision of the data set; name one.")]
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of the data set.")]
+Tokenizer = Annotated[
+    str, typer.Option(help="A folder, a tokenizer.json(.gz), or the name of a Hugging Face model.")
+]
+TokenizerRevision = Annotated[str | None, typer.Option(help="Revision of the tokenizer.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Chat template: hermes_chatml, hermes_llama3, or a .jinja file. "
+        "The tokenizer's own if not given."
+    ),
+]
+
+
+@app.command()
+def show(
+    data: Data,
+    tokenizer: Tokenizer,
+    index: Annotated[int, typer.Option(min=0, help="Which conversation, from 0.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    template: Template = None,
+    tokenizer_revision: TokenizerRevision = None,
+    revision: Revision = None,
+    split: Split = "train",
+    subset: Subset = None,
+) -> None:
+    """Print conversations with their kept tokens coloured."""
+    from hermes_pipeline.services.hub import DataSource
+    from hermes_pipeline.stages.show import run
+
+    source = DataSource(data, revision=revision, split=split, subset=subset)
+    run(
+        source,
+        tokenizer,
+        tokenizer_revision=tokenizer_revision,
+        template=template,
+        index=index,
+        count=count,
+    )
+
+
+@app.command()
+def tokenize(
+    data: Data,
+    tokenizer: Tokenizer,
+    out: Annotated[Path, typer.Option(help="Folder of the token store.")],
+    template: Template = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    max_chars: Annotated[
+        int, typer.Option(min=1, help="Longer conversations go to quarantine.")
+    ] = 4_000_000,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records.")] = None,
+    tokenizer_revision: TokenizerRevision = None,
+    revision: Revision = None,
+    split: Split = "train",
+    subset: Subset = None,
+) -> None:
+    """Turn conversations into a token store: token ids and loss mask."""
+    from hermes_pipeline.services.hub import DataSource
+    from hermes_pipeline.stages.tokenize import run
+
+    source = DataSource(data, revision=revision, split=split, subset=subset)
+    run(
+        source,
+        tokenizer,
+        out,
+        tokenizer_revision=tokenizer_revision,
+        template=template,
+        workers=workers,
+        max_chars=max_chars,
+        limit=limit,
+    )
+
+
+@app.command()
+def pack(
+    store: Annotated[Path, typer.Argument(help="A token store.")],
+    row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 16_384,
+    strategy: Annotated[
+        str, typer.Option(help="first_fit_decreasing or best_fit_decreasing.")
+    ] = "best_fit_decreasing",
+    too_long: Annotated[
+        str, typer.Option(help="Samples longer than a row: error, drop or truncate.")
+    ] = "error",
+    seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here (.npz).")] = None,
+) -> None:
+    """Plan the rows of one epoch; print rows, fill, lower bound and histogram."""
+    from hermes_pipeline.stages.pack import run
+
+    run(store, row_length=row_length, strategy=strategy, too_long=too_long, seed=seed, out=out)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def train(
+    recipe: Annotated[str, typer.Option(help="A recipe of the project, or a .toml file.")],
+    store: Annotated[Path | None, typer.Option(help="Token store; over the recipe's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Start weights in Hugging Face form; over the recipe's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; over the recipe's.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One setting over the recipe's, as section.key=value."),
+    ] = None,
+) -> None:
+    """Train on packed rows; resumes where the run folder left off."""
+    from hermes_pipeline.stages.train import run
+
+    raise SystemExit(
+        run(recipe, store=store, model=model, out=out, processes=processes, settings=set_ or [])
+    )
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder of `hermes4 train`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
+    step: Annotated[int | None, typer.Option(help="Checkpoint step; the last if None.")] = None,
+) -> None:
+    """Write a checkpoint as Hugging Face safetensors, with config, tokenizer and template."""
+    from hermes_pipeline.stages.train import export as run
+
+    run(run_folder, out, step=step)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder in Hugging Face form.")],
+    port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
+    max_model_len: Annotated[int | None, typer.Option(help="Context length to serve.")] = None,
+) -> None:
+    """Serve a model with vLLM behind an OpenAI-compatible endpoint until interrupted."""
+    from hermes_pipeline.stages.evaluate import serve as run
+
+    run(model, port=port, max_model_len=max_model_len)
+
+
+@app.command()
+def evaluate(
+    benchmark: Annotated[str, typer.Option(help="Name of a benchmark.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores and every answer.")],
+    model: Annotated[
+        str, typer.Option(help="Model folder to serve with vLLM, or a name at --base-url.")
+    ],
+    base_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint, such as http://host/v1.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many items.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Answers for each item.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
+    seed: int = 0,
+) -> None:
+    """Score a model on a benchmark through one endpoint; every answer is logged."""
+    from hermes_pipeline.stages.evaluate import run
+
+    run(
+        benchmark,
+        out,
+        model,
+        base_url=base_url,
+        limit=limit,
+        draws=draws,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        seed=seed,
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+    seed: int = 0,
+) -> None:
+    """Run the whole job on a tiny model: data, packing, training, serving, scores, report."""
+    from hermes_pipeline.stages.demo import run
+
+    run(out, seed=seed)
+
+
+def main() -> None:
+    """Run `hermes4`; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        app()
+    except (UserError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("HERMES4_TRACEBACK"):
+            raise
+        sys.stderr.write(f"hermes4: error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("hermes4: interrupted\n")
+        raise SystemExit(130) from None

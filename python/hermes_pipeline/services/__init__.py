@@ -1,0 +1,1 @@
+"""What costs time or money: servers, endpoints, data sets, disks."""

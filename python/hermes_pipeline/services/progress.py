@@ -1,0 +1,100 @@
+"""Progress for people: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 5.0
+
+
+class Counter(Protocol):
+    """Counts work done; `note` is a short live remark, such as the loss."""
+
+    def advance(self, count: float = 1, note: str = "") -> None: ...
+
+
+class _Lines:
+    """Progress as plain lines, one every few seconds and one at the end."""
+
+    def __init__(self, stage: str, total: float | None, unit: str, stream: TextIO) -> None:
+        self._stage, self._total, self._unit, self._stream = stage, total, unit, stream
+        self._done, self._note = 0.0, ""
+        self._start = self._last = time.monotonic()
+
+    def advance(self, count: float = 1, note: str = "") -> None:
+        self._done += count
+        self._note = note or self._note
+        if time.monotonic() - self._last >= LINE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        self._last = time.monotonic()
+        seconds = self._last - self._start
+        rate = self._done / seconds if seconds > 0 else 0.0
+        text = f"{self._stage}: {self._done:,.0f}"
+        if self._total is not None:
+            text += f"/{self._total:,.0f}"
+        text += f" {self._unit}, {rate:,.1f} {self._unit}/s, {seconds:.0f} s"
+        if self._total is not None and rate > 0 and self._done < self._total:
+            text += f", {(self._total - self._done) / rate:.0f} s left"
+        print(text + (f", {self._note}" if self._note else ""), file=self._stream, flush=True)  # noqa: T201
+
+
+class _Bar:
+    """Progress as a live bar."""
+
+    def __init__(self, bar: Progress, stage: str, total: float | None, unit: str) -> None:
+        self._bar, self._unit, self._done, self._start = bar, unit, 0.0, time.monotonic()
+        self._task = bar.add_task(stage, total=total, rate="", note="")
+
+    def advance(self, count: float = 1, note: str = "") -> None:
+        self._done += count
+        rate = self._done / max(1e-9, time.monotonic() - self._start)
+        fields = {"rate": f"{rate:,.1f} {self._unit}/s"} | ({"note": note} if note else {})
+        self._bar.update(self._task, advance=count, **fields)  # type: ignore[arg-type]
+
+
+@contextmanager
+def progress(
+    stage: str, *, total: float | None, unit: str, stream: TextIO | None = None
+) -> Iterator[Counter]:
+    """Show the progress of one stage on ``stream`` (standard error if None).
+
+    Args:
+        stage: what is being done.
+        total: how much there is, or None when nobody knows.
+        unit: what is counted, in the plural.
+    """
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        lines = _Lines(stage, total, unit, stream)
+        try:
+            yield lines
+        finally:
+            lines.write()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(file=stream)) as bar:
+        yield _Bar(bar, stage, total, unit)

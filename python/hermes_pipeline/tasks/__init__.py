@@ -1,0 +1,1 @@
+"""Prompts to answer, each with the target that a verifier will judge."""
