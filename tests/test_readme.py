@@ -28,6 +28,10 @@ def test_commands_of_the_readme_exist(repository: Path) -> None:
 
 
 def test_links_of_the_documents_lead_somewhere(repository: Path) -> None:
-    for page in [repository / "README.md", repository / "CONTRIBUTING.md", *repository.glob("docs/*.md")]:
+    for page in [
+        repository / "README.md",
+        repository / "CONTRIBUTING.md",
+        *repository.glob("docs/*.md"),
+    ]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
