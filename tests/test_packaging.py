@@ -23,7 +23,8 @@ packing = pack(samples.lengths, row_length=8, seed=None)
 rows = build_rows(samples, packing, range(1))
 assert rows.input_ids.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]], rows.input_ids
 assert rows.labels.tolist() == [[2, 3, -100, 5, -100, -100, -100, -100]], rows.labels
-third = {m.split(".")[0] for m in sys.modules} & {"torch", "triton", "transformers", "rich", "typer"}
+others = {"torch", "triton", "transformers", "rich", "typer"}
+third = {name.split(".")[0] for name in sys.modules} & others
 assert not third, third
 assert importlib.util.find_spec("torch") is None
 print(hermes_core.__file__)
@@ -68,7 +69,8 @@ def test_sdist_gives_packing_and_rows_with_numpy_alone(distributions: Path, tmp_
 
 def test_sdist_holds_what_the_build_needs(distributions: Path) -> None:
     (sdist,) = distributions.glob("*.tar.gz")
-    names = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"csrc/packing.cpp", "csrc/packing.hpp", "setup.py", "LICENSE"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
