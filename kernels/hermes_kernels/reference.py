@@ -1,0 +1,48 @@
+"""Each kernel in plain PyTorch, for any device and float: the truth that tests compare with.
+
+Shapes: T packed tokens, N query heads, K key and value heads, H head size, D model size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def varlen_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, lengths: Sequence[int], scale: float
+) -> Tensor:
+    """Causal attention inside each segment, one segment after the other; [T, N, H].
+
+    ``lengths`` are the segments' tokens in order and add up to T. Statistics are at least fp32.
+    """
+    group = q_TNH.shape[1] // k_TKH.shape[1]
+    parts = []
+    for q, k, v in zip(*(x.split(list(lengths)) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("qnh,knh->nqk", q, k).to(_at_least_float32(q.dtype)) * scale
+        later = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1).to(v.dtype)
+        parts.append(torch.einsum("nqk,knh->qnh", weights, v))
+    return torch.cat(parts) if parts else q_TNH.clone()
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int
+) -> Tensor:
+    """Sum over kept tokens of -log softmax(hidden @ weight.T)[label]; a scalar, at least fp32.
+
+    Every logit is computed; those that nobody asked for are thrown away.
+    """
+    logits_TV = (hidden_TD @ weight_VD.T).to(_at_least_float32(hidden_TD.dtype))
+    kept_T = labels_T != ignore_index
+    log_probability_TV = logits_TV.log_softmax(-1)
+    chosen_T = log_probability_TV.gather(1, labels_T.clamp(min=0)[:, None]).squeeze(1)
+    return -chosen_T.masked_fill(~kept_T, 0.0).sum()
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
