@@ -45,8 +45,12 @@ heavy: $(PACKAGE)
 install: $(PACKAGE)
 
 $(ENVIRONMENT): $(LOCK)
+	@command -v $(PYTHON) > /dev/null || { echo "no $(PYTHON): install Python 3.11 or newer, or try make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is too old: Python 3.11 or newer is needed; try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "$(PYTHON) lacks venv: install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  { echo "$(PYTHON) lacks its C headers: install python3-dev"; exit 1; }
 	@command -v c++ > /dev/null || { echo "no C++ compiler: install g++ or clang"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	# torch by pip first: pip takes a CPU wheel that lies on the disk; uv keeps what satisfies the pin.
