@@ -1,0 +1,156 @@
+"""Boxed answers: what is accepted, what is refused, and that nothing can hang or crash them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hermes_pipeline.records import Trace
+from hermes_pipeline.verifiers import VERIFIERS
+from hermes_pipeline.verifiers.math import equal, last_boxed, verify_boxed, verify_boxed_text
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def trace(answer: str) -> Trace:
+    return Trace(text=answer, thinking="", answer=answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{1} or rather \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
+        (r"\boxed{ 9 4 }", "9 4"),
+        (r"\boxed {7}", "7"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed 5 is it", "5"),
+        (r"\boxed\pi", r"\pi"),
+        ("\\boxed{a\nb}", "a\nb"),
+        (r"\boxed{}", ""),
+        (r"\boxed{1} then \boxed{2", None),
+        (r"\boxed{\}", None),
+        (r"\boxed", None),
+        ("boxed{1}", None),
+        ("", None),
+    ],
+)
+def test_last_boxed_reads_the_last_box(text: str, boxed: str | None) -> None:
+    assert last_boxed(text) == boxed
+
+
+@given(st.text(alphabet=st.sampled_from("{}\\boxedf 1$\n"), max_size=60))
+def test_last_boxed_never_fails_on_junk(text: str) -> None:
+    found = last_boxed(text)
+    assert found is None or found in text
+
+
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [
+        (r"\boxed{0.5}", r"\frac{1}{2}"),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"\boxed{x+1}", "1+x"),
+        (r"\boxed{2\sqrt{2}}", r"\sqrt{8}"),
+        (r"\boxed{1{,}000}", "1000"),
+        (r"\boxed{(1, 2)}", "(1,2)"),
+        (r"\boxed{$7$}", "7"),
+    ],
+)
+def test_verify_boxed_accepts_equal_mathematics(answer: str, target: str) -> None:
+    assert verify_boxed(trace(answer), target).passed
+
+
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [
+        (r"\boxed{0.51}", r"\frac{1}{2}"),
+        (r"\boxed{x-1}", "1+x"),
+        (r"\boxed{(2, 1)}", "(1,2)"),
+        (r"\boxed{}", "1"),
+        ("1", "1"),
+        (r"\boxed{1} \boxed{2}", "1"),
+    ],
+)
+def test_verify_boxed_refuses_other_answers(answer: str, target: str) -> None:
+    assert not verify_boxed(trace(answer), target).passed
+
+
+def test_verify_boxed_looks_at_the_answer_alone() -> None:
+    thought = Trace(text=r"<think>\boxed{4}", thinking=r"\boxed{4}", answer="")
+    verdict = verify_boxed(thought, "4")
+    assert not verdict.passed
+    assert verdict.reason == "no answer after the thinking"
+
+
+def test_verify_boxed_text_keeps_digits_apart() -> None:
+    assert verify_boxed_text(trace(r"\boxed{9  4}"), "9 4").passed
+    assert not verify_boxed_text(trace(r"\boxed{94}"), "9 4").passed
+
+
+def test_verdict_says_what_it_got_and_wanted() -> None:
+    assert verify_boxed(trace(r"\boxed{5}"), "4").reason == "got 5, want 4"
+
+
+JUNK = [
+    r"\frac{",
+    r"\sqrt{" * 100,
+    "(" * 1000,
+    "\x00\ud7ff\U0001f600",
+    r"\begin{pmatrix} 1 & 2",
+    "=" * 50,
+    "import os",
+]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_junk_is_a_wrong_answer_and_no_crash(junk: str) -> None:
+    assert not verify_boxed(trace(f"\\boxed{{{junk}}}"), "4").passed
+
+
+def test_a_slow_comparison_ends_at_its_limit_and_the_next_one_works() -> None:
+    start = time.monotonic()
+    verdict = verify_boxed(trace(r"\boxed{9^{9^{9^{9}}}+1}"), r"9^{9^{9^{9}}}")
+    assert not verdict.passed
+    assert time.monotonic() - start < 40
+    assert verify_boxed(trace(r"\boxed{0.25}"), r"\frac14").passed
+
+
+def test_a_huge_answer_is_refused_at_once() -> None:
+    start = time.monotonic()
+    assert not verify_boxed(trace(r"\boxed{" + "1+" * 1_000_000 + "1}"), "4").passed
+    assert time.monotonic() - start < 5
+
+
+def test_threads_may_compare_at_once() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: equal(f"{i}/2", f"\\frac{{{i}}}{{2}}"), range(40)))
+    assert results == [True] * 40
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    code = (
+        "import os, signal; from hermes_pipeline.verifiers import math as m;"
+        "assert m.equal('0.5', '1/2'); print(m._COMPARISON._child.pid, flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and os.path.exists(f"/proc/{pid}/cmdline"):
+        with open(f"/proc/{pid}/stat") as file:
+            if ") Z " in file.read():  # ended; only nobody has collected it yet
+                return
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_every_verifier_is_found_by_name() -> None:
+    assert VERIFIERS["boxed"](trace(r"\boxed{1}"), "1").passed
+    assert VERIFIERS["boxed_text"](trace(r"\boxed{1}"), "1").passed
