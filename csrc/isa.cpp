@@ -1,0 +1,55 @@
+#include "isa.hpp"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace hermes {
+namespace {
+
+Isa best_of_this_cpu() {
+#if HERMES_X86_DISPATCH
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        return Isa::avx512;
+    }
+    if (__builtin_cpu_supports("avx2")) {
+        return Isa::avx2;
+    }
+#endif
+    return Isa::scalar;
+}
+
+Isa choose() {
+    const Isa best = best_of_this_cpu();
+    const char* wanted = std::getenv("HERMES_CORE_ISA");
+    if (wanted == nullptr || *wanted == '\0') {
+        return best;
+    }
+    for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+        if (isa_name(isa) == wanted) {
+            return isa < best ? isa : best;
+        }
+    }
+    throw std::invalid_argument("HERMES_CORE_ISA is '" + std::string(wanted) +
+                                "'; want scalar, avx2 or avx512");
+}
+
+}  // namespace
+
+Isa active_isa() {
+    static const Isa isa = choose();
+    return isa;
+}
+
+std::string_view isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::avx512: return "avx512";
+        case Isa::avx2: return "avx2";
+        case Isa::scalar: break;
+    }
+    return "scalar";
+}
+
+}  // namespace hermes

@@ -1,0 +1,29 @@
+// Which vector instructions this process may use.
+//
+// One binary serves every x86-64 CPU: a hot loop is compiled once for each level below, and the
+// best level is picked on first use. HERMES_CORE_ISA=scalar|avx2|avx512 lowers the choice (never
+// raises it), so that tests can run every path on one machine.
+#pragma once
+
+#include <string_view>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define HERMES_X86_DISPATCH 1
+#define HERMES_TARGET_AVX2 __attribute__((target("avx2")))
+#define HERMES_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define HERMES_INLINE __attribute__((always_inline)) inline
+#else
+#define HERMES_X86_DISPATCH 0
+#define HERMES_TARGET_AVX2
+#define HERMES_TARGET_AVX512
+#define HERMES_INLINE inline
+#endif
+
+namespace hermes {
+
+enum class Isa { scalar, avx2, avx512 };
+
+Isa active_isa();                    // chosen on first call, then fixed
+std::string_view isa_name(Isa isa);  // "scalar", "avx2", "avx512"
+
+}  // namespace hermes

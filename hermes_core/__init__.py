@@ -1,0 +1,26 @@
+"""Sample packing, attention that stays inside a sample, and a loss on chosen tokens.
+
+This much needs numpy alone. `hermes_core.segments`, `.attention` and `.loss` need torch.
+"""
+
+from hermes_core._version import __version__
+from hermes_core.packing import Packing, pack
+from hermes_core.rows import IGNORE_INDEX, Rows, build_rows
+from hermes_core.samples import Samples, Shard
+from hermes_core.store import Store, StoreError, open_store
+from hermes_core.store_writer import StoreWriter
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Packing",
+    "Rows",
+    "Samples",
+    "Shard",
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "__version__",
+    "build_rows",
+    "open_store",
+    "pack",
+]

@@ -1,0 +1,184 @@
+"""A plan of whole samples in rows of one length: ids and offsets, never a copy of the tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hermes_core import _C
+from hermes_core.files import write_atomically
+
+Strategy = Literal["best_fit_decreasing", "first_fit_decreasing"]
+TooLong = Literal["error", "drop", "truncate"]
+
+FORMAT = "hermes4 packing"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packing:
+    """Which samples stand in which row.
+
+    Attributes:
+        samples: [P] int64, sample ids row after row; each packed sample once.
+        row_offsets: [rows + 1] int64, where each row starts in ``samples``, then P.
+        row_length: tokens in a row.
+        tokens: packed tokens; a truncated sample counts ``row_length``.
+        lower_bound: no plan of these samples has fewer rows (L2 of Martello and Toth).
+        longest, shortest: tokens of the longest and the shortest packed sample.
+        dropped, truncated: int64, ids of samples longer than a row, by ``too_long``.
+        fingerprint: of the store that the lengths came from; empty if unknown.
+    """
+
+    samples: NDArray[np.int64]
+    row_offsets: NDArray[np.int64]
+    row_length: int
+    tokens: int
+    lower_bound: int
+    longest: int
+    shortest: int
+    dropped: NDArray[np.int64]
+    truncated: NDArray[np.int64]
+    strategy: Strategy
+    too_long: TooLong
+    seed: int | None
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    @property
+    def fill(self) -> float:
+        """Tokens of samples / (rows x row_length)."""
+        return self.tokens / (self.rows * self.row_length)
+
+    def report(self) -> str:
+        """The plan in words and numbers, a few lines for a person."""
+        above = self.rows - self.lower_bound
+        lines = [
+            f"{self.rows:,} rows of {self.row_length:,} tokens by {self.strategy}",
+            f"{len(self.samples):,} samples of {self.shortest:,} to {self.longest:,} tokens, "
+            f"{self.tokens:,} in all",
+            f"fill {self.fill:.4%}; lower bound {self.lower_bound:,} rows, "
+            + (f"{above:,} above it ({above / self.lower_bound:.4%})" if above else "reached"),
+        ]
+        if len(self.dropped):
+            lines.append(f"{len(self.dropped):,} samples longer than a row dropped")
+        if len(self.truncated):
+            lines.append(f"{len(self.truncated):,} samples longer than a row truncated")
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to one .npz file, whole or not at all."""
+        about = {name: getattr(self, name) for name in _SCALARS}
+        header = json.dumps({"format": FORMAT, "version": VERSION, **about})
+        with write_atomically(Path(path)) as file:
+            np.savez(
+                file,
+                header=np.frombuffer(header.encode(), np.uint8),
+                allow_pickle=False,
+                **{name: getattr(self, name) for name in _ARRAYS},
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], fingerprint: str | None = None) -> Packing:
+        """The plan in ``path``; refused when it was made for another store than ``fingerprint``.
+
+        Raises:
+            ValueError: not a plan, damaged, of a newer version, or of another store.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header = json.loads(bytes(file["header"]))
+                arrays = {name: file[name] for name in _ARRAYS}
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, TypeError) as error:
+            raise ValueError(f"{path} is not a packing plan, or damaged: {error}") from error
+        if header.get("format") != FORMAT or header.get("version") != VERSION:
+            raise ValueError(
+                f"{path} is {header.get('format')!r} version {header.get('version')!r}, "
+                f"want {FORMAT!r} version {VERSION}"
+            )
+        if fingerprint is not None and header["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{path} was made for the store {header['fingerprint'] or '(unknown)'}, "
+                f"not for {fingerprint}; pack this store again"
+            )
+        return cls(**arrays, **{name: header[name] for name in _SCALARS})
+
+
+_ARRAYS = ("samples", "row_offsets", "dropped", "truncated")
+_SCALARS = (
+    "row_length", "tokens", "lower_bound", "longest", "shortest", "strategy", "too_long", "seed",
+    "fingerprint",
+)  # fmt: skip
+
+
+def pack(
+    lengths: ArrayLike,
+    *,
+    row_length: int,
+    strategy: Strategy = "best_fit_decreasing",
+    too_long: TooLong = "error",
+    seed: int | None = 0,
+    fingerprint: str = "",
+) -> Packing:
+    """A plan of all samples in as few rows as the strategy finds; deterministic.
+
+    Samples are taken by falling length, equal lengths by id. First fit puts each into the
+    lowest-numbered row with room, best fit into the row with the least sufficient room (of
+    several, the lowest-numbered). Sample ids inside a row keep this order.
+
+    Args:
+        lengths: [N] tokens of each sample, of any integer dtype.
+        row_length: tokens in a row, up to 2**31.
+        too_long: what to do with a sample longer than a row: refuse, leave out, or cut.
+        seed: shuffles the rows, which decreasing order leaves sorted by length; the same on every
+            platform. None leaves them in packing order.
+        fingerprint: of the store, kept in the plan so that it is never used with another.
+
+    Raises:
+        TypeError: lengths are not integers.
+        ValueError: no lengths, a length out of range, or an unknown option.
+    """
+    values = _check_lengths(lengths)
+    words: list[int] = []
+    if seed is not None:
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, want 0 or more, or None for packing order")
+        words = np.random.SeedSequence(seed).generate_state(4, np.uint64).tolist()
+    made = _C.pack(
+        values, row_length=row_length, strategy=strategy, too_long=too_long, seed_words=words
+    )
+    if len(made.samples) == 0:
+        raise ValueError(
+            f"all {len(values)} samples are longer than row_length={row_length} and were "
+            f"dropped: nothing to pack"
+        )
+    none = np.zeros(0, np.int64)
+    truncated = np.flatnonzero(values > row_length) if too_long == "truncate" else none
+    return Packing(
+        made.samples, made.row_offsets, row_length, made.tokens, made.lower_bound, made.longest,
+        made.shortest, made.dropped, truncated, strategy, too_long, seed, fingerprint,
+    )  # fmt: skip
+
+
+def _check_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
+    values = np.asarray(lengths)
+    if values.size == 0:
+        raise ValueError("lengths is empty: nothing to pack")
+    if values.ndim != 1:
+        raise ValueError(f"lengths is {values.ndim}-D with shape {values.shape}, want [samples]")
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"lengths is {values.dtype} (lengths[0] is {values[0]!r}), want integers")
+    if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
+        i = int(values.argmax())
+        raise ValueError(f"lengths[{i}] is {values[i]}, more than any sample can have")
+    return np.ascontiguousarray(values, np.int64)

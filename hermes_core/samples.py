@@ -1,0 +1,202 @@
+"""Samples: token ids and spans of kept tokens, in shards that are never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """N samples with T tokens and M kept spans, one behind another.
+
+    Attributes:
+        tokens: [T] uint16 or uint32.
+        offsets: [N + 1] int64, where each sample starts in ``tokens``, then T.
+        spans: [M, 2] uint32, kept [start, end) counted from the sample's first token; inside a
+            sample disjoint and rising.
+        span_offsets: [N + 1] int64, where each sample starts in ``spans``, then M.
+    """
+
+    tokens: Tokens
+    offsets: NDArray[np.int64]
+    spans: NDArray[np.uint32]
+    span_offsets: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        for name, array, dtypes, ndim in (
+            ("tokens", self.tokens, (np.uint16, np.uint32), 1),
+            ("offsets", self.offsets, (np.int64,), 1),
+            ("spans", self.spans, (np.uint32,), 2),
+            ("span_offsets", self.span_offsets, (np.int64,), 1),
+        ):
+            _check_array(name, array, dtypes, ndim)
+        if self.spans.shape[1] != 2:
+            raise ValueError(f"spans is {self.spans.shape}, want [spans, 2]")
+        if len(self.offsets) == 0 or len(self.offsets) != len(self.span_offsets):
+            raise ValueError(
+                f"offsets has {len(self.offsets)} elements and span_offsets "
+                f"{len(self.span_offsets)}, want one more than there are samples in both"
+            )
+        for name, offsets, end in (
+            ("offsets", self.offsets, len(self.tokens)),
+            ("span_offsets", self.span_offsets, len(self.spans)),
+        ):
+            if offsets[0] != 0 or offsets[-1] != end:
+                raise ValueError(f"{name} runs from {offsets[0]} to {offsets[-1]}, want 0 to {end}")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+class Samples:
+    """N samples in shards; a shard is loaded when it is first asked for, and never copied."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        shards = tuple(shards)
+        self._set_up([len(shard) for shard in shards], shards.__getitem__)
+
+    def _set_up(self, counts: Sequence[int], load: Callable[[int], Shard]) -> None:
+        self.first_samples: NDArray[np.int64] = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=self.first_samples[1:])
+        self.first_samples.flags.writeable = False
+        self._load = load
+        self._loaded: dict[int, Shard] = {}
+
+    @classmethod
+    def from_lists(cls, token_ids: Sequence[ArrayLike], loss_masks: Sequence[ArrayLike]) -> Samples:
+        """One shard of lists: token ids, and for each token whether it is kept."""
+        if len(token_ids) != len(loss_masks):
+            raise ValueError(
+                f"token_ids has {len(token_ids)} samples but loss_masks has {len(loss_masks)}"
+            )
+        all_ids, all_spans = [], []
+        for i, (ids, mask) in enumerate(zip(token_ids, loss_masks, strict=True)):
+            kept = np.asarray(mask)
+            all_ids.append(check_token_ids(ids, 1 << 32, f"token_ids[{i}]"))
+            if kept.shape != all_ids[-1].shape or (kept.size and kept.dtype != np.bool_):
+                raise ValueError(
+                    f"loss_masks[{i}] is {kept.dtype} {list(kept.shape)}, want a bool for each "
+                    f"of the {len(all_ids[-1])} token ids"
+                )
+            all_spans.append(spans_of(kept.astype(np.bool_)))
+        return cls([join(all_ids, all_spans, np.dtype(np.uint32))])
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return tuple(self.shard(i) for i in range(len(self.first_samples) - 1))
+
+    def shard(self, index: int) -> Shard:
+        """Shard ``index``, loaded when first asked for."""
+        if index not in self._loaded:
+            self._loaded[index] = self._load(index)
+        return self._loaded[index]
+
+    def __len__(self) -> int:
+        return int(self.first_samples[-1])
+
+    def __getitem__(self, index: int) -> tuple[Tokens, NDArray[np.bool_]]:
+        """Token ids [n], a view, and loss mask [n] of one sample."""
+        sample = index + len(self) if index < 0 else index
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {index} is outside [0, {len(self)})")
+        number = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        shard, local = self.shard(number), sample - int(self.first_samples[number])
+        token_ids = shard.tokens[shard.offsets[local] : shard.offsets[local + 1]]
+        loss_mask = np.zeros(len(token_ids), np.bool_)
+        for start, end in shard.spans[shard.span_offsets[local] : shard.span_offsets[local + 1]]:
+            loss_mask[start:end] = True
+        return token_ids, loss_mask
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N] tokens of each sample; read-only."""
+        parts = [np.diff(shard.offsets) for shard in self.shards]
+        lengths: NDArray[np.int64] = np.concatenate([*parts, np.zeros(0, np.int64)])
+        lengths.flags.writeable = False
+        return lengths
+
+    @property
+    def token_count(self) -> int:
+        return sum(len(shard.tokens) for shard in self.shards)
+
+    @cached_property
+    def kept_count(self) -> int:
+        """Kept tokens of all samples."""
+        return sum(int(np.diff(shard.spans.astype(np.int64)).sum()) for shard in self.shards)
+
+
+def join(
+    token_ids: Sequence[NDArray[np.int64]],
+    spans: Sequence[NDArray[np.uint32]],
+    dtype: np.dtype[np.uint16] | np.dtype[np.uint32],
+) -> Shard:
+    """One shard of single samples; their ids must fit ``dtype``."""
+    offsets = np.zeros(len(token_ids) + 1, np.int64)
+    span_offsets = np.zeros(len(token_ids) + 1, np.int64)
+    np.cumsum([len(ids) for ids in token_ids], out=offsets[1:])
+    np.cumsum([len(s) for s in spans], out=span_offsets[1:])
+    return Shard(
+        np.concatenate([np.zeros(0, dtype), *(ids.astype(dtype) for ids in token_ids)]),
+        offsets,
+        np.concatenate([np.zeros((0, 2), np.uint32), *spans]),
+        span_offsets,
+    )
+
+
+def spans_of(loss_mask: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """[m, 2] the runs of True in a loss mask, as [start, end)."""
+    edges = np.flatnonzero(np.diff(loss_mask, prepend=False, append=False))
+    return edges.reshape(-1, 2).astype(np.uint32)
+
+
+def check_token_ids(token_ids: ArrayLike, vocab_size: int, name: str) -> NDArray[np.int64]:
+    """Token ids as int64 [n]; at least one, each inside the vocabulary."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"{name} has shape {list(ids.shape)}, want [n] with at least one token")
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name} is {ids.dtype}, want integers")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        index = int(np.argmin(ids)) if low < 0 else int(np.argmax(ids))
+        raise ValueError(f"{name}[{index}] is {ids[index]}, outside [0, {vocab_size})")
+    return ids.astype(np.int64, copy=False)
+
+
+def check_spans(kept_spans: ArrayLike, length: int) -> NDArray[np.uint32]:
+    """Kept spans as uint32 [m, 2]: not empty, disjoint, rising, inside ``length`` tokens."""
+    spans = np.asarray(kept_spans)
+    if spans.size == 0:
+        return np.zeros((0, 2), np.uint32)
+    if spans.ndim != 2 or spans.shape[1] != 2:
+        raise ValueError(f"kept_spans has shape {list(spans.shape)}, want [spans, 2]")
+    if spans.dtype.kind not in "iu":
+        raise TypeError(f"kept_spans is {spans.dtype}, want integers")
+    starts, ends = spans[:, 0], spans[:, 1]
+    before = np.concatenate([np.zeros(1, spans.dtype), ends[:-1]])
+    bad = np.flatnonzero((starts < before) | (ends <= starts) | (ends > length))
+    if bad.size:
+        i = int(bad[0])
+        raise ValueError(
+            f"kept_spans[{i}] is {spans[i].tolist()}, want start < end, behind {before[i]} "
+            f"and inside {length} tokens"
+        )
+    return spans.astype(np.uint32)
+
+
+def _check_array(name: str, array: object, dtypes: tuple[type, ...], ndim: int) -> None:
+    wanted = " or ".join(dtype.__name__ for dtype in dtypes)
+    if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
+        got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{name} is {got}, want an array of {wanted}")
+    if array.ndim != ndim or not array.flags.c_contiguous or not array.flags.aligned:
+        raise ValueError(
+            f"{name} is {array.ndim}-D with strides {array.strides}, want {ndim}-D and contiguous"
+        )

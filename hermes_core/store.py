@@ -1,0 +1,223 @@
+"""The token store: samples on disk, written once, never read whole.
+
+A folder with shard-00000.bin, shard-00001.bin, ..., quarantine.jsonl (records set aside) and
+store.json (counts, checksums, what the store was made from), which is written last: a folder
+without it is unfinished. While a store is written, ``writing/`` holds the log of the open shard
+and progress.json, replaced at each commit; all that comes after the last commit is cut off on
+resume. Shards end where the records say, never where a commit fell, so that the finished files
+have the same bytes whatever interrupted the writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hermes_core import _C
+from hermes_core.files import write_atomically
+from hermes_core.samples import Samples, Shard
+
+FORMAT = "hermes4 store"
+VERSION = 1
+MAGIC = b"HERMES4S"
+# magic, version, bytes a token; samples, tokens, spans, kept tokens; where the four sections
+# start; sha256 of the file with these 32 bytes zero.
+HEADER = struct.Struct("<8sII4Q4Q32s")
+ALIGNMENT = 64
+
+
+class StoreError(ValueError):
+    """A store that cannot be read or written as asked; the message names file and way out."""
+
+
+class ShardEntry(NamedTuple):
+    """What store.json says of one shard file."""
+
+    name: str
+    samples: int
+    tokens: int
+    spans: int
+    kept: int
+    size: int
+    sha256: str
+
+
+class Store(Samples):
+    """The samples of a finished store; shards are mapped when first used.
+
+    Attributes:
+        meta: what the writer was told that the store was made from.
+        fingerprint: hex sha256 of meta and of every shard's checksum.
+        read, stored, quarantined: records; read = stored + quarantined.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = about["meta"]
+        self.vocab_size: int = about["vocab_size"]
+        self.fingerprint: str = about["fingerprint"]
+        self.read: int = about["read"]
+        self.stored: int = about["stored"]
+        self.quarantined: int = about["quarantined"]
+        self.dtype = token_dtype(self.vocab_size)
+        self._about = about
+        self._entries = [ShardEntry(*entry) for entry in about["shards"]]
+        self._set_up([entry.samples for entry in self._entries], self._map)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_store, (self.folder,)  # a worker maps the files again: no token is copied
+
+    @property
+    def token_count(self) -> int:
+        return sum(entry.tokens for entry in self._entries)
+
+    @property
+    def kept_count(self) -> int:  # type: ignore[override]
+        return sum(entry.kept for entry in self._entries)
+
+    def _map(self, index: int) -> Shard:
+        entry = self._entries[index]
+        path = self.folder / entry.name
+        found, starts = read_header(path)
+        if found != entry:
+            raise StoreError(
+                f"{path} is not the shard that store.json lists: {found}, want {entry}"
+            )
+        data = _C.map_file(str(path))
+
+        def section(number: int, count: int, dtype: Any) -> Any:
+            start = starts[number]
+            return data[start : start + count * np.dtype(dtype).itemsize].view(dtype)
+
+        return Shard(
+            section(0, entry.tokens, self.dtype),
+            section(1, entry.samples + 1, np.int64),
+            section(2, 2 * entry.spans, np.uint32).reshape(-1, 2),
+            section(3, entry.samples + 1, np.int64),
+        )
+
+    def verify(self) -> None:
+        """Read everything and compare the checksums.
+
+        Raises:
+            StoreError: naming the first file that differs.
+        """
+        for entry in self._entries:
+            path = self.folder / entry.name
+            if checksum(_C.map_file(str(path))) != entry.sha256:
+                raise StoreError(f"{path} is damaged: its checksum differs from store.json")
+        if fingerprint_of(self._about) != self.fingerprint:
+            raise StoreError(f"{self.folder / 'store.json'} is damaged: its fingerprint differs")
+
+
+def open_store(folder: str | os.PathLike[str]) -> Store:
+    """The finished store in ``folder``; opens in milliseconds at any size.
+
+    Raises:
+        StoreError: missing, unfinished, not a store, of a newer version, or a shard is missing or
+            truncated.
+    """
+    folder = Path(folder)
+    path = folder / "store.json"
+    if not path.exists():
+        if (folder / "writing").exists():
+            raise StoreError(f"{folder} is unfinished: run the same command again to finish it")
+        raise StoreError(f"{folder} is not a token store: it has no store.json")
+    about = read_about(path)
+    for entry in (ShardEntry(*entry) for entry in about["shards"]):
+        shard = folder / entry.name
+        size = shard.stat().st_size if shard.exists() else None
+        if size != entry.size:
+            state = "missing" if size is None else f"{size} bytes long"
+            raise StoreError(f"{shard} is {state}, want {entry.size} bytes: copy the store again")
+    return Store(folder, about)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """store.json or progress.json, checked to be one that this version understands."""
+    try:
+        about = json.loads(path.read_bytes())
+        kind, version = about["format"], about["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} does not describe a token store: {error!r}") from error
+    if kind != FORMAT or not isinstance(version, int):
+        raise StoreError(f"{path} is {kind!r} version {version!r}, want {FORMAT!r}")
+    if version > VERSION:
+        raise StoreError(
+            f"{path} has format version {version}, newer than {VERSION}: update hermes4-core"
+        )
+    assert isinstance(about, dict)
+    return about
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+    return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
+
+
+def fingerprint_of(about: Mapping[str, Any]) -> str:
+    sums = [ShardEntry(*entry).sha256 for entry in about["shards"]]
+    return hashlib.sha256(canonical([about["meta"], about["vocab_size"], sums])).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with one spelling for equal values."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def write_shard(path: Path, shard: Shard) -> None:
+    """The shard in one file, whole or not at all."""
+    sections = [shard.tokens, shard.offsets, shard.spans, shard.span_offsets]
+    starts, at = [], _aligned(HEADER.size)
+    for section in sections:
+        starts.append(at)
+        at = _aligned(at + section.nbytes)
+    counts = (len(shard), len(shard.tokens), len(shard.spans))
+    kept = int(np.diff(shard.spans.astype(np.int64)).sum())
+    data = np.zeros(at, np.uint8)
+    HEADER.pack_into(
+        data, 0, MAGIC, VERSION, shard.tokens.itemsize, *counts, kept, *starts, bytes(32)
+    )
+    for start, section in zip(starts, sections, strict=True):
+        data[start : start + section.nbytes] = section.reshape(-1).view(np.uint8)
+    data[HEADER.size - 32 : HEADER.size] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+    with write_atomically(path) as file:
+        file.write(data)
+
+
+def read_header(path: Path) -> tuple[ShardEntry, list[int]]:
+    """What a shard file says of itself, and where its four sections start."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing") from error
+    if len(header) < HEADER.size or header[:8] != MAGIC:
+        raise StoreError(f"{path} is not a shard of a token store: it starts {header[:8]!r}")
+    _, version, width, samples, tokens, spans, kept, *rest = HEADER.unpack(header)
+    if version > VERSION:
+        raise StoreError(f"{path} has format version {version}, newer than {VERSION}")
+    starts, digest = rest[:4], rest[4]
+    lengths = (tokens * width, (samples + 1) * 8, spans * 8, (samples + 1) * 8)
+    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+    if any(end > start for end, start in zip(ends, [*starts[1:], size], strict=True)):
+        raise StoreError(f"{path} is {size} bytes long, want {_aligned(ends[-1])}: it is damaged")
+    return ShardEntry(path.name, samples, tokens, spans, kept, size, digest.hex()), starts
+
+
+def checksum(data: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+    """sha256 of a shard file's bytes, its own place in the header counted as zero."""
+    digest = hashlib.sha256(bytes(data[: HEADER.size - 32]) + bytes(32))
+    digest.update(data[HEADER.size :])
+    return digest.hexdigest()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
