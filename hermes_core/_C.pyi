@@ -3,10 +3,12 @@ Compiled core of hermes_core. Private: call it through hermes_core.
 """
 
 from __future__ import annotations
+
 import collections.abc
+import typing
+
 import numpy
 import numpy.typing
-import typing
 
 __all__: list[str] = [
     "IGNORE_INDEX",

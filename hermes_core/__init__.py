@@ -5,8 +5,8 @@ This much needs numpy alone. `hermes_core.segments`, `.attention` and `.loss` ne
 
 from hermes_core._version import __version__
 from hermes_core.packing import Packing, pack
-from hermes_core.rows import IGNORE_INDEX, Rows, build_rows
-from hermes_core.samples import Samples, Shard
+from hermes_core.rows import Rows, build_rows
+from hermes_core.samples import IGNORE_INDEX, Samples, Shard
 from hermes_core.store import Store, StoreError, open_store
 from hermes_core.store_writer import StoreWriter
 

@@ -12,8 +12,6 @@ from hermes_core import _C
 from hermes_core.packing import Packing
 from hermes_core.samples import Samples
 
-IGNORE_INDEX: int = _C.IGNORE_INDEX
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:

@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+IGNORE_INDEX = -100  # a label that is not in the loss; PyTorch's default
+
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 

@@ -79,7 +79,7 @@ class Store(Samples):
         return sum(entry.tokens for entry in self._entries)
 
     @property
-    def kept_count(self) -> int:  # type: ignore[override]
+    def kept_count(self) -> int:
         return sum(entry.kept for entry in self._entries)
 
     def _map(self, index: int) -> Shard:
@@ -180,13 +180,13 @@ def write_shard(path: Path, shard: Shard) -> None:
         at = _aligned(at + section.nbytes)
     counts = (len(shard), len(shard.tokens), len(shard.spans))
     kept = int(np.diff(shard.spans.astype(np.int64)).sum())
-    data = np.zeros(at, np.uint8)
+    data = bytearray(at)
     HEADER.pack_into(
         data, 0, MAGIC, VERSION, shard.tokens.itemsize, *counts, kept, *starts, bytes(32)
     )
     for start, section in zip(starts, sections, strict=True):
-        data[start : start + section.nbytes] = section.reshape(-1).view(np.uint8)
-    data[HEADER.size - 32 : HEADER.size] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+        data[start : start + section.nbytes] = section.tobytes()
+    data[HEADER.size - 32 : HEADER.size] = hashlib.sha256(data).digest()
     with write_atomically(path) as file:
         file.write(data)
 
@@ -215,7 +215,7 @@ def read_header(path: Path) -> tuple[ShardEntry, list[int]]:
 def checksum(data: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
     """sha256 of a shard file's bytes, its own place in the header counted as zero."""
     digest = hashlib.sha256(bytes(data[: HEADER.size - 32]) + bytes(32))
-    digest.update(data[HEADER.size :])
+    digest.update(data.data[HEADER.size :])
     return digest.hexdigest()
 
 

@@ -286,7 +286,7 @@ class StoreWriter:
 
 def _take_lock(folder: Path) -> IO[bytes]:
     # lockf, not flock: a forked tokenizer process must not hold the lock when its parent is gone.
-    lock = open(folder / ".lock", "ab")  # noqa: SIM115: held until close()
+    lock = open(folder / ".lock", "ab")  # noqa: SIM115
     try:
         if folder in _held:
             raise BlockingIOError
@@ -302,9 +302,8 @@ def _take_lock(folder: Path) -> IO[bytes]:
 
 def _encode_block(token_ids: list[NDArray[Any]], spans: list[NDArray[np.uint32]]) -> bytes:
     shard = join(token_ids, spans, token_ids[0].dtype)
-    body = b"".join(
-        (np.diff(shard.offsets), np.diff(shard.span_offsets), shard.spans, shard.tokens)
-    )
+    parts = (np.diff(shard.offsets), np.diff(shard.span_offsets), shard.spans, shard.tokens)
+    body = b"".join(part.tobytes() for part in parts)
     counts = (len(shard), len(shard.tokens), len(shard.spans))
     return BLOCK.pack(*counts, zlib.crc32(body)) + body
 
