@@ -45,6 +45,13 @@ Template = Annotated[
     ),
 ]
 
+# Training.
+Recipe = Annotated[str, typer.Option(help="A recipe of the project, or a .toml file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting over the recipe's, as section.key=value."),
+]
+
 
 @app.command()
 def show(
@@ -125,19 +132,30 @@ def pack(
     run(store, row_length=row_length, strategy=strategy, too_long=too_long, seed=seed, out=out)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+@app.command()
+def init(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    set_: Settings = None,
+) -> None:
+    """Write a model folder of the recipe's shape with random weights."""
+    from hermes_pipeline.stages.train import init as run
+
+    run(recipe, tokenizer=tokenizer, out=out, seed=seed, settings=set_ or [])
+
+
+@app.command()
 def train(
-    recipe: Annotated[str, typer.Option(help="A recipe of the project, or a .toml file.")],
+    recipe: Recipe,
     store: Annotated[Path | None, typer.Option(help="Token store; over the recipe's.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Start weights in Hugging Face form; over the recipe's.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; over the recipe's.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="One setting over the recipe's, as section.key=value."),
-    ] = None,
+    set_: Settings = None,
 ) -> None:
     """Train on packed rows; resumes where the run folder left off."""
     from hermes_pipeline.stages.train import run
@@ -152,11 +170,15 @@ def export(
     run_folder: Annotated[Path, typer.Argument(help="Run folder of `hermes4 train`.")],
     out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
     step: Annotated[int | None, typer.Option(help="Checkpoint step; the last if None.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; that of the start weights if None."),
+    ] = None,
 ) -> None:
     """Write a checkpoint as Hugging Face safetensors, with config, tokenizer and template."""
     from hermes_pipeline.stages.train import export as run
 
-    run(run_folder, out, step=step)
+    run(run_folder, out, step=step, dtype=dtype)
 
 
 @app.command()

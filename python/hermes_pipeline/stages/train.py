@@ -1,0 +1,133 @@
+"""Runners of training: random start weights, a run, an export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.training import run_folder
+from hermes_pipeline.training.job import prepare
+from hermes_pipeline.training.launch import launch
+from hermes_pipeline.training.recipes import load_recipe
+from hermes_pipeline.training.shape import hugging_face_config, read_shape, recipe_shape
+from hermes_pipeline.training.weights import (
+    copy_tokenizer,
+    generation_config,
+    read_json,
+    stored_dtype,
+    write_json,
+    write_random,
+    written_whole,
+)
+
+VOCAB_MULTIPLE = 64  # so that tensor parallelism and vLLM can divide it
+
+
+def init(
+    recipe: str, *, tokenizer: str, out: Path, seed: int = 0, settings: Sequence[str] = ()
+) -> None:
+    """Write a model folder of the recipe's shape with random weights, the same for the same seed.
+
+    Args:
+        tokenizer: a folder, a file or a name; its vocabulary, rounded up, is the model's where
+            the recipe gives none.
+    """
+    from hermes_pipeline.services.hub import load_tokenizer
+
+    model = load_recipe(recipe, settings).model
+    loaded = load_tokenizer(tokenizer)
+    needed = _vocabulary(loaded)
+    shape = recipe_shape(model, -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+    if shape.vocab_size < needed:
+        raise UserError(
+            f"the recipe's model.vocab_size = {shape.vocab_size}, but tokenizer {tokenizer} has "
+            f"{needed} tokens"
+        )
+    token_ids = {
+        name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    ends = [] if token_ids["eos_token_id"] is None else [token_ids["eos_token_id"]]
+    marker = {"made_by": "hermes4 init", "recipe": recipe, "seed": seed}
+    with written_whole(out, marker=marker) as folder:
+        write_json(
+            folder / "config.json",
+            hugging_face_config(shape, dtype="float32", token_ids=token_ids),
+        )
+        write_json(folder / "generation_config.json", generation_config(token_ids, ends))
+        loaded.save_pretrained(folder)
+        write_random(folder, shape, embedding_std=model.embedding_std or 0.02, seed=seed)
+
+
+def _vocabulary(tokenizer: Any) -> int:
+    """How many token ids the tokenizer can give."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def run(
+    recipe: str,
+    *,
+    store: Path | None = None,
+    model: str | Path | None = None,
+    out: Path | None = None,
+    processes: int = 1,
+    settings: Sequence[str] = (),
+) -> int:
+    """Train, or go on where the run folder left off; the exit code of `training.run`.
+
+    Everything that can be checked is checked here, before a process is started.
+    """
+    job = prepare(
+        recipe,
+        store=store,
+        model=None if model is None else str(model),
+        out=out,
+        settings=settings,
+        processes=processes,
+    )
+    if job.complete:
+        sys.stderr.write(f"train: {job.completion()}\n")
+        return 0
+    arguments = ["--recipe", recipe]
+    for name, value in (("--store", store), ("--model", model), ("--out", out)):
+        arguments += [] if value is None else [name, str(value)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    return launch(arguments, processes)
+
+
+def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None = None) -> None:
+    """Write a checkpoint of a run as a Hugging Face folder, whole or not at all.
+
+    Args:
+        step: of the checkpoint; the last one if None.
+        dtype: float32, bfloat16 or float16; that of the start weights if None.
+    """
+    record = run_folder.read_record(run)
+    if record is None:
+        raise UserError(f"{run} is no run folder: it holds no run.json")
+    steps = run_folder.checkpoint_steps(run)
+    if not steps or (step is not None and step not in steps):
+        wanted = "a checkpoint" if step is None else f"a whole checkpoint of step {step}"
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"run {run} has not {wanted}; steps with one: {there}")
+    chosen = steps[-1] if step is None else step
+    files = run / "model"
+    shape = read_shape(files)
+    dtype = dtype or stored_dtype(files)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {dtype!r}, not float32, bfloat16 or float16")
+    from hermes_pipeline.training.titan.export import export_weights
+
+    marker = {"made_by": "hermes4 export", "run": str(run.resolve()), "step": chosen}
+    with written_whole(out, marker=marker) as folder:
+        export_weights(run / "checkpoint" / f"step-{chosen}", folder, shape, dtype=dtype)
+        config = read_json(files / "config.json") | {"dtype": dtype}
+        if "torch_dtype" in config:
+            config["torch_dtype"] = dtype
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", read_json(files / "generation_config.json"))
+        copy_tokenizer(files, folder)
+    sys.stderr.write(f"export: step {chosen} of {run} in {out} ({dtype})\n")

@@ -1,0 +1,227 @@
+"""One rank of a training run, from the command line to the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.progress import Counter, progress
+from hermes_pipeline.training import run_folder
+from hermes_pipeline.training.job import Job, prepare
+from hermes_pipeline.training.report import NonFiniteStep, StepReport
+
+COMPLETE = 0
+MISTAKE = 2  # of the user's; one line says which
+NOT_FINITE = 3  # a gradient; the step was not applied and nothing saved
+STOPPED = 75  # by SIGTERM, with a checkpoint: start the same command again
+INTERRUPTED = 130  # by Ctrl-C, likewise
+
+PARENT = "HERMES4_PARENT"  # the process whose end must end this one
+PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C as a request to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self.training = False  # before the first step there is nothing to wait for
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def __call__(self) -> bool:
+        return self.exit_code is not None
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        repeated = self.exit_code is not None
+        self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
+        if repeated or not self.training:
+            os._exit(self.exit_code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one rank; the exit code says how it ended."""
+    stop = StopRequest()
+    _end_with_parent()
+    faulthandler.enable()
+    options = _options(arguments)
+    _one_process_where_nobody_says_otherwise()
+    rank = int(os.environ["RANK"])
+    try:
+        job = prepare(
+            options.recipe,
+            store=options.store,
+            model=options.model,
+            out=options.out,
+            settings=options.set or [],
+            processes=int(os.environ["WORLD_SIZE"]),
+        )
+        if job.complete:
+            _say(rank, job.completion())
+            return COMPLETE
+        with run_folder.locked(job.folder, rank):
+            return _run(job, rank, stop)
+    except UserError as error:
+        _say(rank, f"error: {error}", name="hermes4")
+        return MISTAKE
+    except NonFiniteStep as error:
+        _say(rank, f"error: {error}", name="hermes4")
+        return NOT_FINITE
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m hermes_pipeline.training",
+        description="One rank of a training run; start it with torchrun, or use `hermes4 train`.",
+    )
+    parser.add_argument("--recipe", required=True, help="a recipe of the project, or a .toml file")
+    parser.add_argument("--store", type=Path, help="token store; over the recipe's")
+    parser.add_argument("--model", help="start weights in Hugging Face form; over the recipe's")
+    parser.add_argument("--out", type=Path, help="run folder; over the recipe's")
+    parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="one setting")
+    return parser.parse_args(arguments)
+
+
+def _one_process_where_nobody_says_otherwise() -> None:
+    """What torchrun would have set."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process with its launcher, which may itself be killed.
+
+    torchrun's workers live in sessions of their own and would outlive it.
+    """
+    parent = os.environ.get(PARENT)
+    if parent is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != int(parent):
+        os._exit(1)
+
+
+def _run(job: Job, rank: int, stop: StopRequest) -> int:
+    """Train, with the run folder held."""
+    _log_to(job.folder, rank)
+    if rank == 0:
+        job = _begin(job)
+    _without_datasets()
+    from hermes_pipeline.training.titan import engine
+
+    config = engine.trainer_config(
+        job.recipe,
+        job.shape,
+        local_rows=job.recipe.local_rows(int(os.environ["WORLD_SIZE"])),
+        store=job.store.folder,
+        model=job.model,
+        out=job.folder,
+    )
+    with ExitStack() as stack:
+        observer = _Observer(job, rank, stack)
+
+        def begin(step: int) -> None:
+            stack.enter_context(run_folder.join_lock(job.folder, rank))
+            observer.begin(step)
+            stop.training = True
+
+        complete = engine.run(config, begin=begin, observe=observer, asked_to_stop=stop)
+    if complete:
+        _say(rank, f"run {job.folder} is complete after step {observer.step}")
+        return COMPLETE
+    _say(rank, f"stopped after step {observer.step}; the same command goes on from its checkpoint")
+    return stop.exit_code if stop.exit_code is not None else STOPPED
+
+
+def _begin(job: Job) -> Job:
+    """Write what the run is into its folder, and clear away saves that were cut off."""
+    run_folder.remove_torn_checkpoints(job.folder)
+    if job.model is not None:
+        run_folder.write_model_files(job.folder, job.model, job.store)
+    run_folder.write_record(
+        job.folder,
+        job.recipe,
+        store=job.store.folder,
+        fingerprint=job.store.fingerprint,
+        model=None if job.recipe.model.path is None else Path(job.recipe.model.path),
+    )
+    return job
+
+
+def _log_to(folder: Path, rank: int) -> None:
+    """Send what torchtitan and torch say to a file; other ranks' warnings to one of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
+    handler = logging.FileHandler(folder / name, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def _without_datasets() -> None:
+    """Keep torchtitan from importing Hugging Face datasets, which takes longer than all the rest.
+
+    Its validator imports its own data loaders; rows that are ready need neither.
+    """
+    for name, members in {
+        "datasets": ("Dataset", "load_dataset"),
+        "datasets.distributed": ("split_dataset_by_node",),
+    }.items():
+        module = types.ModuleType(name)
+        for member in members:
+            setattr(module, member, None)
+        sys.modules.setdefault(name, module)
+
+
+class _Observer:
+    """Keeps metrics.jsonl and shows progress, on the first rank."""
+
+    def __init__(self, job: Job, rank: int, stack: ExitStack) -> None:
+        self._job, self._rank, self._stack = job, rank, stack
+        self._metrics: run_folder.Metrics | None = None
+        self._counter: Counter | None = None
+        self.step = 0
+
+    def begin(self, step: int) -> None:
+        self.step = step
+        if self._rank != 0:
+            return
+        self._metrics = run_folder.Metrics(self._job.folder, step=step)
+        self._stack.callback(self._metrics.close)
+        steps = self._job.recipe.training.steps
+        if step:
+            _say(self._rank, f"going on from step {step} of {steps}")
+        self._counter = self._stack.enter_context(
+            progress("train", total=steps - step, unit="steps")
+        )
+
+    def __call__(self, report: StepReport) -> None:
+        self.step = report.step
+        if self._metrics is not None and self._counter is not None:
+            self._metrics.write(report)
+            self._counter.advance(
+                1,
+                f"loss {report.loss:.4f}, gradient norm {report.grad_norm:.3f}, "
+                f"{report.tokens / report.seconds:,.0f} tokens/s",
+            )
+
+
+def _say(rank: int, text: str, *, name: str = "train") -> None:
+    if rank == 0:
+        sys.stderr.write(f"{name}: {text}\n")
+        sys.stderr.flush()

@@ -1,0 +1,128 @@
+"""Packed rows for torchtitan's trainer, from the memory-mapped store.
+
+Shapes: B rows of one forward pass, L row length, M kept tokens, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from hermes_core import open_store
+from hermes_core.packing import Strategy, TooLong
+from hermes_pipeline.training.order import Batch, Position, RowOrder
+
+
+class NoTokenizer(BaseTokenizer):
+    """Rows hold token ids already."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, *, tokenizer_path: str = "") -> None:
+        super().__init__()
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        raise NotImplementedError("rows hold token ids already")
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        raise NotImplementedError("rows hold token ids already")
+
+    def get_vocab_size(self) -> int:
+        raise NotImplementedError("rows hold token ids already")
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The rows of one forward pass on one rank, on the host."""
+
+    input_ids: Tensor  # [B, L]
+    positions: Tensor  # [B, L]
+    labels: Tensor  # [B, L]
+    kept: Tensor  # [M]
+    cu_seqlens: NDArray[np.int32]  # [S + 1]
+    first_row: int  # counted from the run's first row
+    tokens: int  # of samples; padding left out
+
+
+class PackedRows(BaseDataLoader):
+    """This rank's share of the order of rows.
+
+    A micro-batch of all ranks together is a run of consecutive rows, of which each rank takes its
+    consecutive part. The state is how many rows all ranks together have consumed, so a run may
+    go on with another number of ranks.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        store: str
+        packing: Strategy
+        too_long: TooLong
+        seed: int
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dp_world_size: int,
+        dp_rank: int,
+        seq_len: int,
+        local_batch_size: int,
+        **_: Any,
+    ) -> None:
+        self._ranks, self._rank, self._count = dp_world_size, dp_rank, local_batch_size
+        store = open_store(config.store)
+        self.order = RowOrder(
+            store,
+            row_length=seq_len,
+            packing=config.packing,
+            too_long=config.too_long,
+            seed=config.seed,
+            fingerprint=store.fingerprint,
+        )
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        while True:
+            first = self.order.position.rows + self._rank * self._count
+            batch = self.order.batch(first, self._count)
+            self.order.advance(self._ranks * self._count)
+            yield _tensors(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        position = self.order.position
+        return {
+            "rows": position.rows,
+            "epoch": position.epoch,
+            "epoch_start": position.epoch_start,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self.order.position = Position(**state_dict)
+
+
+def _tensors(batch: Batch) -> MicroBatch:
+    rows = batch.rows
+    return MicroBatch(
+        input_ids=_on_host(rows.input_ids),
+        positions=_on_host(rows.positions),
+        labels=_on_host(rows.labels),
+        kept=_on_host(rows.kept),
+        cu_seqlens=rows.cu_seqlens,
+        first_row=batch.first,
+        tokens=batch.tokens,
+    )
+
+
+def _on_host(array: NDArray[np.int64]) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -1,0 +1,85 @@
+"""The library's loss behind torchtitan's interface: logits at kept positions only.
+
+Shapes: B rows, L row length, T = B x L, M kept tokens, D model size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
+
+from hermes_core.loss import linear_cross_entropy
+
+
+class KeptTokenLoss(ChunkedLossWrapper):
+    """Cross-entropy summed over kept tokens, divided by their number in the whole step.
+
+    The trainer hands a ChunkedLossWrapper the output head and lets the model return hidden
+    states; the chunks of the parent are not used.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ChunkedLossWrapper.Config):
+        vocab_size: int  # the whole vocabulary, whatever is sharded
+
+    def __init__(self, config: Config, *, compile_config: Any = None) -> None:
+        super().__init__(config, compile_config=compile_config)
+        self.vocab_size = config.vocab_size
+
+    def __call__(
+        self,
+        pred: Tensor,  # hidden states [B, L, D]; torchtitan's name
+        labels: Tensor,
+        global_valid_tokens: Tensor | None = None,
+        *,
+        kept: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weight_VD, group = self._head()
+        hidden_TD = _local(pred, sharded=group is not None).flatten(0, 1)
+        loss = linear_cross_entropy(
+            hidden_TD,
+            weight_VD.to(hidden_TD.dtype),
+            labels.flatten(),
+            kept=kept,
+            group=group,
+            vocab_size=self.vocab_size,
+        )
+        if global_valid_tokens is not None:
+            loss = loss / global_valid_tokens.clamp(min=1)
+        return loss, {}
+
+    def _head(self) -> tuple[Tensor, dist.ProcessGroup | None]:
+        """The output head's weight on this rank, and the group that shares its vocabulary."""
+        head = self.lm_head
+        assert head is not None, "the trainer sets the head before the first step"
+        if isinstance(head, FSDPModule):
+            head.unshard()  # a no-op where the norm beside it has done so
+        weight = head.weight
+        if isinstance(weight, DTensor):
+            mesh = weight.device_mesh
+            if mesh.size() == 1 or weight.placements == (Replicate(),):
+                return weight.to_local(), None
+            assert weight.placements == (Shard(0),), f"head sharded as {weight.placements}"
+            return weight.to_local(), mesh.get_group()
+        if spmd_mesh_size("tp") > 1:
+            # torchtitan's spmd_types backend keeps this rank's share as a plain tensor.
+            mesh = current_spmd_mesh()
+            assert mesh is not None
+            return weight, mesh.get_group("tp")
+        return weight, None
+
+
+def _local(hidden: Tensor, *, sharded: bool) -> Tensor:
+    """Hidden states as a plain tensor, whose gradient is partial where the head is sharded."""
+    if not isinstance(hidden, DTensor):
+        return hidden
+    assert all(isinstance(placement, Replicate) for placement in hidden.placements)
+    return hidden.to_local(grad_placements=[Partial()] if sharded else None)

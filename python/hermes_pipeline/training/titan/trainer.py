@@ -1,0 +1,162 @@
+"""torchtitan's Trainer with a loop of our own around its parts.
+
+Shapes: B rows, L row length, D model size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchtitan.distributed import utils as titan_distributed
+from torchtitan.distributed.spmd_types import annotate_input_spmd_types
+from torchtitan.trainer import Trainer
+
+from hermes_core.segments import segments
+from hermes_pipeline.training.report import NonFiniteStep, StepReport
+from hermes_pipeline.training.titan.data import MicroBatch
+
+
+class SegmentTrainer(Trainer):
+    """Trains on packed rows; hands each step's figures to ``observe``.
+
+    Against the parent: segments come from the packer, so nothing is looked up on the device; the
+    loss is told which positions are kept; a step whose gradient is not finite is never applied;
+    a step without kept tokens divides by nothing; all ranks agree at which step to stop.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        pass
+
+    def train(
+        self,
+        *,
+        begin: Callable[[int], None],
+        observe: Callable[[StepReport], None],
+        asked_to_stop: Callable[[], bool],
+    ) -> bool:
+        """Train to the last step, or to the end of the step in which some rank is asked to stop.
+
+        Args:
+            begin: told the step that training goes on from, 0 for a new run.
+            observe: called after every step, on every rank, before it may be saved.
+
+        Returns:
+            Is the run complete?
+
+        Raises:
+            NonFiniteStep: a gradient was not finite; nothing of its step was applied or saved.
+        """
+        self.checkpointer.load(step=self.config.checkpoint.load_step)
+        self._use_scheduled_rate()
+        begin(self.step)
+        batches = iter(self.dataloader)
+        while self.step < self.config.training.steps:
+            self.step += 1
+            self.gc_handler.run(self.step)
+            report = self.train_step(batches, stop=asked_to_stop())
+            observe(report)
+            last = report.stop or self.step == self.config.training.steps
+            self.checkpointer.save(self.step, last_step=last)
+            if last:
+                break
+        self.checkpointer.maybe_wait_for_saving()
+        return bool(self.step >= self.config.training.steps)
+
+    def train_step(self, batches: Iterator[MicroBatch], *, stop: bool = False) -> StepReport:
+        """One step of the optimizer, over all ranks and accumulation steps."""
+        start, position = time.perf_counter(), self.dataloader.order.position
+        self.optimizers.zero_grad(set_to_none=True)
+        rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
+        group = [next(batches) for _ in range(self.gradient_accumulation_steps)]
+        kept, tokens, stopping = self._over_all_ranks(
+            sum(len(batch.kept) for batch in group), sum(batch.tokens for batch in group), int(stop)
+        )
+        losses = torch.stack([self._forward_backward(batch, kept) for batch in group])
+        grad_norm = titan_distributed.clip_grad_norm_(
+            [p for model in self.model_parts for p in model.parameters()],
+            self.config.training.max_norm,
+            foreach=True,
+        ).item()
+        loss = self._loss_over_ranks(losses.sum())
+        if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+            self.dataloader.order.position = position  # from which its rows can be looked up
+            raise self._non_finite(group, losses, loss, grad_norm)
+        self.checkpointer.maybe_wait_for_staging()
+        self.optimizers.step()
+        self.lr_schedulers.step()
+        self.ntokens_seen += tokens
+        seconds = time.perf_counter() - start
+        return StepReport(
+            self.step, loss, grad_norm, rate, kept, tokens, seconds, stop=stopping > 0
+        )
+
+    def _forward_backward(self, batch: MicroBatch, kept_of_step: int) -> Tensor:
+        """Loss of one micro-batch over the step's kept tokens, its gradient added up."""
+        inputs, positions, labels, kept = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (batch.input_ids, batch.positions, batch.labels, batch.kept)
+        )
+        extra: dict[str, Any] = {
+            "positions": positions,
+            "attention_masks": segments(batch.cu_seqlens, device=self.device),
+        }
+        if self.config.parallelism.spmd_backend == "spmd_types":
+            inputs, labels, extra = annotate_input_spmd_types(
+                self.parallel_dims, inputs, labels, extra
+            )
+        divisor = torch.tensor(kept_of_step, device=self.device)
+        with self.train_context():
+            hidden_BLD = self.model_parts[0](inputs, **extra)
+            loss, _ = self.loss_fn(hidden_BLD, labels, divisor, kept=kept)
+            loss.backward()
+        return loss.detach()
+
+    def _over_all_ranks(self, kept: int, tokens: int, stop: int) -> tuple[int, int, int]:
+        """Sums over data-parallel ranks; ``stop`` over all, since any rank may be told."""
+        tensor_mesh = self.parallel_dims.get_optional_mesh("tp")
+        first = tensor_mesh is None or tensor_mesh.get_local_rank() == 0
+        numbers = torch.tensor([kept * first, tokens * first, stop], device=self.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(numbers)
+        kept, tokens, stop = numbers.tolist()
+        return kept, tokens, stop
+
+    def _loss_over_ranks(self, loss: Tensor) -> float:
+        if not self.parallel_dims.dp_cp_enabled:
+            return float(loss.item())
+        return float(titan_distributed.dist_sum(loss, self.parallel_dims.get_mesh("loss")))
+
+    def _use_scheduled_rate(self) -> None:
+        """The rate of the next step by this run's schedule, which a resumed run may lengthen."""
+        for scheduler in self.lr_schedulers:
+            rates = scheduler.get_last_lr()
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _non_finite(
+        self, group: list[MicroBatch], losses: Tensor, loss: float, grad_norm: float
+    ) -> NonFiniteStep:
+        """The error of this step: the rows whose loss is not finite, or else all of its rows."""
+        rows = len(group[0].input_ids)
+        bad = [
+            row
+            for batch, value in zip(group, losses.tolist(), strict=True)
+            if not math.isfinite(value)
+            for row in range(batch.first_row, batch.first_row + rows)
+        ]
+        every: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, bad)
+        found = sorted({row for part in every for row in part})
+        if not found:
+            last = self.step * self.config.training.global_batch_size
+            found = list(range(last - self.config.training.global_batch_size, last))
+        samples = [self.dataloader.order.sample_ids(row, 1)[0] for row in found[:4]]
+        return NonFiniteStep(self.step, loss, grad_norm, found, samples)

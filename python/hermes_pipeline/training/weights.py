@@ -1,0 +1,186 @@
+"""Model folders in Hugging Face form: checked before they are read, written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.training.shape import Shape
+
+MARKER = "hermes4.json"  # says which command wrote a folder, so that it may be replaced
+FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
+SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def check_weights(folder: Path, shape: Shape) -> None:
+    """Compare the tensors in a model folder with a shape, by the files' headers alone.
+
+    Raises:
+        UserError: a file cannot be read; a tensor is missing, unknown, or of another shape.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model {folder} holds no .safetensors file")
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        found |= _header(path)
+    wanted = shape.tensors()
+    spare = {"lm_head.weight"} if shape.tied else set()
+    for name, size in wanted.items():
+        if name not in found:
+            raise UserError(
+                f"model {folder} lacks the tensor {name}, which its config.json implies"
+            )
+        if found[name] != size:
+            raise UserError(
+                f"model {folder}: {name} is {list(found[name])}, its config.json implies "
+                f"{list(size)}"
+            )
+    for name in found:
+        if name not in wanted and name not in spare and not name.endswith(".rotary_emb.inv_freq"):
+            raise UserError(f"model {folder} holds {name}, which its config.json does not imply")
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a file."""
+    shapes = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() not in FLOATS:
+                    raise UserError(
+                        f"{path}: {name} is {tensor.get_dtype()}; quantised models are not trained"
+                    )
+                shapes[name] = tuple(tensor.get_shape())
+    except UserError:
+        raise
+    except Exception as error:  # safetensors raises its own, untyped
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    return shapes
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype a model folder's config.json names; float32 if it names none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def tokenizer_fingerprint_of(folder: Path) -> str | None:
+    """Fingerprint of the tokenizer in a model folder; None where there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from hermes_pipeline.services.hub import load_tokenizer, tokenizer_fingerprint
+
+    return tokenizer_fingerprint(load_tokenizer(str(folder)))
+
+
+@contextmanager
+def written_whole(out: Path, *, marker: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary folder that becomes ``out`` at the end, and leaves nothing after an error.
+
+    A folder that an earlier call wrote is replaced.
+
+    Raises:
+        UserError: ``out`` holds something else.
+    """
+    if out.exists() and not (out.is_dir() and (_is_ours(out) or not any(out.iterdir()))):
+        raise UserError(f"{out} exists and is none of ours; choose another --out, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        (temporary / MARKER).write_text(json.dumps(dict(marker), indent=2) + "\n", encoding="utf-8")
+        _readable(temporary)
+        old = temporary.with_name(f"{temporary.name}.old")
+        if out.exists():
+            os.replace(out, old)
+        os.replace(temporary, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _readable(folder: Path) -> None:
+    """Usual permissions, where temporary files had strict ones."""
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / MARKER).is_file()
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the files of a tokenizer and its chat template, which becomes a file of its own."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    settings = out / "tokenizer_config.json"
+    template = out / "chat_template.jinja"
+    if settings.is_file() and not template.is_file():
+        text = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(text, str):
+            template.write_text(text, encoding="utf-8")
+
+
+def generation_config(earlier: Mapping[str, Any], eos_token_ids: Iterable[int]) -> dict[str, Any]:
+    """generation_config.json: what there was, and every token that ends a turn."""
+    before = earlier.get("eos_token_id")
+    listed = before if isinstance(before, list) else [] if before is None else [before]
+    ends = list(dict.fromkeys([*eos_token_ids, *listed]))
+    return {**earlier, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no file."""
+    if not path.is_file():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_random(folder: Path, shape: Shape, *, embedding_std: float, seed: int) -> None:
+    """Write random weights in float32, the same bytes for the same seed.
+
+    Matrices are normal with standard deviation 1 / sqrt(inputs); those that add to the residual
+    stream are smaller by sqrt(2 x layers), so that its size does not grow with depth.
+    """
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for number, (name, size) in enumerate(shape.tensors().items()):
+        if len(size) == 1:
+            tensors[name] = np.ones(size, np.float32)
+            continue
+        std = embedding_std if name == "model.embed_tokens.weight" else size[1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * shape.layers) ** 0.5
+        normal = np.random.Generator(np.random.Philox(key=[seed, number]))
+        tensors[name] = (std * normal.standard_normal(size)).astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
