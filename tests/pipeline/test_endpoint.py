@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
 from hermes_pipeline.services import endpoint as module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
@@ -13,12 +13,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 LINE_EVERY_S = 5.0
+WAIT_LINE_EVERY_S = 15.0
 
 
 class Counter(Protocol):
@@ -34,6 +36,7 @@ class _Lines:
         self._stage, self._total, self._unit, self._stream = stage, total, unit, stream
         self._done, self._note = 0.0, ""
         self._start = self._last = time.monotonic()
+        self._written = -1.0  # what the last line said was done
 
     def advance(self, count: float = 1, note: str = "") -> None:
         self._done += count
@@ -41,8 +44,12 @@ class _Lines:
         if time.monotonic() - self._last >= LINE_EVERY_S:
             self.write()
 
+    def close(self) -> None:
+        if self._written != self._done:
+            self.write()
+
     def write(self) -> None:
-        self._last = time.monotonic()
+        self._last, self._written = time.monotonic(), self._done
         seconds = self._last - self._start
         rate = self._done / seconds if seconds > 0 else 0.0
         text = f"{self._stage}: {self._done:,.0f}"
@@ -51,7 +58,7 @@ class _Lines:
         text += f" {self._unit}, {rate:,.1f} {self._unit}/s, {seconds:.0f} s"
         if self._total is not None and rate > 0 and self._done < self._total:
             text += f", {(self._total - self._done) / rate:.0f} s left"
-        print(text + (f", {self._note}" if self._note else ""), file=self._stream, flush=True)  # noqa: T201
+        print(text + (f", {self._note}" if self._note else ""), file=self._stream, flush=True)
 
 
 class _Bar:
@@ -85,7 +92,7 @@ def progress(
         try:
             yield lines
         finally:
-            lines.write()
+            lines.close()
         return
     columns = (
         TextColumn("{task.description}"),
@@ -98,3 +105,28 @@ def progress(
     )
     with Progress(*columns, console=Console(file=stream)) as bar:
         yield _Bar(bar, stage, total, unit)
+
+
+@contextmanager
+def waiting(stage: str, *, stream: TextIO | None = None) -> Iterator[Callable[[], None]]:
+    """Show that something of unknown length goes on; call what it gives now and then."""
+    stream = stream or sys.stderr
+    start = last = time.monotonic()
+
+    def write(end: str) -> None:
+        print(f"{stage}{end} {time.monotonic() - start:.0f} s", file=stream, flush=True)
+
+    def tick() -> None:
+        nonlocal last
+        if time.monotonic() - last >= WAIT_LINE_EVERY_S:
+            last = time.monotonic()
+            write(": waiting,")
+
+    if stream.isatty():
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(file=stream), transient=True) as bar:
+            bar.add_task(stage, total=None)
+            yield lambda: None
+    else:
+        yield tick
+    write(": ready after")

@@ -21,7 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -114,8 +114,10 @@ class Server:
                 start_new_session=True,
             )
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, waiting: Callable[[], None] = lambda: None) -> None:
         """Return when a first completion has come back; the engine can die where /health is fine.
+
+        ``waiting`` is called a few times a second.
 
         Raises:
             UserError: with the server's own last words, when it died or was late.
@@ -124,6 +126,7 @@ class Server:
         request = {"model": self.name, "prompt": "1", "max_tokens": 1, "temperature": 0}
         while time.monotonic() < deadline:
             self.check()
+            waiting()
             if _get_status(f"http://{HOST}:{self.port}/health") == 200:
                 status = _get_status(f"{self.base_url}/completions", request)
                 if status == 200:

@@ -9,11 +9,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hermes_pipeline.records import Trace
 from hermes_pipeline.verifiers import VERIFIERS
 from hermes_pipeline.verifiers.math import equal, last_boxed, verify_boxed, verify_boxed_text
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def trace(answer: str) -> Trace:

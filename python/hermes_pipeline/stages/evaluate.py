@@ -1,0 +1,352 @@
+"""`hermes4 evaluate` and `hermes4 serve`: score a model on a benchmark; serve one until stopped.
+
+The folder of an evaluation:
+
+    settings.json   what every answer in the folder was drawn with
+    answers.jsonl   one line for each answer, written as it arrives; what a second run skips
+    failures.jsonl  requests that failed for good in the last run; a second run asks them again
+    scores.json     the figures
+    server.log      what vLLM said, where we started it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.evaluation.benchmark import Benchmark
+from hermes_pipeline.evaluation.benchmarks import find_benchmark
+from hermes_pipeline.evaluation.run import Ask, Draw, is_overlong, plan
+from hermes_pipeline.evaluation.run import run as run_draws
+from hermes_pipeline.evaluation.table import Figures, Graded, summarize
+from hermes_pipeline.records import Message, Score
+from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
+from hermes_pipeline.services.progress import Counter, progress, waiting
+from hermes_pipeline.services.server import Server
+
+WATCH_S = 0.5
+
+
+def serve(model: Path, *, port: int = 8000, max_model_len: int | None = None) -> None:
+    """Serve a model with vLLM until interrupted."""
+    log = Path(f"{model.resolve().name}.server.log")
+    sys.stderr.write(f"starting vLLM on {model}; its log is {log}\n")
+    with Server(model, port=port, max_model_len=max_model_len, log=log) as server:
+        sys.stderr.write(f"model {server.name} at {server.base_url}; Ctrl-C stops it\n")
+        sys.stderr.flush()
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                server.check()
+                time.sleep(WATCH_S)
+    sys.stderr.write("stopped\n")
+
+
+def run(
+    benchmark: str,
+    out: Path,
+    model: str,
+    *,
+    base_url: str | None = None,
+    limit: int | None = None,
+    draws: int | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    max_tokens: int | None = None,
+    max_model_len: int | None = None,
+    concurrency: int = 64,
+    seed: int = 0,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Score a model on a benchmark; what an earlier run has answered is not asked again.
+
+    Args:
+        label: what the progress is called.
+
+    Returns:
+        The content of scores.json.
+
+    Raises:
+        UserError: unknown benchmark, other settings in the folder, no server, wrong key.
+    """
+    chosen = find_benchmark(benchmark)
+    settings = {
+        "benchmark": benchmark,
+        "model": model if base_url else _fingerprint(Path(model)),
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "max_model_len": max_model_len,
+        "seed": seed,
+    }
+    with _locked(out):
+        _keep_settings(out, settings)
+        done = _read_answers(out)
+        planned = list(plan(chosen, seed=seed, limit=limit, draws=draws))
+        todo = [d for d in planned if (d.prompt.key, d.number) not in done]
+        failures: list[dict[str, Any]] = []
+        start = time.monotonic()
+        if todo:
+            sampling = Sampling(temperature, top_p, max_tokens)
+            count = None if base_url else _token_counter(Path(model))
+            with (
+                _address(model, base_url, max_model_len, out) as (url, name, check),
+                (out / "answers.jsonl").open("ab", buffering=0) as file,
+                progress(label or f"evaluate {benchmark}", total=len(todo), unit="answers") as bar,
+            ):
+                record = _Recorder(file.write, failures, bar, count)
+                endpoint = functools.partial(Endpoint, url, name, concurrency=concurrency)
+                asyncio.run(_answer(chosen, todo, endpoint, sampling, record, check, concurrency))
+        _write_lines(out / "failures.jsonl", failures)
+        done = _read_answers(out)
+        lines = [done[key] for d in planned if (key := (d.prompt.key, d.number)) in done]
+        figures = summarize([_graded(line) for line in lines], failed=len(failures))
+        scores = asdict(figures) | {"settings": settings, "seconds": time.monotonic() - start}
+        _write_whole(out / "scores.json", json.dumps(scores, indent=2) + "\n")
+    sys.stderr.write(describe(benchmark, figures) + "\n")
+    if failures and not lines:
+        raise UserError(f"no request was answered; the first failure: {failures[0]['error']}")
+    return scores
+
+
+def describe(benchmark: str, figures: Figures) -> str:
+    """One line for people."""
+    if figures.score is None:
+        return f"{benchmark}: no answers, {figures.failed} failed"
+    error = "" if figures.standard_error is None else f" ± {100 * figures.standard_error:.1f}"
+    thinking = (
+        ""
+        if figures.thinking_tokens is None
+        else f", {figures.thinking_tokens:.0f} tokens thinking"
+    )
+    failed = f", {figures.failed} requests failed" if figures.failed else ""
+    return (
+        f"{benchmark}: {100 * figures.score:.1f}{error} % of {figures.items} items, "
+        f"{100 * (figures.overlong or 0):.1f} % overlong{thinking}{failed}"
+    )
+
+
+async def _answer(
+    benchmark: Benchmark[Any],
+    draws: Sequence[Draw],
+    open_endpoint: Callable[[], Endpoint],
+    sampling: Sampling,
+    record: Callable[[Draw, Score], None],
+    check: Callable[[], None],
+    concurrency: int,
+) -> None:
+    """Have the draws answered; stops at once when the server is found dead."""
+    async with open_endpoint() as endpoint:
+
+        async def ask(messages: Sequence[Message], *, seed: int) -> Reply:
+            return (await endpoint.chat(messages, sampling, seed=seed))[0]
+
+        async def watch() -> None:
+            while True:
+                check()
+                await asyncio.sleep(WATCH_S)
+
+        watching = asyncio.create_task(watch())
+        answering = asyncio.create_task(_run(benchmark, draws, ask, record, concurrency))
+        try:
+            await asyncio.wait({watching, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            await answering
+        finally:
+            for task in (watching, answering):
+                task.cancel()
+            await asyncio.gather(watching, answering, return_exceptions=True)
+
+
+async def _run(
+    benchmark: Benchmark[Any],
+    draws: Sequence[Draw],
+    ask: Ask,
+    record: Callable[[Draw, Score], None],
+    concurrency: int,
+) -> None:
+    try:
+        await run_draws(benchmark, draws, ask, record, concurrency=concurrency)
+    except* EndpointError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise UserError(str(error)) from None
+
+
+class _Recorder:
+    """Writes each answer as one line, keeps the failures, and shows how it goes."""
+
+    def __init__(
+        self,
+        write: Callable[[bytes], int],
+        failures: list[dict[str, Any]],
+        bar: Counter,
+        count: Callable[[str], int] | None,
+    ) -> None:
+        self._write, self._failures, self._bar, self._count = write, failures, bar, count
+        self._passed = self._answered = 0
+
+    def __call__(self, draw: Draw, score: Score) -> None:
+        line = _line(draw, score)
+        if score.error is not None:
+            self._failures.append(line)
+        else:
+            if self._count is not None:
+                line["thinking_tokens"] = self._count(score.trace.thinking)
+            self._write(json.dumps(line).encode() + b"\n")
+            self._answered += 1
+            self._passed += score.verdict.passed
+        share = f"{100 * self._passed / max(1, self._answered):.1f} % right"
+        failed = f", {len(self._failures)} failed" if self._failures else ""
+        self._bar.advance(1, share + failed)
+
+
+def _line(draw: Draw, score: Score) -> dict[str, Any]:
+    return {
+        "key": score.key,
+        "draw": score.draw,
+        "prompt": [{"role": m.role, "content": m.content} for m in draw.prompt.messages],
+        "text": score.trace.text,
+        "thinking": score.trace.thinking,
+        "answer": score.trace.answer,
+        "finish_reason": score.trace.finish_reason,
+        "overlong": is_overlong(score.trace),
+        "tokens": score.trace.completion_tokens,
+        "thinking_tokens": None,
+        "verdict": asdict(score.verdict),
+        "target": score.target,
+        "meta": dict(draw.prompt.meta),
+        "seed": draw.seed,
+        "error": score.error,
+    }
+
+
+def _graded(line: Mapping[str, Any]) -> Graded:
+    return Graded(
+        key=line["key"],
+        score=line["verdict"]["score"],
+        overlong=line["overlong"],
+        completion_tokens=line["tokens"],
+        thinking_tokens=line["thinking_tokens"],
+    )
+
+
+@contextmanager
+def _address(
+    model: str, base_url: str | None, max_model_len: int | None, out: Path
+) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """Address and name of a model that is served, and what raises when its server has died."""
+    if base_url is not None:
+        yield base_url, model, lambda: None
+        return
+    server = Server(model, max_model_len=max_model_len, log=out / "server.log")
+    try:
+        with waiting(f"start vLLM on {Path(model).name}") as tick:
+            server.start()
+            server.wait_ready(tick)
+        yield server.base_url, server.name, server.check
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another evaluation writes to {out}; wait for it, or choose another --out"
+            ) from None
+        yield
+
+
+def _keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings, or refuse a folder whose answers were drawn with others."""
+    path = out / "settings.json"
+    if path.exists() and (out / "answers.jsonl").exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged; move the folder away") from None
+        changed = [
+            f"{k} was {before.get(k)!r} and is {settings[k]!r}"
+            for k in settings
+            if before.get(k) != settings[k]
+        ]
+        if changed:
+            raise UserError(
+                f"{out} holds answers of another evaluation: {'; '.join(changed)}. "
+                f"Choose another --out, or delete this one"
+            )
+    _write_whole(path, json.dumps(settings, indent=2) + "\n")
+
+
+def _read_answers(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The answers so far; a last line that was cut off is cut away."""
+    path = out / "answers.jsonl"
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    answers = {}
+    for number, line in enumerate(content[:whole].splitlines(), 1):
+        try:
+            answer = json.loads(line)
+            answers[answer["key"], answer["draw"]] = answer
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number} is damaged; move the folder away") from None
+    return answers
+
+
+def _fingerprint(model: Path) -> str:
+    """The model folder with what tells one state of its files from another."""
+    if not model.is_dir():
+        raise UserError(
+            f"model {str(model)!r} is not a folder; for a model that is served elsewhere give "
+            f"--base-url too"
+        )
+    files = sorted(p for p in model.iterdir() if p.is_file())
+    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return f"{model.resolve()} {hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}"
+
+
+def _token_counter(model: Path) -> Callable[[str], int] | None:
+    """Counts tokens as the model does; None where the folder holds no tokenizer."""
+    if not (model / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    if lines:
+        _write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,98 @@
+"""Progress: plain lines where nobody looks at a terminal, a bar where somebody does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+
+from hermes_pipeline.services import progress as module
+from hermes_pipeline.services.progress import progress, waiting
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test moves by hand."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_say_stage_count_rate_and_time_left(clock: list[float]) -> None:
+    out = io.StringIO()
+    with progress("pack", total=100, unit="rows", stream=out) as counter:
+        clock[0] += 10
+        counter.advance(20, "loss 1.5")
+    first = out.getvalue().splitlines()[0]
+    assert first == "pack: 20/100 rows, 2.0 rows/s, 10 s, 40 s left, loss 1.5"
+
+
+def test_lines_are_seldom(clock: list[float]) -> None:
+    out = io.StringIO()
+    with progress("pack", total=1000, unit="rows", stream=out) as counter:
+        for _ in range(1000):
+            clock[0] += 0.01
+            counter.advance()
+    assert len(out.getvalue().splitlines()) == 2  # one at five seconds, one at the end
+
+
+def test_lines_do_without_a_total(clock: list[float]) -> None:
+    out = io.StringIO()
+    with progress("read", total=None, unit="records", stream=out) as counter:
+        clock[0] += 2
+        counter.advance(10)
+    assert out.getvalue() == "read: 10 records, 5.0 records/s, 2 s\n"
+
+
+def test_the_last_line_is_written_when_the_work_fails(clock: list[float]) -> None:
+    out = io.StringIO()
+    with (
+        contextlib.suppress(RuntimeError),
+        progress("pack", total=9, unit="rows", stream=out) as counter,
+    ):
+        counter.advance(3)
+        raise RuntimeError
+    assert "3/9 rows" in out.getvalue()
+
+
+def test_lines_carry_no_control_characters() -> None:
+    out = io.StringIO()
+    with progress("pack", total=2, unit="rows", stream=out) as counter:
+        counter.advance(2)
+    assert out.getvalue().replace("\n", "").isprintable()
+
+
+def test_a_terminal_gets_a_bar_with_stage_count_and_note() -> None:
+    out = Terminal()
+    with progress("pack", total=2, unit="rows", stream=out) as counter:
+        counter.advance(2, "loss 1.5")
+    assert "pack" in out.getvalue()
+    assert "2/2" in out.getvalue()
+    assert "rows/s" in out.getvalue()
+    assert "loss 1.5" in out.getvalue()
+
+
+def test_waiting_says_so_now_and_then_and_when_it_is_over(clock: list[float]) -> None:
+    out = io.StringIO()
+    with waiting("start", stream=out) as tick:
+        for _ in range(40):
+            clock[0] += 1
+            tick()
+    assert out.getvalue().splitlines() == [
+        "start: waiting, 15 s",
+        "start: waiting, 30 s",
+        "start: ready after 40 s",
+    ]
+
+
+def test_waiting_that_fails_does_not_call_itself_ready() -> None:
+    out = io.StringIO()
+    with pytest.raises(RuntimeError), waiting("start", stream=out):
+        raise RuntimeError
+    assert "ready" not in out.getvalue()
