@@ -11,7 +11,7 @@ from setuptools import setup
 
 # Listed by hand, in reading order, so that a build never picks up a stray file.
 SOURCES = ["isa.cpp", "packing.cpp", "rows.cpp", "mapping.cpp", "bindings.cpp"]
-HEADERS = ["isa.hpp", "packing.hpp", "rows.hpp", "mapping.hpp"]
+HEADERS = ["isa.hpp", "buffer.hpp", "packing.hpp", "rows.hpp", "mapping.hpp"]
 
 DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sanitizers
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/typing.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <system_error>
@@ -114,10 +115,10 @@ Packed pack(const Int64Array& lengths, std::int64_t row_length, const std::strin
         packed.longest = sorted.classes.front().length;
         packed.shortest = sorted.classes.back().length;
     }
-    packed.samples = Int64Array(static_cast<py::ssize_t>(sorted.ids.size()));
+    packed.samples = Int64Array(static_cast<py::ssize_t>(sorted.ids.size()) - sorted.dropped);
     packed.row_offsets = Int64Array(plan.rows + 1);
-    packed.dropped = Int64Array(static_cast<py::ssize_t>(sorted.dropped.size()));
-    std::copy(sorted.dropped.begin(), sorted.dropped.end(), packed.dropped.mutable_data());
+    packed.dropped = Int64Array(sorted.dropped);
+    std::copy_n(sorted.ids.data(), sorted.dropped, packed.dropped.mutable_data());
     std::int64_t* samples = packed.samples.mutable_data();
     std::int64_t* row_offsets = packed.row_offsets.mutable_data();
     {

@@ -1,7 +1,6 @@
 #include "packing.hpp"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 
 namespace hermes {
@@ -9,6 +8,7 @@ namespace {
 
 // One counting sort reaches this many keys; beyond, its counters leave the cache.
 constexpr std::int64_t kOnePassKeys = std::int64_t{1} << 17;
+constexpr std::size_t kPrefetchedRows = 64;
 
 // ---- sorting ----------------------------------------------------------------------------------
 
@@ -20,7 +20,7 @@ struct Keys {  // key 0 is the longest length; with TooLong::drop, key 0 stands 
     }
 };
 
-void sort_in_one_pass(const Keys& keys, std::int64_t count, std::vector<std::uint32_t>& ids,
+void sort_in_one_pass(const Keys& keys, std::int64_t count, Buffer<std::uint32_t>& ids,
                       std::vector<LengthClass>& classes) {
     // Four tables, since a run of equal lengths would wait on one counter's last store.
     const auto size = static_cast<std::size_t>(keys.top);
@@ -50,12 +50,12 @@ void sort_in_one_pass(const Keys& keys, std::int64_t count, std::vector<std::uin
     }
 }
 
-void sort_in_digits(const Keys& keys, std::int64_t count, std::vector<std::uint32_t>& ids,
+void sort_in_digits(const Keys& keys, std::int64_t count, Buffer<std::uint32_t>& ids,
                     std::vector<LengthClass>& classes) {
     constexpr int digit_bits = 11;
     constexpr std::uint64_t mask = (1U << digit_bits) - 1;
     const auto size = static_cast<std::size_t>(count);
-    std::vector<std::uint64_t> pairs(size), other(size);  // key, then id
+    Buffer<std::uint64_t> pairs(size), other(size);  // key, then id
     for (std::size_t id = 0; id < size; ++id) {
         pairs[id] = std::uint64_t{keys(static_cast<std::int64_t>(id))} << 32 | id;
     }
@@ -68,7 +68,7 @@ void sort_in_digits(const Keys& keys, std::int64_t count, std::vector<std::uint3
         for (const std::uint64_t pair : pairs) {
             other[starts[pair >> (32 + shift) & mask]++] = pair;
         }
-        pairs.swap(other);
+        std::swap(pairs, other);
     }
     for (std::size_t i = 0; i < size; ++i) {
         ids[i] = static_cast<std::uint32_t>(pairs[i]);
@@ -178,8 +178,7 @@ private:
 // Runs that fit the class at hand; take() gives the lowest-numbered, found in a tree of bits.
 class LowestFirst {
 public:
-    explicit LowestFirst(std::int64_t max_rows)
-        : runs_(new Run[static_cast<std::size_t>(max_rows)]) {
+    explicit LowestFirst(std::int64_t max_rows) : slots_(static_cast<std::size_t>(max_rows)) {
         for (std::int64_t words = max_rows; levels_.empty() || words > 1;) {
             words = (words + 63) / 64;
             levels_.emplace_back(static_cast<std::size_t>(words));
@@ -194,7 +193,13 @@ public:
         }
     }
     void put_back(const Run& run) {
-        runs_[run.first] = run;
+        if (free_.empty()) {
+            free_.push_back(static_cast<std::uint32_t>(runs_.size()));
+            runs_.emplace_back();
+        }
+        slots_[run.first] = free_.back();
+        runs_[free_.back()] = run;
+        free_.pop_back();
         std::size_t at = run.first;
         for (auto& level : levels_) {
             level[at / 64] |= std::uint64_t{1} << at % 64;
@@ -206,7 +211,8 @@ public:
         for (auto level = levels_.rbegin(); level != levels_.rend(); ++level) {
             at = at * 64 + static_cast<std::size_t>(__builtin_ctzll((*level)[at]));
         }
-        const Run run = runs_[at];
+        const Run run = runs_[slots_[at]];
+        free_.push_back(slots_[at]);
         for (auto& level : levels_) {
             std::uint64_t& word = level[at / 64];
             word &= ~(std::uint64_t{1} << at % 64);
@@ -219,7 +225,9 @@ public:
     }
 
 private:
-    std::unique_ptr<Run[]> runs_;  // by first row; only those with a bit set are written
+    std::vector<Run> runs_;
+    std::vector<std::uint32_t> free_;  // places in runs_
+    Buffer<std::uint32_t> slots_;      // by first row, its place in runs_ where a bit is set
     std::vector<std::vector<std::uint64_t>> levels_;
 };
 
@@ -304,8 +312,8 @@ private:
     std::array<std::uint64_t, 4> s_;
 };
 
-std::vector<std::uint32_t> shuffled(std::size_t rows, const std::array<std::uint64_t, 4>& seed) {
-    std::vector<std::uint32_t> order(rows);
+Buffer<std::uint32_t> shuffled(std::size_t rows, const std::array<std::uint64_t, 4>& seed) {
+    Buffer<std::uint32_t> order(rows);
     std::iota(order.begin(), order.end(), 0U);
     Xoshiro256 random(seed);
     for (std::size_t i = rows; i > 1; --i) {
@@ -328,7 +336,7 @@ std::int64_t find_outside(const std::int64_t* lengths, std::int64_t count, std::
 Sorted sort_by_length(const std::int64_t* lengths, std::int64_t count, std::int64_t row_length,
                       TooLong too_long) {
     Sorted sorted;
-    sorted.ids.resize(static_cast<std::size_t>(count));
+    sorted.ids = Buffer<std::uint32_t>(static_cast<std::size_t>(count));
     const Keys keys{lengths, too_long == TooLong::drop ? row_length + 1 : row_length};
     if (keys.top <= kOnePassKeys) {
         sort_in_one_pass(keys, count, sorted.ids, sorted.classes);
@@ -336,9 +344,7 @@ Sorted sort_by_length(const std::int64_t* lengths, std::int64_t count, std::int6
         sort_in_digits(keys, count, sorted.ids, sorted.classes);
     }
     if (!sorted.classes.empty() && sorted.classes.front().length > row_length) {
-        const auto end = sorted.ids.begin() + sorted.classes.front().count;
-        sorted.dropped.assign(sorted.ids.begin(), end);
-        sorted.ids.erase(sorted.ids.begin(), end);
+        sorted.dropped = sorted.classes.front().count;
         sorted.classes.erase(sorted.classes.begin());
     }
     return sorted;
@@ -393,31 +399,40 @@ std::int64_t lower_bound(const std::vector<LengthClass>& classes, std::int64_t r
 void lay_out(const Sorted& sorted, const Plan& plan, const std::array<std::uint64_t, 4>* seed,
              std::int64_t* samples, std::int64_t* row_offsets) {
     const auto rows = static_cast<std::size_t>(plan.rows);
-    std::vector<std::uint32_t> ends(rows + 1);  // first counts, then starts, then ends of rows
+    std::vector<std::uint32_t> bounds(rows + 2);  // row r is [bounds[r], bounds[r + 1]) at the end
     for (const Placement& p : plan.placements) {
-        for (std::uint32_t row = 0; row < p.rows; ++row) {
-            ends[p.first + row + 1] += p.each;
+        for (std::uint32_t row = p.first; row < p.first + p.rows; ++row) {
+            bounds[row + 2] += p.each;
         }
     }
-    std::partial_sum(ends.begin(), ends.end(), ends.begin());
-    std::vector<std::uint32_t> packed(sorted.ids.size());
-    const std::uint32_t* next = sorted.ids.data();
+    std::partial_sum(bounds.begin(), bounds.end(), bounds.begin());
+    Buffer<std::uint32_t> packed(sorted.ids.size());
+    const std::uint32_t* next = sorted.ids.data() + sorted.dropped;
     for (const Placement& p : plan.placements) {
-        for (std::uint32_t row = 0; row < p.rows; ++row) {
-            std::uint32_t& at = ends[p.first + row];
+        for (std::uint32_t row = p.first; row < p.first + p.rows; ++row) {
+            std::uint32_t& at = bounds[row + 1];  // where row r is filled to
             for (std::uint32_t i = 0; i < p.each; ++i) {
                 packed[at++] = *next++;
             }
         }
     }
-    // Now ends[r] is where row r ends: the next one starts there.
-    const auto order = seed ? shuffled(rows, *seed) : std::vector<std::uint32_t>();
+    const auto order = seed ? shuffled(rows, *seed) : Buffer<std::uint32_t>();
     std::int64_t written = 0;
-    for (std::size_t i = 0; i < rows; ++i) {
-        const std::size_t row = seed ? order[i] : i;
-        row_offsets[i] = written;
-        for (std::uint32_t at = row == 0 ? 0 : ends[row - 1]; at < ends[row]; ++at) {
-            samples[written++] = packed[at];
+    for (std::size_t block = 0; block < rows; block += kPrefetchedRows) {
+        // Shuffled rows lie anywhere in `packed`: ask for all of a block before reading the first.
+        std::array<std::uint32_t, kPrefetchedRows> from, to;
+        const std::size_t size = std::min(kPrefetchedRows, rows - block);
+        for (std::size_t i = 0; i < size; ++i) {
+            const std::size_t row = seed ? order[block + i] : block + i;
+            from[i] = bounds[row];
+            to[i] = bounds[row + 1];
+            __builtin_prefetch(&packed[from[i]]);
+        }
+        for (std::size_t i = 0; i < size; ++i) {
+            row_offsets[block + i] = written;
+            for (std::uint32_t at = from[i]; at < to[i]; ++at) {
+                samples[written++] = packed[at];
+            }
         }
     }
     row_offsets[rows] = written;

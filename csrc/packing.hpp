@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "buffer.hpp"
+
 namespace hermes {
 
 constexpr std::int64_t kMaxSamples = (std::int64_t{1} << 31) - 1;
@@ -25,9 +27,9 @@ struct LengthClass {
 };
 
 struct Sorted {
-    std::vector<std::uint32_t> dropped;  // rising
-    std::vector<std::uint32_t> ids;      // by falling length, then by rising id
-    std::vector<LengthClass> classes;    // by falling length
+    Buffer<std::uint32_t> ids;         // the dropped ones, then by falling length; ties by id
+    std::vector<LengthClass> classes;  // by falling length, without the dropped
+    std::int64_t dropped = 0;
 };
 
 // `rows` successive rows, from number `first` on, each take `each` samples of one class.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import zipfile
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Packing:
             ValueError: not a plan, damaged, of a newer version, or of another store.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header = json.loads(bytes(file["header"]))
                 arrays = {name: file[name] for name in _ARRAYS}
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, TypeError) as error:
@@ -149,8 +150,12 @@ def pack(
         ValueError: no lengths, a length out of range, or an unknown option.
     """
     values = _check_lengths(lengths)
+    row_length = _check_integer("row_length", row_length)
+    if not 1 <= row_length <= _C.MAX_ROW_LENGTH:
+        raise ValueError(f"row_length is {row_length}, outside [1, {_C.MAX_ROW_LENGTH}]")
     words: list[int] = []
     if seed is not None:
+        seed = _check_integer("seed", seed)
         if seed < 0:
             raise ValueError(f"seed is {seed}, want 0 or more, or None for packing order")
         words = np.random.SeedSequence(seed).generate_state(4, np.uint64).tolist()
@@ -177,8 +182,20 @@ def _check_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
     if values.ndim != 1:
         raise ValueError(f"lengths is {values.ndim}-D with shape {values.shape}, want [samples]")
     if values.dtype.kind not in "iu":
-        raise TypeError(f"lengths is {values.dtype} (lengths[0] is {values[0]!r}), want integers")
+        wrong = (i for i, value in enumerate(values.tolist()) if type(value) is not int)
+        i = next(wrong, None)
+        i = int(values.argmax()) if i is None else i  # an integer, but too large
+        raise TypeError(
+            f"lengths is {values.dtype} (lengths[{i}] is {values[i]!r}), want integers below 2**63"
+        )
     if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
         i = int(values.argmax())
-        raise ValueError(f"lengths[{i}] is {values[i]}, more than any sample can have")
+        raise ValueError(f"lengths[{i}] is {values[i]}, want integers below 2**63")
     return np.ascontiguousarray(values, np.int64)
+
+
+def _check_integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, want an integer") from None

@@ -1,0 +1,353 @@
+"""Plans: equal to the textbook, complete, stable, and refused when the input is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hermes_core import Packing, pack
+from hermes_core.packing import Strategy
+
+STRATEGIES: list[Strategy] = ["best_fit_decreasing", "first_fit_decreasing"]
+
+
+def textbook(lengths: list[int], row_length: int, strategy: Strategy) -> list[list[int]]:
+    """Each sample by falling length, then id, into the row that the strategy names: O(n * rows)."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [r for r in range(len(rows)) if room[r] >= lengths[sample]]
+        if not fitting:
+            fitting = [len(rows)]
+            rows.append([])
+            room.append(row_length)
+        if strategy == "best_fit_decreasing":
+            row = min(fitting, key=lambda r: (room[r], r))
+        else:
+            row = fitting[0]
+        rows[row].append(sample)
+        room[row] -= lengths[sample]
+    return rows
+
+
+def rows_of(packing: Packing) -> list[list[int]]:
+    bounds = packing.row_offsets.tolist()
+    samples = packing.samples.tolist()
+    return [samples[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> tuple[list[int], int]:
+    row_length = draw(st.sampled_from([1, 2, 7, 63, 100, 1001, 16_384, 131_072, 200_003, 1 << 31]))
+    kinds = draw(st.integers(1, 12))  # few lengths make long runs, many make short ones
+    some = draw(st.lists(st.integers(1, row_length), min_size=kinds, max_size=kinds))
+    near = st.integers(max(1, row_length // 5), max(1, row_length // 2))
+    length = draw(st.sampled_from([st.sampled_from(some), st.integers(1, row_length), near]))
+    return draw(st.lists(length, min_size=1, max_size=150)), row_length
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=400, deadline=None)
+@given(instance=instances())
+def test_pack_equals_textbook_row_by_row(
+    instance: tuple[list[int], int], strategy: Strategy
+) -> None:
+    lengths, row_length = instance
+    packing = pack(lengths, row_length=row_length, strategy=strategy, seed=None)
+    assert rows_of(packing) == textbook(lengths, row_length, strategy)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("row_length", [50, 1000, 300_000])
+def test_pack_equals_textbook_on_thousands_of_samples(row_length: int, strategy: Strategy) -> None:
+    rng = np.random.default_rng(row_length)
+    for high in (row_length, row_length // 2, row_length // 3):
+        lengths = rng.integers(1, high + 1, size=2_500).tolist()
+        packing = pack(lengths, row_length=row_length, strategy=strategy, seed=None)
+        assert rows_of(packing) == textbook(lengths, row_length, strategy)
+
+
+@settings(deadline=None)
+@given(instance=instances(), seed=st.integers(0, 1 << 70))
+def test_seed_reorders_rows_and_nothing_else(instance: tuple[list[int], int], seed: int) -> None:
+    lengths, row_length = instance
+    plain = pack(lengths, row_length=row_length, seed=None)
+    shuffled = pack(lengths, row_length=row_length, seed=seed)
+    assert sorted(rows_of(shuffled)) == sorted(rows_of(plain))
+    again = pack(lengths, row_length=row_length, seed=seed)
+    assert np.array_equal(again.samples, shuffled.samples)
+    assert np.array_equal(again.row_offsets, shuffled.row_offsets)
+
+
+def test_each_seed_gives_another_order() -> None:
+    lengths = np.arange(1, 1001)
+    plans = [pack(lengths, row_length=1000, seed=seed).samples.tolist() for seed in range(5)]
+    assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
+
+
+def test_shuffle_is_fisher_and_yates_with_xoshiro() -> None:
+    """A twin in plain Python: any other platform or version has to give this order."""
+    rows, mask = 1_000, (1 << 64) - 1
+    for seed in (0, 7, 1 << 100):
+        s = [int(word) for word in np.random.SeedSequence(seed).generate_state(4, np.uint64)]
+        order = list(range(rows))
+        for i in range(rows, 1, -1):
+            product = s[1] * 5 & mask
+            number = ((product << 7 | product >> 57) & mask) * 9 & mask
+            t = s[1] << 17 & mask
+            s[2] ^= s[0]
+            s[3] ^= s[1]
+            s[1] ^= s[2]
+            s[0] ^= s[3]
+            s[2] ^= t
+            s[3] = (s[3] << 45 | s[3] >> 19) & mask
+            j = number * i >> 64
+            order[i - 1], order[j] = order[j], order[i - 1]
+        assert pack([5] * rows, row_length=5, seed=seed).samples.tolist() == order
+
+
+def test_shuffle_of_twelve_rows_is_frozen() -> None:
+    packing = pack([5] * 12, row_length=5, seed=1234)
+    assert packing.samples.tolist() == [8, 4, 2, 3, 6, 10, 11, 5, 9, 7, 0, 1]
+
+
+def test_shuffle_puts_each_row_everywhere_equally_often() -> None:
+    counts = np.zeros((6, 6))
+    for seed in range(3_000):
+        counts[np.arange(6), pack([1] * 6, row_length=1, seed=seed).samples] += 1
+    assert np.abs(counts - 500).max() < 5 * np.sqrt(500)
+
+
+@settings(max_examples=150, deadline=None)
+@given(instance=instances())
+def test_lower_bound_is_l2_of_martello_and_toth(instance: tuple[list[int], int]) -> None:
+    lengths, size = instance
+    bounds = [-(-sum(lengths) // size)]
+    for a in {0, *(length for length in lengths if 2 * length <= size)}:
+        alone = [x for x in lengths if x > size - a]
+        large = [x for x in lengths if size - a >= x and 2 * x > size]
+        small = [x for x in lengths if 2 * x <= size and x >= a]
+        rest = sum(small) - (len(large) * size - sum(large))
+        bounds.append(len(alone) + len(large) + max(0, -(-rest // size)))
+    packing = pack(lengths, row_length=size)
+    assert packing.lower_bound == max(bounds)
+    assert packing.lower_bound <= packing.rows
+
+
+def test_lower_bound_sees_samples_that_cannot_share_a_row() -> None:
+    assert pack([6] * 10, row_length=10).lower_bound == 10  # by tokens alone it would be 6
+
+
+def test_plan_counts_what_it_holds() -> None:
+    packing = pack([4, 9, 6, 1], row_length=10, seed=None)
+    assert rows_of(packing) == [[1, 3], [2, 0]]
+    assert (packing.rows, packing.tokens, packing.fill) == (2, 20, 1.0)
+    assert (packing.longest, packing.shortest, packing.lower_bound) == (9, 1, 2)
+    assert packing.samples.dtype == packing.row_offsets.dtype == np.int64
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dropped_samples_are_listed_and_the_others_packed(strategy: Strategy) -> None:
+    lengths = [3, 11, 10, 99, 7, 1 << 40]
+    packing = pack(lengths, row_length=10, too_long="drop", strategy=strategy, seed=None)
+    assert packing.dropped.tolist() == [1, 3, 5]
+    assert rows_of(packing) == [[2], [4, 0]]
+    assert packing.truncated.tolist() == []
+    assert "3 samples longer than a row dropped" in packing.report()
+
+
+def test_truncated_samples_are_listed_and_count_as_a_row() -> None:
+    packing = pack([3, 11, 10, 99, 7], row_length=10, too_long="truncate", seed=None)
+    assert packing.truncated.tolist() == [1, 3]
+    assert rows_of(packing) == [[1], [2], [3], [4, 0]]
+    assert (packing.tokens, packing.longest, packing.fill) == (40, 10, 1.0)
+    assert "2 samples longer than a row truncated" in packing.report()
+
+
+def test_report_says_rows_fill_and_distance_from_lower_bound() -> None:
+    report = pack([6, 6, 6, 5], row_length=12).report()
+    assert "2 rows of 12 tokens by best_fit_decreasing" in report
+    assert "4 samples of 5 to 6 tokens, 23 in all" in report
+    assert "fill 95.8333%; lower bound 2 rows, reached" in report
+    report = pack([5, 5, 4, 4, 3, 3], row_length=12).report()
+    assert "fill 66.6667%; lower bound 2 rows, 1 above it (50.0000%)" in report
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64"])
+def test_any_integer_dtype_gives_the_same_plan(dtype: str) -> None:
+    lengths = np.arange(1, 101)
+    expected = pack(lengths, row_length=128)
+    got = pack(lengths.astype(dtype), row_length=128)
+    assert np.array_equal(got.samples, expected.samples)
+
+
+def test_strided_and_read_only_and_big_endian_lengths_are_packed() -> None:
+    lengths = np.arange(1, 101)
+    expected = pack(lengths, row_length=128).samples
+    read_only = lengths.copy()
+    read_only.flags.writeable = False
+    for same in (np.repeat(lengths, 2)[::2], read_only, lengths.astype(">i4")):
+        assert np.array_equal(pack(same, row_length=128).samples, expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        ([], ValueError, "lengths is empty: nothing to pack"),
+        ([1, 0, 3], ValueError, r"lengths\[1\] is 0, outside \[1, 16\]; every sample needs"),
+        ([1, 2, -5], ValueError, r"lengths\[2\] is -5, outside \[1, 16\]"),
+        ([1, 2**62], ValueError, r"lengths\[1\] is 4611686018427387904, outside \[1, 16\]; set"),
+        ([16, 17, 99], ValueError, r"lengths\[1\] is 17, outside \[1, 16\]; set too_long"),
+        (np.array([1, 2**64 - 1], np.uint64), ValueError, r"lengths\[1\] is 18446744073709551615"),
+        ([[1, 2]], ValueError, r"lengths is 2-D with shape \(1, 2\)"),
+        (np.int64(3), ValueError, "lengths is 0-D"),
+        ([1.0, 2.5], TypeError, r"lengths is float64 .*1\.0.*want integers"),
+        ([float("nan")], TypeError, "lengths is float64 .*nan"),
+        ([True, False], TypeError, "lengths is bool .*True"),
+        (["a"], TypeError, "lengths is <U1"),
+        ([2**70], TypeError, "lengths is object .*1180591620717411303424"),
+        (np.array([1, None], object), TypeError, "lengths is object"),
+    ],
+)  # fmt: skip
+def test_wrong_lengths_are_refused_by_name_and_value(
+    lengths: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pack(lengths, row_length=16)  # type: ignore[arg-type]
+
+
+def test_zero_is_refused_under_every_policy() -> None:
+    for too_long in ("error", "drop", "truncate"):
+        with pytest.raises(ValueError, match=r"lengths\[0\] is 0, outside"):
+            pack([0, 50], row_length=16, too_long=too_long)  # type: ignore[arg-type]
+
+
+def test_nothing_left_after_dropping_is_an_error() -> None:
+    with pytest.raises(ValueError, match="all 2 samples are longer than row_length=16"):
+        pack([17, 18], row_length=16, too_long="drop")
+
+
+@pytest.mark.parametrize("row_length", [0, -1, (1 << 31) + 1])
+def test_row_length_out_of_range_is_refused(row_length: int) -> None:
+    with pytest.raises(ValueError, match=rf"row_length is {row_length}, outside \[1, 2147483648\]"):
+        pack([1], row_length=row_length)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"strategy": "worst_fit"}, ValueError, "strategy is 'worst_fit', want 'best_fit_decr"),
+        ({"too_long": "split"}, ValueError, "too_long is 'split', want 'error', 'drop' or"),
+        ({"seed": -1}, ValueError, "seed is -1, want 0 or more"),
+        ({"seed": 1.5}, TypeError, "seed is 1.5, want an integer"),
+        ({"row_length": 1.5}, TypeError, "row_length is 1.5, want an integer"),
+        ({"row_length": 1 << 80}, ValueError, "row_length is 1208925819614629174706176, outside"),
+    ],
+)
+def test_wrong_options_are_refused_by_name_and_value(
+    options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pack([1], **{"row_length": 16, **options})  # type: ignore[arg-type]
+
+
+def test_millions_of_samples_that_are_all_different_pack_quickly() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.permutation(1_000_000) + (1 << 29)  # three to a row, each length once
+    packing = pack(lengths, row_length=1 << 31, strategy="first_fit_decreasing")
+    assert packing.rows == 333_334
+    assert np.array_equal(np.sort(packing.samples), np.arange(1_000_000))
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_save_and_load_give_the_same_plan(tmp_path: Path, seed: int | None) -> None:
+    saved = pack([3, 11, 10, 7], row_length=10, too_long="truncate", seed=seed, fingerprint="abc")
+    saved.save(tmp_path / "plan.npz")
+    loaded = Packing.load(tmp_path / "plan.npz", fingerprint="abc")
+    for name in Packing.__slots__:
+        assert np.array_equal(getattr(loaded, name), getattr(saved, name)), name
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.npz"]
+
+
+def test_save_keeps_the_name_it_was_given(tmp_path: Path) -> None:
+    pack([1], row_length=1).save(str(tmp_path / "plan"))
+    assert Packing.load(str(tmp_path / "plan")).rows == 1
+
+
+def test_plan_of_another_store_is_refused(tmp_path: Path) -> None:
+    pack([1], row_length=1, fingerprint="abc").save(tmp_path / "plan.npz")
+    with pytest.raises(ValueError, match="was made for the store abc, not for def; pack this"):
+        Packing.load(tmp_path / "plan.npz", fingerprint="def")
+
+
+def test_plan_of_a_newer_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hermes_core.packing.VERSION", 99)
+    pack([1], row_length=1).save(tmp_path / "plan.npz")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="version 99, want 'hermes4 packing' version 1"):
+        Packing.load(tmp_path / "plan.npz")
+
+
+def test_missing_plan_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="plan.npz"):
+        Packing.load(tmp_path / "plan.npz")
+
+
+def test_damaged_plan_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
+    path = tmp_path / "plan.npz"
+    pack(range(1, 60), row_length=64).save(path)
+    good = path.read_bytes()
+    for keep in (0, 1, 10, len(good) // 2, len(good) - 1):
+        path.write_bytes(good[:keep])
+        with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
+            Packing.load(path)
+    middle = good.index(b"samples.npy") + 300  # inside the array: only its CRC can tell
+    path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+    with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
+        Packing.load(path)
+
+
+def test_other_npz_files_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", samples=np.zeros(3))
+    with pytest.raises(ValueError, match=r"other.npz is not a packing plan"):
+        Packing.load(tmp_path / "other.npz")
+
+
+def test_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.npz"
+    pack([1, 2], row_length=4).save(path)
+    before = path.read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        pack([3, 4], row_length=4).save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.npz"]
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_plan_is_the_same_on_every_instruction_set(isa: str) -> None:
+    code = (
+        "import numpy as np, hashlib, hermes_core as h;"
+        "p = h.pack(np.arange(1, 5001), row_length=5000, seed=3);"
+        "print(hashlib.sha256(p.samples).hexdigest())"
+    )
+    got = subprocess.run(
+        [sys.executable, "-P", "-c", code], env={**os.environ, "HERMES_CORE_ISA": isa},
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    expected = pack(np.arange(1, 5001), row_length=5000, seed=3).samples
+    assert got.strip() == hashlib.sha256(expected).hexdigest()  # type: ignore[arg-type]
