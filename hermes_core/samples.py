@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,6 +115,9 @@ class Samples:
         for start, end in shard.spans[shard.span_offsets[local] : shard.span_offsets[local + 1]]:
             loss_mask[start:end] = True
         return token_ids, loss_mask
+
+    def __iter__(self) -> Iterator[tuple[Tokens, NDArray[np.bool_]]]:
+        return (self[i] for i in range(len(self)))
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

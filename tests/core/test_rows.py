@@ -1,0 +1,287 @@
+"""Rows: equal to a loop over tokens, and nothing outside a shard is ever read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hermes_core import IGNORE_INDEX, Packing, Rows, Samples, Shard, build_rows, pack
+
+
+def plain_rows(samples: Samples, packing: Packing, rows: list[int], pad_id: int) -> Rows:
+    """Token by token in Python."""
+    length = packing.row_length
+    input_ids = np.full((len(rows), length), pad_id)
+    labels = np.full((len(rows), length), IGNORE_INDEX)
+    positions = np.zeros((len(rows), length), np.int64)
+    starts, kept = [], []
+    for r, row in enumerate(rows):
+        at = 0
+        for sample in packing.samples[packing.row_offsets[row] : packing.row_offsets[row + 1]]:
+            token_ids, loss_mask = samples[int(sample)]
+            count = min(len(token_ids), length)
+            starts.append(r * length + at)
+            for t in range(count):
+                input_ids[r, at + t] = token_ids[t]
+                positions[r, at + t] = t
+                if t + 1 < count and loss_mask[t + 1]:
+                    labels[r, at + t] = token_ids[t + 1]
+                    kept.append(r * length + at + t)
+            at += count
+        if at < length:
+            starts.append(r * length + at)
+            positions[r, at:] = range(length - at)
+    cu_seqlens = np.array([*starts, len(rows) * length], np.int32)
+    return Rows(input_ids, labels, positions, cu_seqlens, np.array(kept, np.int64))
+
+
+def assert_equal(got: Rows, expected: Rows) -> None:
+    for name in Rows.__slots__:
+        have, want = getattr(got, name), getattr(expected, name)
+        assert have.dtype == want.dtype, name
+        assert np.array_equal(have, want), name
+
+
+def shard_of(masks: list[list[bool]], dtype: type, rng: np.random.Generator) -> Shard:
+    ids = [rng.integers(0, np.iinfo(dtype).max, len(mask), endpoint=True) for mask in masks]
+    shard = Samples.from_lists(ids, masks).shards[0]
+    return replace(shard, tokens=shard.tokens.astype(dtype))
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> Samples:
+    masks = st.lists(st.lists(st.booleans(), min_size=1, max_size=40), min_size=1, max_size=6)
+    shards = draw(
+        st.lists(st.tuples(masks, st.sampled_from([np.uint16, np.uint32])), min_size=1, max_size=3)
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    return Samples([shard_of(mask, dtype, rng) for mask, dtype in shards])
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples=stores(), row_length=st.integers(1, 70), pad_id=st.integers(0, 9), data=st.data())
+def test_rows_equal_a_loop_over_tokens(
+    samples: Samples, row_length: int, pad_id: int, data: st.DataObject
+) -> None:
+    packing = pack(samples.lengths, row_length=row_length, too_long="truncate")
+    rows = data.draw(st.lists(st.integers(0, packing.rows - 1), max_size=6))
+    got = build_rows(samples, packing, rows, pad_id=pad_id)
+    assert_equal(got, plain_rows(samples, packing, rows, pad_id))
+
+
+def fixed_samples() -> Samples:
+    rng = np.random.default_rng(5)
+    masks = [(rng.random(n) < 0.5).tolist() for n in rng.integers(1, 1001, size=300)]
+    return Samples(
+        [
+            shard_of(masks[:100], np.uint16, rng),
+            shard_of(masks[100:220], np.uint32, rng),
+            shard_of(masks[220:], np.uint16, rng),
+        ]
+    )
+
+
+def test_all_rows_of_a_plan_hold_every_token_once() -> None:
+    samples = fixed_samples()
+    packing = pack(samples.lengths, row_length=1001)
+    rows = build_rows(samples, packing, range(packing.rows), pad_id=7)
+    assert_equal(rows, plain_rows(samples, packing, list(range(packing.rows)), 7))
+    first_tokens = sum(bool(samples[i][1][0]) for i in range(len(samples)))
+    assert len(rows.kept) == samples.kept_count - first_tokens  # nobody asks for a first token
+
+
+def test_hand_worked_row() -> None:
+    samples = Samples.from_lists(
+        [[11, 12, 13, 14], [21, 22, 23]], [[True, False, True, True], [False, False, True]]
+    )
+    rows = build_rows(samples, pack(samples.lengths, row_length=9), [0], pad_id=5)
+    _ = IGNORE_INDEX
+    assert rows.input_ids.tolist() == [[11, 12, 13, 14, 21, 22, 23, 5, 5]]
+    assert rows.labels.tolist() == [[_, 13, 14, _, _, 23, _, _, _]]
+    assert rows.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1]]
+    assert rows.cu_seqlens.tolist() == [0, 4, 7, 9]
+    assert rows.kept.tolist() == [1, 2, 5]
+
+
+def test_truncated_sample_has_no_label_behind_its_end() -> None:
+    samples = Samples.from_lists([[1, 2, 3, 4]], [[True] * 4])
+    packing = pack(samples.lengths, row_length=2, too_long="truncate")
+    rows = build_rows(samples, packing, [0])
+    assert rows.input_ids.tolist() == [[1, 2]]
+    assert rows.labels.tolist() == [[2, IGNORE_INDEX]]
+
+
+def test_no_rows_are_an_empty_batch() -> None:
+    samples = Samples.from_lists([[1]], [[True]])
+    rows = build_rows(samples, pack([1], row_length=4), [])
+    assert rows.input_ids.shape == rows.labels.shape == rows.positions.shape == (0, 4)
+    assert rows.cu_seqlens.tolist() == [0]
+    assert rows.kept.tolist() == []
+
+
+def test_any_integer_row_numbers_are_taken_in_their_order() -> None:
+    samples = fixed_samples()
+    packing = pack(samples.lengths, row_length=1001)
+    expected = build_rows(samples, packing, [4, 2, 0])
+    for rows in (range(4, -1, -2), np.array([4, 2, 0], np.uint8), np.arange(5)[::-2], (4, 2, 0)):
+        assert_equal(build_rows(samples, packing, rows), expected)
+
+
+@pytest.mark.parametrize("rows", [[1], [-1], [0, 1 << 40]])
+def test_row_number_out_of_range_is_refused(rows: list[int]) -> None:
+    samples = Samples.from_lists([[1]], [[True]])
+    with pytest.raises(ValueError, match=rf"rows\[{len(rows) - 1}\] is {rows[-1]}, outside \[0, 1"):
+        build_rows(samples, pack([1], row_length=4), rows)
+
+
+@pytest.mark.parametrize("rows", [[0.0], [True], [[0]], 0, ["0"]])
+def test_row_numbers_that_are_no_integers_are_refused(rows: object) -> None:
+    samples = Samples.from_lists([[1]], [[True]])
+    with pytest.raises(TypeError, match=r"rows is .*, want a list of integers"):
+        build_rows(samples, pack([1], row_length=4), rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pad_id", [-1, 1 << 63])
+def test_pad_id_that_is_no_token_is_refused(pad_id: int) -> None:
+    samples = Samples.from_lists([[1]], [[True]])
+    with pytest.raises(ValueError, match=f"pad_id is {pad_id}, want a token id"):
+        build_rows(samples, pack([1], row_length=4), [0], pad_id=pad_id)
+
+
+def test_more_tokens_than_cu_seqlens_can_count_are_refused() -> None:
+    samples = Samples.from_lists([[1]], [[True]])
+    packing = pack([1], row_length=1 << 30)
+    with pytest.raises(ValueError, match="2 rows of 1073741824 tokens are more than the 2"):
+        build_rows(samples, packing, [0, 0])
+
+
+def test_plan_of_other_samples_is_refused() -> None:
+    samples = Samples.from_lists([[1, 2, 3], [4, 5]], [[True] * 3, [True] * 2])
+    with pytest.raises(ValueError, match="the plan names sample 2 but there are 2"):
+        build_rows(samples, pack([1, 1, 1], row_length=9), [0])
+    with pytest.raises(ValueError, match="sample 1 of shard 0 ends at token 5 of a row of 4"):
+        build_rows(samples, pack([2, 2], row_length=4), [0])
+    with pytest.raises(ValueError, match="sample 0 of shard 0 has 3 tokens, more than a row of 2"):
+        build_rows(samples, pack([2, 2], row_length=2, seed=None), [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("offsets", 1, 99, r"sample 0 of shard 0 has tokens \[0, 99\) of 12"),
+        ("offsets", 1, -1, r"sample 0 of shard 0 has tokens \[0, -1\) of 12"),
+        ("offsets", 1, 0, r"sample 0 of shard 0 has tokens \[0, 0\) of 12"),
+        ("offsets", 2, 1, r"sample 1 of shard 0 has tokens \[4, 1\) of 12"),
+        ("offsets", 1, 1 << 62, r"has tokens \[0, 4611686018427387904\) of 12"),
+        ("span_offsets", 1, 99, r"sample 0 of shard 0 has spans \[0, 99\) of 6"),
+        ("span_offsets", 1, -7, r"sample 0 of shard 0 has spans \[0, -7\) of 6"),
+        ("span_offsets", 2, 1, r"sample 1 of shard 0 has spans \[2, 1\) of 6"),
+        ("spans", (0, 1), 99, r"sample 0 of shard 0 has the kept span \[0, 99\) in 4 tokens"),
+        ("spans", (1, 0), 0, r"sample 0 of shard 0 has the kept span \[0, 4\) in 4 tokens"),
+        ("spans", (1, 1), 3, r"sample 0 of shard 0 has the kept span \[3, 3\) in 4 tokens"),
+        ("spans", (1, 0), (1 << 32) - 1, r"kept span \[4294967295, 4\) in 4 tokens"),
+    ],
+)
+def test_corrupt_shard_is_refused_by_sample_and_value(
+    name: str, index: int | tuple[int, int], value: int, message: str
+) -> None:
+    masks = [[True, False, False, True]] * 3
+    samples = Samples.from_lists([[1, 2, 3, 4]] * 3, masks)
+    packing = pack(samples.lengths, row_length=12)
+    getattr(samples.shards[0], name)[index] = value
+    with pytest.raises(ValueError, match=message + r".*: the store is corrupt|" + message):
+        build_rows(samples, packing, [0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_damage_gives_an_error_or_rows_never_a_crash(data: st.DataObject) -> None:
+    masks = [[True, False, True, True]] * 4
+    samples = Samples.from_lists([[1, 2, 3, 4]] * 4, masks)
+    packing = pack(samples.lengths, row_length=9, seed=None)
+    array = getattr(samples.shards[0], data.draw(st.sampled_from(["offsets", "span_offsets"])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        array[data.draw(st.integers(0, 4))] = data.draw(
+            st.integers(-20, 20) | st.integers(-(1 << 63), (1 << 63) - 1)
+        )
+    message = refusal(samples, packing)
+    assert message == "" or "store is corrupt" in message or "for other samples" in message
+
+
+def refusal(samples: Samples, packing: Packing) -> str:
+    try:
+        build_rows(samples, packing, range(packing.rows))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_only_shards_in_use_are_loaded() -> None:
+    samples = fixed_samples()
+    packing = pack(samples.lengths, row_length=1001, seed=None)
+    loaded: list[int] = []
+    load = samples._load
+    samples._loaded.clear()
+    samples._load = lambda index: (loaded.append(index), load(index))[1]  # type: ignore[func-returns-value]
+    wanted = packing.samples[packing.row_offsets[3] : packing.row_offsets[4]]
+    build_rows(samples, packing, [3])
+    assert loaded == sorted({int(np.searchsorted([100, 220], i, side="right")) for i in wanted})
+
+
+def test_threads_build_the_same_rows_at_once() -> None:
+    samples = fixed_samples()
+    packing = pack(samples.lengths, row_length=1001)
+    expected = build_rows(samples, packing, range(packing.rows))
+    results: list[Rows] = []
+
+    def build() -> None:
+        results.extend(build_rows(samples, packing, range(packing.rows)) for _ in range(5))
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(results) == 20
+    for rows in results:
+        assert_equal(rows, expected)
+
+
+DIGEST = """
+import hashlib
+import numpy as np
+from hermes_core import Rows, Samples, Shard, build_rows, pack
+
+rng = np.random.default_rng(5)
+lengths = rng.integers(1, 1001, size=200)
+samples = Samples.from_lists([rng.integers(0, 60_000, n) for n in lengths],
+                             [rng.random(n) < 0.7 for n in lengths])
+wide = samples.shards[0]
+narrow = Shard(wide.tokens.astype(np.uint16), wide.offsets, wide.spans, wide.span_offsets)
+samples = Samples([wide, narrow])
+packing = pack(samples.lengths, row_length=1001)
+rows = build_rows(samples, packing, range(packing.rows))
+digest = hashlib.sha256(b"".join(getattr(rows, name).tobytes() for name in Rows.__slots__))
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_rows_are_the_same_on_every_instruction_set(
+    isa: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(DIGEST, {})
+    expected = capsys.readouterr().out
+    got = subprocess.run(
+        [sys.executable, "-P", "-c", DIGEST], env={**os.environ, "HERMES_CORE_ISA": isa},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert got.stdout == expected, got.stderr
