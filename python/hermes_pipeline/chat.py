@@ -1,0 +1,351 @@
+"""Conversations in every common form, parsed into records; messages back out for templates.
+
+No file is opened here and nothing is rendered: `services.hub` reads, `tokenization` renders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hermes_pipeline.records import Conversation, Message, Span
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "claude": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "tool_results": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
+_PAIRS = (
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+)
+_FORMS = (
+    "messages, conversations, question and answer, prompt and response or completion, "
+    "instruction and output"
+)
+_SWITCHES = ("train", "loss_weight", "weight")
+
+
+class Refused(ValueError):
+    """A record or a conversation that cannot be used; the message says which part and why."""
+
+
+def parse_json(line: bytes) -> Any:
+    """Return what one line of JSON holds.
+
+    Raises:
+        Refused: the line is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refused(f"invalid UTF-8 at byte {error.start} of the line") from None
+    except RecursionError:
+        raise Refused("JSON nested too deeply") from None
+    except ValueError as error:
+        raise Refused(f"broken JSON: {error}") from None
+
+
+def parse(record: object, source: str = "") -> Conversation:
+    """Return the conversation in ``record``; extra keys are fine.
+
+    Args:
+        record: an object with ``messages`` (role and content), with ``conversations`` (ShareGPT:
+            from and value), or with one of the pairs question/answer, prompt/response,
+            prompt/completion, instruction/output; ``system`` and ``tools`` may stand beside.
+            An assistant message may carry ``train`` (or ``loss_weight`` or ``weight``, 0 or 1)
+            and ``train_spans``, [start, end) in characters of its content.
+
+    Raises:
+        Refused: no known form, an unknown role, or nothing to train.
+    """
+    if not isinstance(record, Mapping):
+        raise Refused(f"a record must be a JSON object, not {_kind(record)}")
+    turns = _turns(record)
+    if not turns:
+        raise Refused("the conversation is empty")
+    messages = [_message(index, turn) for index, turn in enumerate(turns)]
+    system = record.get("system")
+    if system:
+        if not isinstance(system, str):
+            raise Refused(f"system must be a string, not {_kind(system)}")
+        if messages[0].role == "system":
+            raise Refused("a system field and a system message: leave one out")
+        messages.insert(0, Message("system", _text(system, "system")))
+    if not any(message.role == "assistant" for message in messages):
+        raise Refused("nothing to train: no assistant message")
+    if not any(message.train for message in messages):
+        raise Refused("nothing to train: every assistant message is switched off")
+    return Conversation(tuple(messages), _tools(record.get("tools")), source)
+
+
+def count_chars(conversation: Conversation) -> int:
+    """Return the characters of all messages: content, reasoning and calls."""
+    total = 0
+    for message in conversation.messages:
+        total += len(message.content) + len(message.reasoning or "")
+        if message.tool_calls:
+            total += len(json.dumps(message.tool_calls, ensure_ascii=False))
+    return total
+
+
+def to_dict(message: Message, *, no_content: object = "") -> dict[str, Any]:
+    """Return ``message`` as chat templates want it; absent fields have no key.
+
+    A reasoning trace goes by the three names that templates look for. ``no_content`` stands for
+    the content of a turn of tool calls that has none.
+    """
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [dict(call) for call in message.tool_calls]
+        if not message.content:
+            turn["content"] = no_content
+    if message.reasoning is not None:
+        for key in ("reasoning", "reasoning_content", "thinking"):
+            turn[key] = message.reasoning
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _turns(record: Mapping[str, Any]) -> list[Any]:
+    for key in ("messages", "conversations", "conversation"):
+        turns = record.get(key)
+        if turns is not None:
+            if not isinstance(turns, Sequence) or isinstance(turns, str | bytes):
+                raise Refused(f"{key} must be a list of messages, not {_kind(turns)}")
+            return list(turns)
+    for ask, answer in _PAIRS:
+        if record.get(ask) is not None and record.get(answer) is not None:
+            return _pair(record, ask, answer)
+    keys = ", ".join(sorted(str(key) for key in record)) or "none"
+    raise Refused(f"no known form; known: {_FORMS}; the record's keys: {keys[:200]}")
+
+
+def _pair(record: Mapping[str, Any], ask: str, answer: str) -> list[Any]:
+    first, second = record[ask], record[answer]
+    if isinstance(first, list) and isinstance(second, list):
+        # Messages on both sides: those of the prompt are given, not learnt.
+        given = [t | {"train": False} if _is_assistant(t) else t for t in first]
+        return [*given, *second]
+    for key in (ask, answer):
+        if not isinstance(record[key], str):
+            raise Refused(f"{key} must be a string, not {_kind(record[key])}")
+    if ask == "instruction" and record.get("input"):
+        first = f"{first}\n\n{record['input']}"
+    return [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+
+
+def _is_assistant(turn: object) -> bool:
+    return isinstance(turn, dict) and _ROLES.get(str(turn.get("role", turn.get("from")))) in (
+        "assistant",
+        "call",
+    )
+
+
+def _message(index: int, turn: object) -> Message:
+    if not isinstance(turn, Mapping):
+        raise Refused(f"message {index}: must be an object, not {_kind(turn)}")
+    named = turn["role"] if turn.get("role") is not None else turn.get("from")
+    if named is None:
+        raise Refused(f"message {index}: has neither role nor from")
+    role = _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    if role is None:
+        known = ", ".join(_ROLES)
+        raise Refused(f"message {index}: role {str(named)[:80]!r} is not known; known: {known}")
+    where = f"message {index} ({'assistant' if role == 'call' else role})"
+    content = turn["content"] if turn.get("content") is not None else turn.get("value")
+    text = _content(content, where)
+    calls = _tool_calls(turn.get("tool_calls"), where)
+    if role == "assistant" and turn.get("function_call"):
+        calls += _tool_calls([turn["function_call"]], where)
+    if role == "call":
+        role, calls, text = "assistant", calls + _calls_in(text, where), ""
+    if calls and role != "assistant":
+        raise Refused(f"{where}: only an assistant message has tool_calls")
+    return Message(
+        role=role,
+        content=text,
+        reasoning=_reasoning(turn, where) if role == "assistant" else None,
+        tool_calls=calls,
+        name=_optional(turn, "name", where),
+        tool_call_id=_optional(turn, "tool_call_id", where),
+        train=_trained(turn, role, where),
+        train_spans=_spans(turn.get("train_spans"), role, len(text), where),
+    )
+
+
+def _content(content: object, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return _text(content, where)
+    if not isinstance(content, Sequence):
+        raise Refused(f"{where}: content must be a string or a list of parts, not {_kind(content)}")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+            raise Refused(f"{where}: a content part of type {kind!r}; only text is known")
+    return _text("".join(texts), where)
+
+
+def _text(text: str, where: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Refused(f"{where}: half a surrogate pair at character {error.start}") from None
+    return text
+
+
+def _reasoning(turn: Mapping[str, Any], where: str) -> str | None:
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        value = turn.get(key)
+        if value is not None:
+            if not isinstance(value, str):
+                raise Refused(f"{where}: {key} must be a string, not {_kind(value)}")
+            return _text(value, where) or None
+    return None
+
+
+def _optional(turn: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = turn.get(key)
+    if value is not None and not isinstance(value, str):
+        raise Refused(f"{where}: {key} must be a string, not {_kind(value)}")
+    return None if value is None else _text(value, where)
+
+
+def _calls_in(text: str, where: str) -> tuple[Mapping[str, Any], ...]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Refused(f"{where}: a function call must be JSON, not {text[:80]!r}") from None
+    return _tool_calls(value if isinstance(value, list) else [value], where)
+
+
+def _tool_calls(calls: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(calls, str) and calls.strip():
+        return _calls_in(calls, where)
+    if not calls:
+        return ()
+    if not isinstance(calls, Sequence):
+        raise Refused(f"{where}: tool_calls must be a list, not {_kind(calls)}")
+    return tuple(_tool_call(call, where) for call in calls)
+
+
+def _tool_call(call: object, where: str) -> Mapping[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise Refused(f"{where}: a tool call needs a function with a name and arguments")
+    name = _text(function["name"], where)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            raise Refused(f"{where}: arguments of the call {name!r} are not JSON") from None
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise Refused(
+            f"{where}: arguments of the call {name!r} must be an object, not {_kind(arguments)}"
+        )
+    _text(json.dumps(arguments, ensure_ascii=False), where)
+    parsed: dict[str, Any] = {"type": "function"}
+    if isinstance(call, Mapping) and isinstance(call.get("id"), str):
+        parsed["id"] = call["id"]
+    parsed["function"] = {"name": name, "arguments": dict(arguments)}
+    return parsed
+
+
+def _trained(turn: Mapping[str, Any], role: str, where: str) -> bool:
+    for key in _SWITCHES:
+        value = turn.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise Refused(f"{where}: {key} is {value!r}; only 0, 1, true and false are known")
+        if value and role != "assistant":
+            raise Refused(f"{where}: {key} is {value!r}, but only assistant messages are trained")
+        return bool(value)
+    return role == "assistant"
+
+
+def _spans(spans: object, role: str, length: int, where: str) -> tuple[Span, ...] | None:
+    if spans is None:
+        return None
+    if role != "assistant":
+        raise Refused(f"{where}: train_spans, but only assistant messages are trained")
+    if not isinstance(spans, Sequence) or isinstance(spans, str):
+        raise Refused(f"{where}: train_spans must be a list of [start, end], not {_kind(spans)}")
+    parsed: list[Span] = []
+    last = 0
+    for span in spans:
+        pair = list(span) if isinstance(span, Iterable) else []
+        if len(pair) != 2 or not all(type(edge) is int for edge in pair):
+            raise Refused(f"{where}: train_spans holds {span!r}; want [start, end] in characters")
+        start, end = pair
+        if not last <= start < end <= length:
+            raise Refused(
+                f"{where}: train_spans holds [{start}, {end}]; want rising, disjoint spans inside "
+                f"the content of {length} characters"
+            )
+        parsed.append((start, end))
+        last = end
+    return tuple(parsed)
+
+
+def _tools(tools: object) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise Refused("tools must be a JSON list; the string is not JSON") from None
+    if not tools:
+        return ()
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if not isinstance(tools, Sequence):
+        raise Refused(f"tools must be a list, not {_kind(tools)}")
+    parsed = []
+    for tool in tools:
+        if not isinstance(tool, Mapping):
+            raise Refused(f"a tool must be an object, not {_kind(tool)}")
+        # Bare signatures are wrapped, as the servers of OpenAI's interface hand them on.
+        bare = "function" not in tool and "name" in tool and tool.get("type") != "function"
+        parsed.append({"type": "function", "function": dict(tool)} if bare else dict(tool))
+    _text(json.dumps(parsed, ensure_ascii=False, default=str), "tools")
+    return tuple(parsed)
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}
+    names |= {int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
