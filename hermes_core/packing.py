@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 import zipfile
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hermes_core import _C
 from hermes_core.files import write_atomically
+from hermes_core.samples import check_integer
 
 Strategy = Literal["best_fit_decreasing", "first_fit_decreasing"]
 TooLong = Literal["error", "drop", "truncate"]
@@ -150,14 +150,10 @@ def pack(
         ValueError: no lengths, a length out of range, or an unknown option.
     """
     values = _check_lengths(lengths)
-    row_length = _check_integer("row_length", row_length)
-    if not 1 <= row_length <= _C.MAX_ROW_LENGTH:
-        raise ValueError(f"row_length is {row_length}, outside [1, {_C.MAX_ROW_LENGTH}]")
+    row_length = check_integer("row_length", row_length, 1, _C.MAX_ROW_LENGTH)
     words: list[int] = []
     if seed is not None:
-        seed = _check_integer("seed", seed)
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, want 0 or more, or None for packing order")
+        seed = check_integer("seed", seed, 0, 1 << 128)
         words = np.random.SeedSequence(seed).generate_state(4, np.uint64).tolist()
     made = _C.pack(
         values, row_length=row_length, strategy=strategy, too_long=too_long, seed_words=words
@@ -186,16 +182,9 @@ def _check_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
         i = next(wrong, None)
         i = int(values.argmax()) if i is None else i  # an integer, but too large
         raise TypeError(
-            f"lengths is {values.dtype} (lengths[{i}] is {values[i]!r}), want integers below 2**63"
+            f"lengths is {values.dtype} (lengths[{i}] is {values.tolist()[i]!r}), want integers below 2**63"
         )
     if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
         i = int(values.argmax())
         raise ValueError(f"lengths[{i}] is {values[i]}, want integers below 2**63")
     return np.ascontiguousarray(values, np.int64)
-
-
-def _check_integer(name: str, value: int) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, want an integer") from None

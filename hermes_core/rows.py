@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hermes_core import _C
 from hermes_core.packing import Packing
-from hermes_core.samples import Samples
+from hermes_core.samples import Samples, check_integer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +51,7 @@ def build_rows(
         ValueError: a row number out of range, a plan of other samples, a corrupt store.
     """
     numbers = _check_rows(rows, packing.rows)
-    if not 0 <= pad_id < 1 << 63:
-        raise ValueError(f"pad_id is {pad_id}, want a token id")
+    pad_id = check_integer("pad_id", pad_id, 0, (1 << 63) - 1)
     if len(numbers) * packing.row_length >= 1 << 31:
         raise ValueError(
             f"{len(numbers)} rows of {packing.row_length} tokens are more than the 2**31 - 1 that "

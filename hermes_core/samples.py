@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 IGNORE_INDEX = -100  # a label that is not in the loss; PyTorch's default
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+TokenDtype = np.dtype[np.uint16] | np.dtype[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class Samples:
         all_ids, all_spans = [], []
         for i, (ids, mask) in enumerate(zip(token_ids, loss_masks, strict=True)):
             kept = np.asarray(mask)
-            all_ids.append(check_token_ids(ids, 1 << 32, f"token_ids[{i}]"))
+            all_ids.append(check_token_ids(f"token_ids[{i}]", ids, 1 << 32))
             if kept.shape != all_ids[-1].shape or (kept.size and kept.dtype != np.bool_):
                 raise ValueError(
                     f"loss_masks[{i}] is {kept.dtype} {list(kept.shape)}, want a bool for each "
@@ -138,17 +141,16 @@ class Samples:
 
 
 def join(
-    token_ids: Sequence[NDArray[np.int64]],
-    spans: Sequence[NDArray[np.uint32]],
-    dtype: np.dtype[np.uint16] | np.dtype[np.uint32],
+    token_ids: Sequence[NDArray[Any]], spans: Sequence[NDArray[np.uint32]], dtype: TokenDtype
 ) -> Shard:
     """One shard of single samples; their ids must fit ``dtype``."""
     offsets = np.zeros(len(token_ids) + 1, np.int64)
     span_offsets = np.zeros(len(token_ids) + 1, np.int64)
     np.cumsum([len(ids) for ids in token_ids], out=offsets[1:])
-    np.cumsum([len(s) for s in spans], out=span_offsets[1:])
+    np.cumsum([len(some) for some in spans], out=span_offsets[1:])
+    tokens: Any = np.concatenate([np.zeros(0, dtype), *token_ids], dtype=dtype, casting="unsafe")
     return Shard(
-        np.concatenate([np.zeros(0, dtype), *(ids.astype(dtype) for ids in token_ids)]),
+        tokens,
         offsets,
         np.concatenate([np.zeros((0, 2), np.uint32), *spans]),
         span_offsets,
@@ -161,37 +163,48 @@ def spans_of(loss_mask: NDArray[np.bool_]) -> NDArray[np.uint32]:
     return edges.reshape(-1, 2).astype(np.uint32)
 
 
-def check_token_ids(token_ids: ArrayLike, vocab_size: int, name: str) -> NDArray[np.int64]:
-    """Token ids as int64 [n]; at least one, each inside the vocabulary."""
+def check_integer(name: str, value: int, low: int, high: int) -> int:
+    """``value`` as an int, where it is one inside [low, high]."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, want an integer") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {number}, outside [{low}, {high}]")
+    return number
+
+
+def check_token_ids(name: str, token_ids: ArrayLike, vocab_size: int) -> NDArray[np.integer]:
+    """Token ids as [n] integers; at least one, each inside the vocabulary."""
     ids = np.asarray(token_ids)
     if ids.ndim != 1 or ids.size == 0:
         raise ValueError(f"{name} has shape {list(ids.shape)}, want [n] with at least one token")
     if ids.dtype.kind not in "iu":
-        raise TypeError(f"{name} is {ids.dtype}, want integers")
+        raise TypeError(f"{name} is {ids.dtype} ({ids[0]}, ...), want integers")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         index = int(np.argmin(ids)) if low < 0 else int(np.argmax(ids))
         raise ValueError(f"{name}[{index}] is {ids[index]}, outside [0, {vocab_size})")
-    return ids.astype(np.int64, copy=False)
+    return ids
 
 
-def check_spans(kept_spans: ArrayLike, length: int) -> NDArray[np.uint32]:
+def check_spans(name: str, kept_spans: ArrayLike, length: int) -> NDArray[np.uint32]:
     """Kept spans as uint32 [m, 2]: not empty, disjoint, rising, inside ``length`` tokens."""
     spans = np.asarray(kept_spans)
     if spans.size == 0:
         return np.zeros((0, 2), np.uint32)
     if spans.ndim != 2 or spans.shape[1] != 2:
-        raise ValueError(f"kept_spans has shape {list(spans.shape)}, want [spans, 2]")
+        raise ValueError(f"{name} has shape {list(spans.shape)}, want [spans, 2]")
     if spans.dtype.kind not in "iu":
-        raise TypeError(f"kept_spans is {spans.dtype}, want integers")
+        raise TypeError(f"{name} is {spans.dtype} ({spans[0, 0]}, ...), want integers")
     starts, ends = spans[:, 0], spans[:, 1]
     before = np.concatenate([np.zeros(1, spans.dtype), ends[:-1]])
     bad = np.flatnonzero((starts < before) | (ends <= starts) | (ends > length))
     if bad.size:
         i = int(bad[0])
         raise ValueError(
-            f"kept_spans[{i}] is {spans[i].tolist()}, want start < end, behind {before[i]} "
-            f"and inside {length} tokens"
+            f"{name}[{i}] is {spans[i].tolist()}, want start < end, not before {before[i]} and "
+            f"inside {length} tokens"
         )
     return spans.astype(np.uint32)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from hermes_core import _C
 from hermes_core.files import write_atomically
-from hermes_core.samples import Samples, Shard
+from hermes_core.samples import Samples, Shard, TokenDtype
 
 FORMAT = "hermes4 store"
 VERSION = 1
@@ -68,22 +68,22 @@ class Store(Samples):
         self.quarantined: int = about["quarantined"]
         self.dtype = token_dtype(self.vocab_size)
         self._about = about
-        self._entries = [ShardEntry(*entry) for entry in about["shards"]]
-        self._set_up([entry.samples for entry in self._entries], self._map)
+        self.entries = [ShardEntry(*entry) for entry in about["shards"]]
+        self._set_up([entry.samples for entry in self.entries], self._map)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_store, (self.folder,)  # a worker maps the files again: no token is copied
 
     @property
     def token_count(self) -> int:
-        return sum(entry.tokens for entry in self._entries)
+        return sum(entry.tokens for entry in self.entries)
 
     @property
     def kept_count(self) -> int:
-        return sum(entry.kept for entry in self._entries)
+        return sum(entry.kept for entry in self.entries)
 
     def _map(self, index: int) -> Shard:
-        entry = self._entries[index]
+        entry = self.entries[index]
         path = self.folder / entry.name
         found, starts = read_header(path)
         if found != entry:
@@ -109,7 +109,11 @@ class Store(Samples):
         Raises:
             StoreError: naming the first file that differs.
         """
-        for entry in self._entries:
+        quarantine = self.folder / "quarantine.jsonl"
+        lines = quarantine.read_bytes().count(b"\n") if quarantine.exists() else 0
+        if lines != self.quarantined:
+            raise StoreError(f"{quarantine} has {lines} lines, want {self.quarantined}")
+        for entry in self.entries:
             path = self.folder / entry.name
             if checksum(_C.map_file(str(path))) != entry.sha256:
                 raise StoreError(f"{path} is damaged: its checksum differs from store.json")
@@ -131,13 +135,17 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
             raise StoreError(f"{folder} is unfinished: run the same command again to finish it")
         raise StoreError(f"{folder} is not a token store: it has no store.json")
     about = read_about(path)
-    for entry in (ShardEntry(*entry) for entry in about["shards"]):
+    try:
+        store = Store(folder, about)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged: {error!r}") from error
+    for entry in store.entries:
         shard = folder / entry.name
         size = shard.stat().st_size if shard.exists() else None
         if size != entry.size:
             state = "missing" if size is None else f"{size} bytes long"
             raise StoreError(f"{shard} is {state}, want {entry.size} bytes: copy the store again")
-    return Store(folder, about)
+    return store
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -157,7 +165,7 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
+def token_dtype(vocab_size: int) -> TokenDtype:
     return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
 
 
@@ -168,7 +176,8 @@ def fingerprint_of(about: Mapping[str, Any]) -> str:
 
 def canonical(value: Any) -> bytes:
     """JSON with one spelling for equal values."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")  # a lone surrogate: JSON's own escape
 
 
 def write_shard(path: Path, shard: Shard) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import struct
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,8 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hermes_core.files import write_atomically
-from hermes_core.samples import check_spans, check_token_ids, join
+from hermes_core.files import sync_folder, write_atomically
+from hermes_core.samples import TokenDtype, check_integer, check_spans, check_token_ids, join
 from hermes_core.store import (
     FORMAT,
     VERSION,
@@ -52,16 +54,16 @@ class StoreWriter:
     """Appends records to a store in ``folder`` and resumes by itself; a context manager.
 
     Feed records from number ``records_done`` on, each to `append` or `quarantine`, then `finish`.
-    Commits by itself every few seconds and when the block ends; one writer at a time.
+    Commits by itself every few seconds and when the block ends; one writer at a time. A writer
+    that failed to write is closed: make another, which goes on behind the last commit.
 
     Args:
-        meta: JSON values that say what the store is made from; the store of another meta is
-            refused.
+        meta: JSON values that say what the store is made from.
         vocab_size: token ids are below it; up to 65,536 they are stored as uint16.
         shard_tokens: a shard ends before it would pass this; a longer sample has its own.
 
     Raises:
-        StoreError: the folder holds another store, or another process writes here.
+        StoreError: the folder holds a store of other meta or sizes, or another writer is at work.
     """
 
     def __init__(
@@ -72,37 +74,32 @@ class StoreWriter:
         vocab_size: int,
         shard_tokens: int = 1 << 25,
     ) -> None:
-        if not 1 <= vocab_size <= 1 << 32:
-            raise ValueError(f"vocab_size is {vocab_size}, outside [1, 2**32]")
-        if shard_tokens < 1:
-            raise ValueError(f"shard_tokens is {shard_tokens}, want at least 1")
-        self.folder = Path(folder).absolute()
+        self._about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "meta": json.loads(_encode_json("meta", dict(meta))),
+            "vocab_size": check_integer("vocab_size", vocab_size, 1, 1 << 32),
+            "shard_tokens": check_integer("shard_tokens", shard_tokens, 1, 1 << 40),
+        }
+        self.folder = Path(folder).resolve()
         self.finished = False
         self._writing = self.folder / "writing"
-        self._about: dict[str, Any] = {
-            "format": FORMAT, "version": VERSION, "meta": dict(meta), "vocab_size": vocab_size,
-            "shard_tokens": shard_tokens,
-        }  # fmt: skip
-        canonical(self._about)  # meta that is no JSON is refused before anything is written
         self._dtype = token_dtype(vocab_size)
         self._progress = Progress()
         self._token_ids: list[NDArray[Any]] = []  # the open shard
         self._spans: list[NDArray[np.uint32]] = []
         self._tokens = 0
         self._logged = 0  # records of the open shard that its log holds
-        self._quarantine = bytearray()  # lines since the last commit
-        self._quarantined = 0
+        self._lines: list[bytes] = []  # of quarantine.jsonl, since the last commit
         self._last_commit = time.monotonic()
         self._lock: IO[bytes] | None = None
-        if not self._is_finished():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self.folder)
-            try:
-                if not self._is_finished():
-                    self._resume()
-            except BaseException:
-                self.close()
-                raise
+        if self._find_finished():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(self.folder)
+        with self._closed_on_failure():
+            if not self._find_finished():
+                self._resume()
 
     @property
     def records_done(self) -> int:
@@ -110,10 +107,14 @@ class StoreWriter:
         return self._progress.stored + self._progress.quarantined
 
     def append(self, token_ids: ArrayLike, kept_spans: ArrayLike) -> None:
-        """Store one record: [n] token ids and [m, 2] kept spans [start, end), rising."""
+        """Store one record: [n] token ids and [m, 2] kept spans [start, end), rising.
+
+        Raises:
+            TypeError, ValueError: not that; the record counts as not seen.
+        """
         self._check_open()
-        ids = check_token_ids(token_ids, self._about["vocab_size"], "token_ids")
-        spans = check_spans(kept_spans, len(ids))
+        ids = check_token_ids("token_ids", token_ids, self._about["vocab_size"])
+        spans = check_spans("kept_spans", kept_spans, len(ids))
         if self._token_ids and self._tokens + len(ids) > self._about["shard_tokens"]:
             self._close_shard()
         self._token_ids.append(ids.astype(self._dtype))
@@ -122,46 +123,47 @@ class StoreWriter:
         self._commit_in_time()
 
     def quarantine(self, entry: Mapping[str, Any]) -> None:
-        """Set one record aside: a line of quarantine.jsonl says which and why."""
+        """Set one record aside; its line in quarantine.jsonl says which it is, and why."""
         self._check_open()
-        self._quarantine += canonical(dict(entry)) + b"\n"
-        self._quarantined += 1
+        self._lines.append(_encode_json("entry", dict(entry)) + b"\n")
         self._commit_in_time()
 
     def commit(self) -> None:
         """Make everything so far durable."""
         self._check_open()
-        new = len(self._token_ids) - self._logged
-        if new:
-            block = _encode_block(self._token_ids[self._logged :], self._spans[self._logged :])
-            _write_at(self._log_path(), self._progress.log_bytes, block)
-        if new or self._quarantined:
-            self._advance(
-                stored=self._progress.stored + new,
-                log_bytes=self._progress.log_bytes + (len(block) if new else 0),
-            )
-            self._logged += new
-        self._last_commit = time.monotonic()
+        with self._closed_on_failure():
+            new = len(self._token_ids) - self._logged
+            if new or self._lines:
+                block = _encode_block(
+                    self._token_ids[self._logged :], self._spans[self._logged :], self._dtype
+                )
+                done = self._progress
+                _write_at(self._log_path(), done.log_bytes, block)
+                self._advance(stored=done.stored + new, log_bytes=done.log_bytes + len(block))
+                self._logged += new
+            self._last_commit = time.monotonic()
 
     def finish(self) -> None:
         """Write what is left, then store.json: from here on the store never changes."""
         if self.finished:
             return
-        self._check_open()
         if self._token_ids:
             self._close_shard()
         self.commit()
-        done = self._progress
-        entries = [read_header(self._shard_path(i))[0] for i in range(done.shards)]
-        about = {
-            **self._about,
-            "read": self.records_done, "stored": done.stored, "quarantined": done.quarantined,
-            "shards": [list(entry) for entry in entries],
-        }  # fmt: skip
-        about["fingerprint"] = fingerprint_of(about)
-        with write_atomically(self.folder / "store.json") as file:
-            file.write(canonical(about) + b"\n")
-        self._is_finished()
+        with self._closed_on_failure():
+            done = self._progress
+            shards = [read_header(self._shard_path(i))[0] for i in range(done.shards)]
+            about = {
+                **self._about,
+                "read": self.records_done,
+                "stored": done.stored,
+                "quarantined": done.quarantined,
+                "shards": [list(entry) for entry in shards],
+            }
+            about["fingerprint"] = fingerprint_of(about)
+            with write_atomically(self.folder / "store.json") as file:
+                file.write(canonical(about) + b"\n")
+            self._find_finished()
 
     def close(self) -> None:
         """Let the next writer in; what is not committed is lost."""
@@ -185,7 +187,7 @@ class StoreWriter:
         finally:
             self.close()
 
-    def _is_finished(self) -> bool:
+    def _find_finished(self) -> bool:
         path = self.folder / "store.json"
         if path.exists():
             about = read_about(path)
@@ -196,28 +198,27 @@ class StoreWriter:
         return self.finished
 
     def _check_same(self, found: Mapping[str, Any], path: Path) -> None:
-        for name, wanted in self._about.items():
-            if name == "meta" and isinstance(found.get("meta"), dict):
-                theirs = found["meta"]
-                keys = sorted(theirs.keys() | wanted.keys())
-                different = [k for k in keys if theirs.get(k) != wanted.get(k)]
-                if different or theirs.keys() != wanted.keys():
-                    name = different[0] if different else keys[0]
-                    found, wanted = theirs, wanted.get(name)
-                else:
-                    continue
-            elif found.get(name) == wanted:
-                continue
-            raise StoreError(
-                f"{path} has {name} = {found.get(name)!r}, not {wanted!r}: "
-                f"choose another folder, or remove this one"
-            )
+        theirs, ours = _options(found), _options(self._about)
+        for name in ours | theirs:
+            if theirs.get(name) != ours.get(name):
+                raise StoreError(
+                    f"{path} has {name} = {theirs.get(name)!r}, not {ours.get(name)!r}: "
+                    f"choose another folder, or remove this one"
+                )
 
     def _check_open(self) -> None:
         if self.finished:
             raise StoreError(f"{self.folder} is finished: its records never change")
         if self._lock is None:
-            raise StoreError(f"the writer of {self.folder} is closed")
+            raise StoreError(f"the writer of {self.folder} is closed: make another one")
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _commit_in_time(self) -> None:
         if time.monotonic() - self._last_commit > COMMIT_SECONDS:
@@ -225,14 +226,14 @@ class StoreWriter:
 
     def _resume(self) -> None:
         path = self._writing / "progress.json"
+        shards = sorted(self.folder.glob("shard-*.bin"))
         if not path.exists():
-            left = [*self.folder.glob("shard-*.bin"), *self.folder.glob("quarantine.jsonl")]
-            if left:
-                raise StoreError(
-                    f"{left[0]} exists but neither store.json nor {path}: choose another folder"
-                )
+            if shards and not self._writing.exists():
+                raise StoreError(f"{shards[0]} exists without store.json: choose another folder")
             self._writing.mkdir(exist_ok=True)
             self._advance()
+            sync_folder(self.folder)
+            sync_folder(self.folder.parent)
             return
         about = read_about(path)
         self._check_same(about, path)
@@ -240,42 +241,48 @@ class StoreWriter:
             self._progress = Progress(**about["progress"])
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path} is damaged: {error!r}") from error
+        for missing in map(self._shard_path, range(len(shards), self._progress.shards)):
+            raise StoreError(f"{missing} is missing: it was committed; remove {self.folder}")
+        # What a writer left that was stopped between two commits.
         log = self._log_path()
         _cut(self.folder / "quarantine.jsonl", self._progress.quarantine_bytes)
         _cut(log, self._progress.log_bytes)
-        for other in self._writing.glob("*.log"):
-            if other != log:
-                other.unlink()
+        for left in (
+            *shards[self._progress.shards :],
+            *self.folder.glob(".*.unfinished"),
+            *(other for other in self._writing.glob("*.log") if other != log),
+        ):
+            left.unlink()
         self._token_ids, self._spans = _decode_log(log, self._dtype)
         self._logged = len(self._token_ids)
         self._tokens = sum(map(len, self._token_ids))
 
     def _close_shard(self) -> None:
-        old_log, new = self._log_path(), len(self._token_ids) - self._logged
-        shard = join(self._token_ids, self._spans, self._dtype)
-        write_shard(self._shard_path(self._progress.shards), shard)
-        self._advance(
-            stored=self._progress.stored + new, shards=self._progress.shards + 1, log_bytes=0
-        )
-        self._token_ids, self._spans = [], []
-        self._tokens = self._logged = 0
-        old_log.unlink(missing_ok=True)
+        self._check_open()
+        with self._closed_on_failure():
+            done, log = self._progress, self._log_path()
+            new = len(self._token_ids) - self._logged
+            shard = join(self._token_ids, self._spans, self._dtype)
+            write_shard(self._shard_path(done.shards), shard)
+            self._advance(stored=done.stored + new, shards=done.shards + 1, log_bytes=0)
+            self._token_ids, self._spans = [], []
+            self._tokens = self._logged = 0
+            log.unlink(missing_ok=True)
 
     def _advance(self, **changes: int) -> None:
-        """The commit itself: the log or shard is durable, now quarantine, then progress.json."""
-        done, lines = self._progress, self._quarantine
+        """The commit itself: log or shard are durable; now quarantine.jsonl, then progress.json."""
+        done, lines = self._progress, b"".join(self._lines)
         _write_at(self.folder / "quarantine.jsonl", done.quarantine_bytes, lines)
         progress = replace(
             done,
-            quarantined=done.quarantined + self._quarantined,
+            quarantined=done.quarantined + len(self._lines),
             quarantine_bytes=done.quarantine_bytes + len(lines),
             **changes,
         )
         with write_atomically(self._writing / "progress.json") as file:
             file.write(canonical({**self._about, "progress": asdict(progress)}))
         self._progress = progress
-        self._quarantine.clear()
-        self._quarantined = 0
+        self._lines = []
 
     def _shard_path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05}.bin"
@@ -291,17 +298,34 @@ def _take_lock(folder: Path) -> IO[bytes]:
         if folder in _held:
             raise BlockingIOError
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    except OSError as error:
         lock.close()
-        raise StoreError(
-            f"another writer is at work in {folder}: wait for it or stop it"
-        ) from error
+        if isinstance(error, BlockingIOError | PermissionError):
+            message = f"another writer is at work in {folder}: wait for it, or stop it"
+            raise StoreError(message) from None
+        raise
     _held.add(folder)
     return lock
 
 
-def _encode_block(token_ids: list[NDArray[Any]], spans: list[NDArray[np.uint32]]) -> bytes:
-    shard = join(token_ids, spans, token_ids[0].dtype)
+def _encode_json(name: str, value: Mapping[str, Any]) -> bytes:
+    try:
+        return canonical(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is not JSON ({error}): {value!r}") from error
+
+
+def _options(about: Mapping[str, Any]) -> dict[str, Any]:
+    meta = {f"meta[{name!r}]": value for name, value in about["meta"].items()}
+    return {name: about[name] for name in ("vocab_size", "shard_tokens")} | meta
+
+
+def _encode_block(
+    token_ids: list[NDArray[Any]], spans: list[NDArray[np.uint32]], dtype: TokenDtype
+) -> bytes:
+    if not token_ids:
+        return b""
+    shard = join(token_ids, spans, dtype)
     parts = (np.diff(shard.offsets), np.diff(shard.span_offsets), shard.spans, shard.tokens)
     body = b"".join(part.tobytes() for part in parts)
     counts = (len(shard), len(shard.tokens), len(shard.spans))
@@ -309,7 +333,7 @@ def _encode_block(token_ids: list[NDArray[Any]], spans: list[NDArray[np.uint32]]
 
 
 def _decode_log(
-    path: Path, dtype: np.dtype[Any]
+    path: Path, dtype: TokenDtype
 ) -> tuple[list[NDArray[Any]], list[NDArray[np.uint32]]]:
     token_ids: list[NDArray[Any]] = []
     all_spans: list[NDArray[np.uint32]] = []

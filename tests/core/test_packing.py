@@ -247,7 +247,7 @@ def test_row_length_out_of_range_is_refused(row_length: int) -> None:
     [
         ({"strategy": "worst_fit"}, ValueError, "strategy is 'worst_fit', want 'best_fit_decr"),
         ({"too_long": "split"}, ValueError, "too_long is 'split', want 'error', 'drop' or"),
-        ({"seed": -1}, ValueError, "seed is -1, want 0 or more"),
+        ({"seed": -1}, ValueError, r"seed is -1, outside \[0, "),
         ({"seed": 1.5}, TypeError, "seed is 1.5, want an integer"),
         ({"row_length": 1.5}, TypeError, "row_length is 1.5, want an integer"),
         ({"row_length": 1 << 80}, ValueError, "row_length is 1208925819614629174706176, outside"),

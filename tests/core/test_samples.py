@@ -88,7 +88,7 @@ def test_index_out_of_range_is_an_index_error(index: int) -> None:
         ([[1, 2]], [[1, 0]], ValueError, r"loss_masks\[0\] is int64 \[2\], want a bool"),
         ([[1], []], [[True], []], ValueError, r"token_ids\[1\] has shape \[0\], want \[n\]"),
         ([[[1]]], [[True]], ValueError, r"token_ids\[0\] has shape \[1, 1\]"),
-        ([[1.5]], [[True]], TypeError, r"token_ids\[0\] is float64, want integers"),
+        ([[1.5]], [[True]], TypeError, r"token_ids\[0\] is float64 \(1.5, ...\), want integers"),
         ([[3, -1]], [[True] * 2], ValueError, r"token_ids\[0\]\[1\] is -1, outside \[0, 4294967"),
         ([[1 << 32]], [[True]], ValueError, r"token_ids\[0\]\[0\] is 4294967296, outside"),
     ],
