@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from hermes_pipeline.chat import Refused, to_dict
 from hermes_pipeline.records import Conversation, Message, Sample, Span
@@ -27,8 +28,19 @@ class TokenizerState:
     """A fast tokenizer as plain data, cheap to hand to another process."""
 
     backend: str  # the `tokenizers` object as JSON
-    named_tokens: Mapping[str, str]  # bos_token, eos_token, ...: what templates may name
+    named_tokens: Mapping[str, Any]  # bos_token, eos_token, ...: what templates may name
     special_tokens: tuple[str, ...]  # texts of the tokens that are special
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TokenizerState:
+        """Return the state of a fast transformers tokenizer."""
+        return cls(
+            backend=tokenizer.backend_tokenizer.to_str(),
+            named_tokens=dict(tokenizer.special_tokens_map),
+            special_tokens=tuple(
+                token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,7 @@ class Tokenization:
     """Renders and tokenizes conversations for one tokenizer and one chat template.
 
     Args:
-        tokenizer: see `services.hub.tokenizer_state`.
+        tokenizer: plain data of it, see `TokenizerState.of`.
         template: Jinja source of the chat template.
         date: the day that templates are told, YYYY-MM-DD.
 
@@ -57,9 +69,8 @@ class Tokenization:
         self._template = ChatTemplate(
             template, special_tokens=named, date=datetime.fromisoformat(date)
         )
-        self._specials = Specials(
-            [*tokenizer.special_tokens, *named.values()], named.get("eos_token")
-        )
+        texts = [token for token in named.values() if isinstance(token, str)]
+        self._specials = Specials([*tokenizer.special_tokens, *texts], named.get("eos_token"))
         self._style = PromptStyle(self._template, self._specials)
         self.encoder = Encoder(tokenizer.backend)
 

@@ -26,7 +26,8 @@ class Encoder:
         # Post-processors add special tokens and, in byte-level ones, trim white space off the
         # offsets; ids without special tokens are the same without them.
         self._backend.post_processor = None
-        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        # Ids may have gaps, so the count of tokens is not enough.
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self._splits_cleanly = self._pieces_join()
 
     def token_id(self, token: str) -> int | None:

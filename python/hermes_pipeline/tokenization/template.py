@@ -61,7 +61,7 @@ class ChatTemplate:
         date: what ``strftime_now`` tells, so that the same data gives the same bytes later.
     """
 
-    def __init__(self, text: str, *, special_tokens: Mapping[str, str], date: datetime) -> None:
+    def __init__(self, text: str, *, special_tokens: Mapping[str, Any], date: datetime) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,

@@ -1,0 +1,275 @@
+"""Data sets and tokenizers, from disk or from the Hugging Face Hub.
+
+The one door to `datasets` and `transformers`; both load when they are needed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.files import (
+    EXTENSIONS,
+    Cursor,
+    Record,
+    check_file,
+    count_records,
+    find_files,
+    read_file,
+    without_nulls,
+)
+
+MAX_BYTES = 1 << 28  # of one record, where the caller sets no limit
+
+# Named tokens of a tokenizer.json without its tokenizer_config.json, the likeliest first.
+_LIKELY = {
+    "bos_token": ("<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "<s>"),
+    "eos_token": (
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<end_of_turn>",
+        "<｜end▁of▁sentence｜>",
+        "<eos>",
+        "</s>",
+        "<|endoftext|>",
+    ),
+    "pad_token": ("<|pad|>", "<pad>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|endoftext|>"),
+}
+
+
+class DataSource:
+    """Records of a file, of a folder of files, or of a Hugging Face data set.
+
+    Args:
+        data: a path, or the name of a data set.
+        revision: of the data set; without one the newest is taken.
+        split: of the data set, or of a folder whose file names tell their splits.
+        subset: configuration of the data set.
+
+    Raises:
+        UserError: there is nothing of that name, or it is of no known kind.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        *,
+        revision: str | None = None,
+        split: str = "train",
+        subset: str | None = None,
+    ) -> None:
+        self.name = data
+        self._revision, self._split, self._subset = revision, split, subset
+        self._files: list[Path] | None = None
+        self._data_set: Any = None
+        self._cursor = Cursor()
+        path = Path(data).expanduser()
+        if path.is_dir() and not _is_data_set(path, subset):
+            self._files = find_files(path, split)
+        elif path.is_file() or (not path.exists() and _looks_like_path(data)):
+            self._files = [check_file(path)]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this data from other data, as JSON values."""
+        if self._files is None:
+            return {
+                "data_set": self.name,
+                "revision": self._revision,
+                "split": self._split,
+                "subset": self._subset,
+                "records": self.count(),
+            }
+        stats = [(path.resolve(), path.stat()) for path in self._files]
+        files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        return {"files": files if len(files) <= 16 else _digest(files)}
+
+    def count(self) -> int | None:
+        """Return the number of records where that is known without reading."""
+        if self._files is None:
+            return len(self._load())
+        counts = [count_records(path) for path in self._files]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    def share_read(self) -> float:
+        """Return how much of the files has been read, in [0, 1]."""
+        return self._cursor.share()
+
+    def records(self, *, start: int = 0, max_bytes: int = MAX_BYTES) -> Iterator[Record]:
+        """Yield the records from number ``start`` on, in the same order each time.
+
+        Args:
+            max_bytes: a longer line becomes a record with an error.
+        """
+        if self._files is None:
+            data = self._load()
+            for row in range(start, len(data)):
+                yield Record(f"{self.name}:{row + 1}", row + 1, without_nulls(data[row]))
+            return
+        self._cursor = Cursor(total=sum(path.stat().st_size for path in self._files))
+        for path in self._files:
+            before = self._cursor.records
+            yield from read_file(path, skip=start, max_bytes=max_bytes, cursor=self._cursor)
+            start = max(0, start - (self._cursor.records - before))
+
+    def _load(self) -> Any:
+        if self._data_set is None:
+            self._data_set = _load_data_set(self.name, self._revision, self._split, self._subset)
+        return self._data_set
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
+    """Return a fast transformers tokenizer.
+
+    Args:
+        name_or_path: a folder, a tokenizer.json or tokenizer.json.gz, or a model's name.
+        revision: of the model on the Hub.
+
+    Raises:
+        UserError: there is none of that name, or it is not a fast one.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        # A folder that transformers wrote knows more than the file alone.
+        if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
+            return load_tokenizer(str(path.parent))
+        return _tokenizer_from_file(path)
+    if path.is_dir():
+        files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.json.gz")
+        found = [path / file for file in files if (path / file).is_file()]
+        if not found:
+            raise UserError(f"{path} holds no tokenizer: none of {', '.join(files)}")
+        if len(found) == 1 and found[0].name != "tokenizer_config.json":
+            return _tokenizer_from_file(found[0])
+    elif _looks_like_path(name_or_path):
+        raise UserError(f"no such tokenizer: {name_or_path}")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else name_or_path, revision=revision or "main"
+        )
+    except Exception as error:
+        raise UserError(f"tokenizer {name_or_path!r} cannot be loaded: {_line(error)}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"tokenizer {name_or_path!r} has no fast form (tokenizer.json)")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the sha256 of vocabulary, merges and added tokens, wherever they are kept."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges") or ()]
+    added = sorted((token["id"], token["content"]) for token in state["added_tokens"])
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        # Whether an added token also stands in the vocabulary depends on who wrote the file.
+        known = {content for _, content in added}
+        vocabulary = sorted((id_, text) for text, id_ in vocabulary.items() if text not in known)
+    return _digest([model["type"], vocabulary, merges, added])
+
+
+def load_template(template: str | None, tokenizer: Any) -> tuple[str, str]:
+    """Return the name and the Jinja source of a chat template.
+
+    Args:
+        template: one of the project's, a file, or None for the tokenizer's own.
+
+    Raises:
+        UserError: there is none.
+    """
+    own = sorted(
+        file.name.removesuffix(".jinja")
+        for file in (resources.files("hermes_pipeline") / "templates").iterdir()
+        if file.name.endswith(".jinja")
+    )
+    if template is None:
+        text = tokenizer.chat_template
+        if isinstance(text, dict):
+            text = text.get("default")
+        if not text:
+            raise UserError(
+                f"the tokenizer has no chat template; give --template: one of {', '.join(own)}, "
+                "or a .jinja file"
+            )
+        return "the tokenizer's own", str(text)
+    if template in own:
+        file = resources.files("hermes_pipeline") / "templates" / f"{template}.jinja"
+        return template, file.read_text(encoding="utf-8")
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise UserError(f"no template {template!r}: want one of {', '.join(own)}, or a .jinja file")
+    try:
+        return path.name, path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"template {path} is not UTF-8: byte {error.start}") from None
+
+
+def _tokenizer_from_file(path: Path) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        backend = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path} is not a tokenizer.json: {_line(error)}") from None
+    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    named = {}
+    for name, likely in _LIKELY.items():
+        token = next((token for token in likely if token in special), None)
+        if token is not None:
+            named[name] = token
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+
+
+def _load_data_set(name: str, revision: str | None, split: str, subset: str | None) -> Any:
+    import datasets
+
+    path = Path(name).expanduser()
+    try:
+        if (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))[split]
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path))
+        where = str(path) if path.is_dir() else name
+        return datasets.load_dataset(where, subset, split=split, revision=revision)
+    except Exception as error:  # whatever a data set's files and the network raise
+        asked = ", ".join(
+            f"{key} {value!r}"
+            for key, value in (("split", split), ("subset", subset), ("revision", revision))
+            if value is not None
+        )
+        raise UserError(f"data set {name!r} ({asked}) cannot be loaded: {_line(error)}") from None
+
+
+def _is_data_set(folder: Path, subset: str | None) -> bool:
+    """Is this a folder that `datasets` knows more about than its files tell?"""
+    marks = ("README.md", "dataset_dict.json", "state.json", "dataset_infos.json")
+    return subset is not None or any((folder / mark).is_file() for mark in marks)
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "/", "~"))
+        or name.lower().endswith((*EXTENSIONS, ".gz", ".csv", ".txt", ".arrow", ".zip"))
+        or name.count("/") > 1
+        or not name.strip()
+    )
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()

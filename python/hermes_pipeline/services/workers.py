@@ -1,0 +1,78 @@
+"""Work in other processes, with the results in the order of the work."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+class WorkerDied(Exception):
+    """A worker process ended without a result, as when the system runs out of memory."""
+
+
+def map_in_order(
+    function: Callable[[Work], Result],
+    works: Iterable[Work],
+    *,
+    setup: Callable[..., None],
+    given: tuple[Any, ...],
+    workers: int,
+) -> Iterator[tuple[Work, Result]]:
+    """Yield each work with its result, in the order of ``works``.
+
+    At most a few works are under way, so ``works`` may be endless.
+
+    Args:
+        setup: called with ``given`` once in each process before its first work.
+        workers: processes; with one, everything is done here.
+
+    Raises:
+        WorkerDied: a process was killed.
+    """
+    if workers == 1:
+        setup(*given)
+        for work in works:
+            yield work, function(work)
+        return
+    # Spawned, not forked: tokenizers and Arrow have threads.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(setup, given)
+    )
+    pending: deque[tuple[Work, Future[Result]]] = deque()
+    try:
+        for work in works:
+            pending.append((work, pool.submit(function, work)))
+            if len(pending) > 2 * workers:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    except BrokenProcessPool as error:
+        raise WorkerDied(str(error)) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(setup: Callable[..., None], given: tuple[Any, ...]) -> None:
+    # Ctrl-C reaches every process of the terminal; the first one alone decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    setup(*given)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,54 @@
+"""`hermes4 pack`: plan the rows of the first epoch and say how well they are filled."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hermes_core import StoreError, open_store
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.packing import length_histogram, plan_epoch
+
+
+def run(
+    store: Path,
+    *,
+    row_length: int = 16_384,
+    strategy: str = "best_fit_decreasing",
+    too_long: str = "error",
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Print rows, fill, lower bound and histogram; write the plan to ``out`` (.npz).
+
+    Raises:
+        UserError: no store, a damaged one, or one that cannot be packed so.
+    """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}, want 0 or more")
+    if out is not None and out.suffix != ".npz":
+        raise UserError(f"--out {out} must end in .npz")
+    try:
+        opened = open_store(store)
+        lengths = opened.lengths
+    except (StoreError, NotADirectoryError) as error:
+        raise UserError(str(error)) from None
+    if len(opened):
+        _say(f"{store}: {len(opened):,} samples, {opened.token_count:,} tokens")
+        for line in length_histogram(lengths, row_length):
+            _say(line)
+        longer = int((lengths > row_length).sum())
+        _say(f"{longer:,} samples are longer than a row of {row_length:,}")
+    plan = plan_epoch(
+        opened, row_length=row_length, strategy=strategy, too_long=too_long, seed=seed
+    )
+    _say(plan.report())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        plan.save(out)
+        _say(f"plan written to {out}")
+
+
+def _say(line: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(line.encode(encoding, "replace").decode(encoding) + "\n")

@@ -1,0 +1,122 @@
+"""`hermes4 show`: conversations with their kept tokens coloured."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from datetime import date
+
+from rich.console import Console
+from rich.text import Text
+
+from hermes_pipeline.chat import Refused, parse, parse_json
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.records import Span
+from hermes_pipeline.services.files import Record
+from hermes_pipeline.services.hub import DataSource, load_template, load_tokenizer
+from hermes_pipeline.tokenization import Tokenization, TokenizerState
+
+KEPT = "bold green"
+BRACKETS = ("⟦", "⟧")
+
+
+def run(
+    source: DataSource,
+    tokenizer: str,
+    *,
+    tokenizer_revision: str | None = None,
+    template: str | None = None,
+    index: int = 0,
+    count: int = 1,
+    console: Console | None = None,
+) -> None:
+    """Print ``count`` conversations from number ``index`` on.
+
+    Kept text is coloured; where the output is no terminal or NO_COLOR is set it stands in
+    brackets.
+
+    Raises:
+        UserError: no such data, tokenizer or template, or fewer conversations.
+    """
+    loaded = load_tokenizer(tokenizer, tokenizer_revision)
+    name, text = load_template(template, loaded)
+    try:
+        tokenization = Tokenization(TokenizerState.of(loaded), text, date=date.today().isoformat())
+    except Refused as error:
+        raise UserError(f"template {name!r}: {error}") from None
+    if console is None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    shown = 0
+    for number, record in enumerate(source.records(start=index), index):
+        if shown == count:
+            break
+        console.print(describe(number, record, tokenization, marked=_is_plain(console)))
+        shown += 1
+    if shown == 0:
+        raise UserError(f"--index {index}: {source.name} has no conversation of that number")
+
+
+def describe(number: int, record: Record, tokenization: Tokenization, *, marked: bool) -> Text:
+    """Return one conversation for people, or why it is refused.
+
+    Args:
+        marked: put kept text in brackets, besides its colour.
+    """
+    title = f"conversation {number} ({_visible(record.source)})"
+    try:
+        if record.error is not None:
+            raise Refused(record.error)
+        data = parse_json(record.data) if isinstance(record.data, bytes) else record.data
+        conversation = parse(data, record.source)
+        rendering = tokenization.render(conversation)
+        sample = tokenization.tokens(rendering)
+    except Refused as error:
+        start = _visible(_beginning(record.data))
+        return Text.assemble(
+            (title, "bold"), ": ", ("refused", "bold red"), f": {_visible(str(error))}\n{start}"
+        )
+    total = len(sample.token_ids)
+    kept = int((sample.kept_spans[:, 1] - sample.kept_spans[:, 0]).sum())
+    counts = (
+        f": {len(conversation.messages)} messages, {total:,} tokens, "
+        f"{kept:,} kept ({kept / total:.1%})\n"
+    )
+    body = _coloured(rendering.text, rendering.kept, marked=marked)
+    return Text.assemble((title, "bold"), counts, body)
+
+
+def _coloured(text: str, kept: Sequence[Span], *, marked: bool) -> Text:
+    opening, closing = BRACKETS if marked else ("", "")
+    body = Text()
+    last = 0
+    for start, end in kept:
+        body.append(_visible(text[last:start]))
+        body.append(opening + _visible(text[start:end]) + closing, style=KEPT)
+        last = end
+    body.append(_visible(text[last:]))
+    return body
+
+
+def _visible(text: str) -> str:
+    """Return ``text`` with what would move the cursor or hide itself as escapes."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char.isprintable() or char == "\n" or unicodedata.category(char) in ("Zs", "Co", "Cn")
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def _beginning(data: bytes | Mapping[str, object] | None) -> str:
+    text = data[:400].decode("utf-8", "replace") if isinstance(data, bytes) else str(data)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _is_plain(console: Console) -> bool:
+    return not console.is_terminal or bool(os.environ.get("NO_COLOR"))

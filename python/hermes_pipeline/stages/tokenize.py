@@ -1,0 +1,262 @@
+"""`hermes4 tokenize`: conversations to a token store, by many processes.
+
+The store's bytes depend on the data, the tokenizer, the template and the settings in its meta,
+never on the number of processes or on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hermes_core import StoreError, StoreWriter, open_store
+from hermes_pipeline.chat import Refused, count_chars, parse, parse_json
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.records import Sample
+from hermes_pipeline.services.files import Record
+from hermes_pipeline.services.hub import (
+    DataSource,
+    load_template,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+from hermes_pipeline.services.progress import progress
+from hermes_pipeline.services.workers import WorkerDied, map_in_order
+from hermes_pipeline.tokenization import Tokenization, TokenizerState, template_fingerprint
+
+RULES = 1  # raised when the same data and settings give other bytes
+BATCH_RECORDS, BATCH_BYTES = 64, 1 << 20
+SMALL_RECORD = 4_096  # bytes; a smaller one is kept in the quarantine as it is
+BYTES_A_CHAR = 12  # of JSON at most: \ud83d\ude00
+
+Batch = Sequence[Record]
+Result = Sample | str  # or why it is set aside
+
+
+def run(
+    source: DataSource,
+    tokenizer: str,
+    out: Path,
+    *,
+    tokenizer_revision: str | None = None,
+    template: str | None = None,
+    workers: int = os.cpu_count() or 1,
+    max_chars: int = 4_000_000,
+    limit: int | None = None,
+) -> None:
+    """Write the store ``out``; goes on where an interrupted run of the same settings stopped.
+
+    Args:
+        workers: processes; 1 works in this one.
+        max_chars: longer conversations are set aside.
+        limit: read only so many records.
+
+    Raises:
+        UserError: nothing to read, other settings than an earlier run's, or every record is bad.
+    """
+    loaded = load_tokenizer(tokenizer, tokenizer_revision)
+    template_name, text = load_template(template, loaded)
+    day = _recorded_date(out) or date.today().isoformat()
+    state = TokenizerState.of(loaded)
+    try:
+        tokenization = Tokenization(state, text, date=day)
+    except Refused as error:
+        raise UserError(f"template {template_name!r}: {error}") from None
+    ends = tokenization.end_tokens()
+    meta = {
+        "rules": RULES,
+        "source": source.identity(),
+        "limit": limit,
+        "max_chars": max_chars,
+        "tokenizer": tokenizer_fingerprint(loaded),
+        "tokenizer_name": _short_name(tokenizer),
+        "named_tokens": {key: str(value) for key, value in state.named_tokens.items()},
+        "template": template_fingerprint(text),
+        "template_name": template_name,
+        "date": day,
+        "eos_token_ids": [tokenization.encoder.token_id(token) for token in ends],
+        "pad_token_id": loaded.pad_token_id,
+    }
+    max_bytes = BYTES_A_CHAR * max_chars + (1 << 24)
+    if next(source.records(max_bytes=max_bytes), None) is None:
+        raise UserError(f"{source.name} holds no records")
+    try:
+        with StoreWriter(out, meta=meta, vocab_size=tokenization.encoder.vocab_size) as writer:
+            if writer.finished:
+                _say(f"{out} is finished already, from the same data and settings")
+            else:
+                loaded.eos_token = ends[0] if ends else loaded.eos_token
+                loaded.chat_template = text
+                _save_tokenizer(loaded, out / "tokenizer")
+                records = source.records(start=writer.records_done, max_bytes=max_bytes)
+                left = None if limit is None else max(0, limit - writer.records_done)
+                work = (state, text, day, max_chars)
+                _write(writer, islice(records, left), source, work, workers, limit)
+    except (StoreError, OSError) as error:
+        raise UserError(str(error)) from None
+    _summarize(out)
+
+
+def _write(
+    writer: StoreWriter,
+    records: Iterator[Record],
+    source: DataSource,
+    work: tuple[TokenizerState, str, str, int],
+    workers: int,
+    limit: int | None,
+) -> None:
+    before = writer.records_done
+    if before:
+        _say(f"going on after {before:,} records")
+    total = source.count() if limit is None else limit
+    left = None if total is None else max(0, total - before)
+    try:
+        with progress("tokenize", total=left, unit="conversations") as counter:
+            for batch, results in map_in_order(
+                _tokenize, _batches(records), setup=_set_up, given=work, workers=workers
+            ):
+                for record, result in zip(batch, results, strict=True):
+                    if isinstance(result, str):
+                        writer.quarantine(_quarantined(record, result))
+                    else:
+                        writer.append(result.token_ids, result.kept_spans)
+                note = "" if left is not None else f"{source.share_read():.0%} of the data read"
+                counter.advance(len(batch), note)
+        writer.finish()
+    except BaseException as error:
+        writer.commit()
+        safe = f"{writer.records_done:,} records are safe in {writer.folder}"
+        if isinstance(error, WorkerDied):
+            raise UserError(
+                f"a worker process died, perhaps for want of memory; {safe}: run the same command "
+                "again, with fewer --workers or a smaller --max-chars"
+            ) from None
+        if isinstance(error, KeyboardInterrupt):
+            _say(f"interrupted; {safe}: run the same command again to go on", sys.stderr)
+        raise
+
+
+# In the workers.
+
+_made: list[tuple[Tokenization, int]] = []
+
+
+def _set_up(state: TokenizerState, template: str, day: str, max_chars: int) -> None:
+    _made[:] = [(Tokenization(state, template, date=day), max_chars)]
+
+
+def _tokenize(batch: Batch) -> list[Result]:
+    tokenization, max_chars = _made[0]
+    return [_one(record, tokenization, max_chars) for record in batch]
+
+
+def _one(record: Record, tokenization: Tokenization, max_chars: int) -> Result:
+    if record.error is not None:
+        return record.error
+    try:
+        data = parse_json(record.data) if isinstance(record.data, bytes) else record.data
+        conversation = parse(data, record.source)
+        chars = count_chars(conversation)
+        if chars > max_chars:
+            return f"the conversation has {chars:,} characters, more than {max_chars:,}"
+        return tokenization.sample(conversation)
+    except Refused as error:
+        return str(error).encode("utf-8", "replace").decode()
+
+
+# Around the work.
+
+
+def _batches(records: Iterator[Record]) -> Iterator[Batch]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data) if isinstance(record.data, bytes) else 1 << 12
+        if len(batch) == BATCH_RECORDS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _quarantined(record: Record, reason: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"source": record.source, "line": record.line, "reason": reason}
+    if isinstance(record.data, bytes):
+        text = record.data.decode("utf-8", "replace")
+    else:
+        text = "" if record.data is None else json.dumps(record.data, default=str)
+    if text and len(text) <= SMALL_RECORD:
+        entry["record"] = text
+    return entry
+
+
+def _recorded_date(out: Path) -> str | None:
+    """Return the date that an earlier run on ``out`` told its template."""
+    for path in (out / "store.json", out / "writing" / "progress.json"):
+        try:
+            day = json.loads(path.read_bytes())["meta"]["date"]
+            return date.fromisoformat(day).isoformat()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    temporary = folder.with_name(folder.name + ".new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _short_name(tokenizer: str) -> str:
+    """Return a name that does not depend on where this machine keeps its files."""
+    path = Path(tokenizer).expanduser()
+    return "/".join(path.resolve().parts[-2:]) if path.exists() else tokenizer
+
+
+def _summarize(out: Path) -> None:
+    store = open_store(out)
+    _say(f"{store.read:,} read = {store.stored:,} stored + {store.quarantined:,} quarantined")
+    reasons = Counter(_reasons(out)).most_common(5) if store.quarantined else []
+    if store.stored == 0:
+        raise UserError(
+            f"not one of {store.read:,} records can be used, most often: {reasons[0][0]}; see "
+            f"{out / 'quarantine.jsonl'}"
+        )
+    tokens, kept = store.token_count, store.kept_count
+    _say(
+        f"{tokens:,} tokens, {tokens / store.stored:,.0f} a conversation; {kept:,} of them kept "
+        f"({kept / tokens:.1%})"
+    )
+    if reasons:
+        _say(f"quarantine: {out / 'quarantine.jsonl'}; most often:")
+        for reason, count in reasons:
+            _say(f"{count:>9,}  {reason}")
+    _say(f"store: {out}")
+
+
+def _reasons(out: Path) -> Iterator[str]:
+    """Yield the reason of each quarantined record, with its numbers left out."""
+    with (out / "quarantine.jsonl").open("rb") as file:
+        for line in file:
+            reason = re.sub(r"\d[\d,]*", "N", json.loads(line)["reason"])
+            reason = " ".join(reason.split())
+            yield reason if len(reason) <= 200 else reason[:197] + "..."
+
+
+def _say(line: str, stream: Any = None) -> None:
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.flush()
