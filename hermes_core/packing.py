@@ -182,7 +182,8 @@ def _check_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
         i = next(wrong, None)
         i = int(values.argmax()) if i is None else i  # an integer, but too large
         raise TypeError(
-            f"lengths is {values.dtype} (lengths[{i}] is {values.tolist()[i]!r}), want integers below 2**63"
+            f"lengths is {values.dtype} (lengths[{i}] is {values.tolist()[i]!r}), "
+            f"want integers below 2**63"
         )
     if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
         i = int(values.argmax())

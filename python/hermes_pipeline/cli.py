@@ -184,13 +184,18 @@ def export(
 @app.command()
 def serve(
     model: Annotated[Path, typer.Argument(help="Model folder in Hugging Face form.")],
-    port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
-    max_model_len: Annotated[int | None, typer.Option(help="Context length to serve.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port.")] = 8000,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Context length to serve; the model's if None.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="vLLM's output; MODEL.server.log here if None.")
+    ] = None,
 ) -> None:
     """Serve a model with vLLM behind an OpenAI-compatible endpoint until interrupted."""
     from hermes_pipeline.stages.evaluate import serve as run
 
-    run(model, port=port, max_model_len=max_model_len)
+    run(model, port=port, max_model_len=max_model_len, log=log)
 
 
 @app.command()
@@ -204,10 +209,15 @@ def evaluate(
         str | None, typer.Option(help="An OpenAI-compatible endpoint, such as http://host/v1.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items.")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Answers for each item.")] = 1,
+    draws: Annotated[
+        int | None, typer.Option(min=1, help="Answers for each item; the benchmark's if None.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0)] = 0.6,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one answer.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Context length, where the model is served by us.")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     seed: int = 0,
 ) -> None:
@@ -224,6 +234,7 @@ def evaluate(
         temperature=temperature,
         top_p=top_p,
         max_tokens=max_tokens,
+        max_model_len=max_model_len,
         concurrency=concurrency,
         seed=seed,
     )

@@ -40,11 +40,13 @@ from hermes_pipeline.services.server import Server
 WATCH_S = 0.5
 
 
-def serve(model: Path, *, port: int = 8000, max_model_len: int | None = None) -> None:
+def serve(
+    model: Path, *, port: int = 8000, max_model_len: int | None = None, log: Path | None = None
+) -> None:
     """Serve a model with vLLM until interrupted."""
-    log = Path(f"{model.resolve().name}.server.log")
-    sys.stderr.write(f"starting vLLM on {model}; its log is {log}\n")
-    with Server(model, port=port, max_model_len=max_model_len, log=log) as server:
+    log = log or Path(f"{model.resolve().name}.server.log")
+    server = Server(model, port=port, max_model_len=max_model_len, log=log)
+    with _running(server):
         sys.stderr.write(f"model {server.name} at {server.base_url}; Ctrl-C stops it\n")
         sys.stderr.flush()
         with contextlib.suppress(KeyboardInterrupt):
@@ -254,11 +256,18 @@ def _address(
         yield base_url, model, lambda: None
         return
     server = Server(model, max_model_len=max_model_len, log=out / "server.log")
+    with _running(server):
+        yield server.base_url, server.name, server.check
+
+
+@contextmanager
+def _running(server: Server) -> Iterator[None]:
+    """The server, from its start to its end, with something to look at until it is ready."""
     try:
-        with waiting(f"start vLLM on {Path(model).name}") as tick:
+        with waiting(f"start vLLM on {server.model} (log: {server.log})") as tick:
             server.start()
             server.wait_ready(tick)
-        yield server.base_url, server.name, server.check
+        yield
     finally:
         server.stop()
 

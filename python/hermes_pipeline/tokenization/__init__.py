@@ -12,9 +12,10 @@ from hermes_pipeline.chat import Refused, to_dict
 from hermes_pipeline.records import Conversation, Message, Sample, Span
 from hermes_pipeline.tokenization.encode import Encoder
 from hermes_pipeline.tokenization.keep import kept_spans
+from hermes_pipeline.tokenization.probe import PromptStyle
 from hermes_pipeline.tokenization.specials import Specials
 from hermes_pipeline.tokenization.template import ChatTemplate
-from hermes_pipeline.tokenization.turns import PromptStyle, Reader
+from hermes_pipeline.tokenization.turns import Reader
 
 __all__ = ["Rendering", "Tokenization", "TokenizerState", "template_fingerprint"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,11 +28,15 @@ from hermes_pipeline.tokenization.paint import (
     brushes,
     characters,
 )
+from hermes_pipeline.tokenization.probe import Disagreement, Probe, PromptStyle, Tools, TooManyTurns
 from hermes_pipeline.tokenization.specials import End, Specials
 from hermes_pipeline.tokenization.template import ChatTemplate, Messages
 
-_QUESTION = ({"role": "user", "content": "x"},)
-_MARK = "\U0002fa1d"  # stands for an answer where only what surrounds it matters
+_NO_END = (
+    "the template writes no end-of-turn token after it that the tokenizer knows as a special "
+    "token, so a model would never learn to stop; after its text comes "
+)
+_NO_TEXT = "it has no text of its own and the template rewrites what comes before it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +51,13 @@ class Turn:
     content: Span | None  # the rendered part of the content; None when there is none
 
 
-class _Disagreement(Exception):
-    """The painted rendering differs from the plain one."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the first and the last character of a message's own lie."""
 
-
-class PromptStyle:
-    """How a template opens an assistant turn for generation, found once."""
-
-    def __init__(self, template: ChatTemplate, specials: Specials) -> None:
-        self._template, self._specials = template, specials
-        self._alone = self._added(())
-
-    def prompt(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Return what add_generation_prompt adds after a question; "" where nothing."""
-        # Some templates render no conversation without tools.
-        return (self._added(tools) if self._alone is None and tools else self._alone) or ""
-
-    def _added(self, tools: Sequence[Mapping[str, Any]]) -> str | None:
-        try:
-            closed = self._template.render(_QUESTION, tools)
-            opened = self._template.render(_QUESTION, tools, prompt=True)
-        except Refused:
-            return None
-        return opened[self._specials.common_prefix(opened, closed) :]
+    first: int
+    end: int
+    is_empty: bool  # found by what surrounds it, since there is nothing to paint
 
 
 class Reader:
@@ -77,9 +66,11 @@ class Reader:
     Args:
         messages: as records, for errors and switches.
         dicts: the same as the template takes them.
+        trust: skip the renderings of a turn that stands in the same surroundings as one already
+            placed; False is the slow twin.
 
     Raises:
-        Refused: the template fails, or its text cannot be followed.
+        Refused: the template fails.
     """
 
     def __init__(
@@ -89,13 +80,15 @@ class Reader:
         style: PromptStyle,
         messages: Sequence[Message],
         dicts: Messages,
-        tools: Sequence[Mapping[str, Any]],
+        tools: Tools,
+        *,
+        trust: bool = True,
     ) -> None:
-        self._template, self._specials = template, specials
+        self._template, self._specials, self._trust = template, specials, trust
+        self._messages, self._dicts = messages, dicts
         self._header = style.prompt(tools)
-        self._messages, self._dicts, self._tools = messages, dicts, tools
-        self.text = template.render(dicts, tools)
-        self._avoid = characters(self.text)
+        self._probe = Probe(template, dicts, tools)
+        self.text = self._probe.whole()
 
     def turns(self) -> list[Turn]:
         """Return the trained turns in order.
@@ -103,50 +96,44 @@ class Reader:
         Raises:
             Refused: a turn cannot be placed exactly; the message says which and why.
         """
+        avoid = characters(self.text)
         for brush in brushes(self._template.constants):
             try:
-                return self._turns(brush)
-            except _Disagreement:
+                return self._turns(brush, avoid)
+            except Disagreement:
                 continue
+            except TooManyTurns:
+                raise Refused(
+                    f"{len(self._messages):,} messages are too many for a template that has to be "
+                    "followed turn by turn"
+                ) from None
         raise Refused(
             "the chat template rewrites the text of the messages (case, escapes or the like), "
             "so it cannot be followed"
         )
 
-    def _turns(self, brush: Brush) -> list[Turn]:
+    def _turns(self, brush: Brush, avoid: NDArray[np.uint32]) -> list[Turn]:
         try:
-            self._painting = Painting(self._dicts, brush, self._avoid)
+            self._painting = Painting(self._dicts, brush, avoid)
         except ValueError as error:
             raise Refused(f"the conversation cannot be followed: {error}") from None
-        self._owners = self._follow(self.text, self._painting.messages)
-        turns: list[Turn] = []
-        for index, message in enumerate(self._messages):
-            if not message.train:
-                continue
-            turn = self._turn(index)
-            if turns and turn.start < turns[-1].end:
-                self._refuse(index, f"its turn begins inside that of message {turns[-1].message}")
-            turns.append(turn)
+        self._probe.painting = self._painting
+        self._owners = self._probe.owners(self.text, len(self._dicts))
+        self._starts: dict[tuple[str, str, bool], int] = {}
+        self._ends: dict[bool, tuple[str, str]] = {}
+        # The last turn first: its end needs no other rendering.
+        trained = [index for index, message in enumerate(self._messages) if message.train]
+        turns = [self._turn(index) for index in reversed(trained)][::-1]
+        for turn, after in pairwise(turns):
+            if after.start < turn.end:
+                self._refuse(after.message, f"its turn begins inside that of {turn.message}")
         return turns
 
-    def _follow(
-        self, text: str, painted: Sequence[Mapping[str, Any]], *, prompt: bool = False
-    ) -> NDArray[np.int32]:
-        try:
-            rendered = self._template.render(painted, self._tools, prompt=prompt)
-        except Refused:
-            raise _Disagreement from None
-        owners = self._painting.owners(text, rendered)
-        if owners is None:
-            raise _Disagreement
-        return owners
-
     def _turn(self, index: int) -> Turn:
-        own = np.flatnonzero(self._owners[:, 0] == index)
-        first = int(own[0]) if len(own) else None
-        start = self._start(index, first)
-        stop = max(start, int(own[-1]) + 1) if first is not None else start
-        end = self._end(index, start, stop, has_text=first is not None)
+        place = self._place(index)
+        start = self._start(index, place)
+        stop = start if place is None else max(start, place.end)
+        end = self._end(index, start, stop, place)
         inside = self._owners[start : end.end, 0]
         if ((inside != TEMPLATE) & (inside != index)).any():
             self._refuse(index, "the template writes text of another message inside this turn")
@@ -161,47 +148,73 @@ class Reader:
             content=(int(content[0]), int(content[-1]) + 1) if len(content) else None,
         )
 
+    def _place(self, index: int) -> _Place | None:
+        own = np.flatnonzero(self._owners[:, 0] == index)
+        if len(own):
+            return _Place(int(own[0]), int(own[-1]) + 1, is_empty=False)
+        if self._messages[index].tool_calls:
+            return None
+        # Nothing to paint: see where a text would stand in its place.
+        head, tail = self._probe.in_place(index)
+        content = self._dicts[index]["content"] or ""
+        if head is None:
+            return None
+        middle = self.text[len(head) : len(self.text) - len(tail)]
+        variants = (content, content.strip(), content.lstrip(), content.rstrip())
+        if len(head) + len(tail) > len(self.text) or middle not in variants:
+            return None
+        owners = self._painting.owners(self.text, head + middle + tail)
+        if owners is None or not np.array_equal(owners, self._owners):
+            return None
+        return _Place(len(head), len(head) + len(middle), is_empty=True)
+
     # The start of a turn: the end of the generation prompt.
 
-    def _start(self, index: int, first: int | None) -> int:
-        prompt = self._prompt(index, prompt=True)
-        before = self._end_of_others(first, index)
+    def _start(self, index: int, place: _Place | None) -> int:
+        if place is None:
+            prompt = self._probe.prompt(index, prompt=True)
+            if prompt is None or not self.text.startswith(prompt):
+                self._refuse(index, _NO_TEXT)
+            return len(prompt)
+        before = self._end_of_others(place.first, index)
+        follows = self._messages[index - 1].role if index else ""
+        calls = bool(self._messages[index].tool_calls)
+        key = (self.text[before : place.first], follows, calls)
+        if self._trust and key in self._starts:
+            return before + self._starts[key]
+        start = self._find_start(index, before, place.first)
+        if start <= place.first:
+            self._starts[key] = start - before
+        return start
+
+    def _find_start(self, index: int, before: int, first: int) -> int:
+        prompt = self._probe.prompt(index, prompt=True)
         if prompt is not None and self.text.startswith(prompt) and len(prompt) >= before:
             start = len(prompt)
-        elif first is None:
-            self._refuse(
-                index, "it has no text of its own and the template rewrites what comes before it"
-            )
         else:
-            tail = None if prompt is None else self._tail_after_text(index, prompt)
-            start, whole = self._start_nearby(index, before, first, tail)
-            if not whole:
-                return start
-        rest = self.text[start:first] if first is not None else ""
+            tail = None if prompt is None else self._probe.tail_of_prompt(index, prompt)
+            if tail is None or not self.text.startswith(tail, before):
+                return before + self._shared_header(index, self.text[before:first], tail)
+            start = before + len(tail)
+        rest = self.text[start:first]
         if not rest.strip() or self._opens_turn(index, prompt):
             return start
-        return self._start_past_header(index, start, rest)
+        return start + self._skip_header(index, rest)
 
-    def _start_nearby(
-        self, index: int, before: int, first: int, tail: str | None
-    ) -> tuple[int, bool]:
-        """Find the prompt in the template's text before the turn; is it there as a whole?"""
-        gap = self.text[before:first]
+    def _shared_header(self, index: int, gap: str, tail: str | None) -> int:
+        """Return the length of the header in ``gap``, where history differs from the prompt."""
         if tail is not None:
-            if self.text.startswith(tail, before):
-                return before + len(tail), True
             # The prompt may hold more than history does, such as an opening <think>.
             shared = self._specials.common_prefix(gap, tail)
             if not gap[shared:].strip():
-                return before + shared, False
+                return shared
             # A call may begin where a plain answer has its text.
             for followed in (False, True):
-                header = self._plain_gap(index, followed=followed)
+                header = self._probe.plain_gap(index, followed=followed)
                 if header and gap.startswith(header) and tail.startswith(header):
-                    return before + len(header), False
+                    return len(header)
         if self._header and gap.count(self._header) == 1:
-            end = gap.index(self._header) + len(self._header)
-            return before + end, False
+            return gap.index(self._header) + len(self._header)
         self._refuse(
             index,
             f"the template writes {_short(gap)} before it, but {_short(tail or '')} where it asks "
@@ -210,7 +223,7 @@ class Reader:
 
     def _opens_turn(self, index: int, prompt: str | None) -> bool:
         """Does the prompt before message ``index`` open an assistant turn?"""
-        closed = self._prompt(index, prompt=False)
+        closed = self._probe.prompt(index, prompt=False)
         if prompt is None or closed is None or prompt == closed:
             return False
         if self._header and prompt.endswith(self._header):
@@ -218,19 +231,19 @@ class Reader:
         follows_assistant = index > 0 and self._messages[index - 1].role == "assistant"
         return not follows_assistant and len(prompt) > self._specials.common_prefix(prompt, closed)
 
-    def _start_past_header(self, index: int, start: int, rest: str) -> int:
-        """Skip a header in ``rest``, which the template writes where nobody asked for it."""
+    def _skip_header(self, index: int, rest: str) -> int:
+        """Return the length of a header in ``rest`` that stands there without being asked for."""
         header: str | None = self._header
         if header:
             if rest.count(header) == 1:
-                return start + rest.index(header) + len(header)
+                return rest.index(header) + len(header)
         else:
             # Without generation prompts the header is what stands before a plain answer.
-            header = self._plain_header(index)
+            header = self._probe.plain_header(index)
             if header is not None and not header.strip():
-                return start
+                return 0
             if header is not None and rest.startswith(header):
-                return start + len(header)
+                return len(header)
         self._refuse(
             index,
             f"the template writes {_short(rest)} before it, which is neither its generation "
@@ -239,59 +252,77 @@ class Reader:
 
     # The end of a turn: the end-of-turn token.
 
-    def _end(self, index: int, start: int, stop: int, *, has_text: bool) -> End:
-        tail = self._tail_of_turn(index, stop, has_text)
-        end = self._find_end(index, start, stop, tail, has_text)
-        if end is None or self._is_header(end, tail):
-            self._refuse(
-                index,
-                "the template writes no end-of-turn token after it that the tokenizer knows as a "
-                f"special token, so a model would never learn to stop; after its text comes "
-                f"{_short(tail)}",
-            )
-        if not self.text.startswith(tail[: end.end], stop):
-            self._refuse(
-                index,
-                f"the template ends it with {_short(tail[: end.end])} when nothing follows, but "
-                f"with {_short(self.text[stop : stop + end.end])} in this conversation",
-            )
-        return End(end.token, stop + end.start, stop + end.end)
+    def _end(self, index: int, start: int, stop: int, place: _Place | None) -> End:
+        calls = bool(self._messages[index].tool_calls)
+        if self._trust and place is not None and not place.is_empty and calls in self._ends:
+            token, text = self._ends[calls]
+            if self.text.startswith(text, stop):
+                return End(token, stop + len(text) - len(token), stop + len(text))
+        tail = self._tail(index, stop, place)
+        found = self._find_end(index, start, stop, tail, place)
+        if found is None or self._is_header(found, tail):
+            self._refuse(index, _NO_END + _short(tail))
+        end = self._same_end(index, start, stop, tail, found)
+        if place is not None and not place.is_empty:
+            self._ends[calls] = (end.token, self.text[stop : end.end])
+        return end
 
-    def _tail_of_turn(self, index: int, stop: int, has_text: bool) -> str:
+    def _tail(self, index: int, stop: int, place: _Place | None) -> str:
         """Return what the template writes after the turn's text when the conversation ends."""
         if index + 1 == len(self._dicts):
             return self.text[stop:]
-        dicts = self._dicts[: index + 1]
         try:
-            text = self._template.render(dicts, self._tools)
+            text = self._probe.until(index)
         except Refused as error:
             self._refuse(index, f"its end cannot be found: {error}")
-        if text[:stop] == self.text[:stop]:
+        if text[:stop] == self.text[:stop] and not (place and place.is_empty):
             return text[stop:]
-        if not has_text:
-            self._refuse(
-                index, "it has no text of its own and the template rewrites what comes before it"
-            )
-        owners = self._follow(text, self._painting.messages[: index + 1])
+        if place is None:
+            self._refuse(index, _NO_TEXT)
+        if place.is_empty:
+            return self._probe.around_plain(index)[1]
+        owners = self._probe.owners(text, index + 1)
         own = np.flatnonzero(owners[:, 0] == index)
         if not len(own):
             self._refuse(index, "the template drops it when nothing follows")
         return text[own[-1] + 1 :]
 
-    def _find_end(self, index: int, start: int, stop: int, tail: str, has_text: bool) -> End | None:
-        if not has_text or self._messages[index].tool_calls:
+    def _find_end(
+        self, index: int, start: int, stop: int, tail: str, place: _Place | None
+    ) -> End | None:
+        """Return the end-of-turn token in ``tail``."""
+        if place is None or self._messages[index].tool_calls:
             # Closing tags stand between the text and the end: look at a plain answer's end.
-            plain = self._around_plain(index)[1]
+            plain = self._probe.around_plain(index)[1]
             end = self._specials.first_end(plain, "")
             if end is not None and tail.endswith(plain[end.start :]):
                 shift = len(tail) - len(plain)
                 return End(end.token, end.start + shift, end.end + shift)
-            if not has_text:
+            if place is None:
                 return None
-        written = self._owners[start:stop, 0] == TEMPLATE
+        return self._specials.first_end(tail, self._written(start, stop))
+
+    def _same_end(self, index: int, start: int, stop: int, tail: str, found: End) -> End:
+        """Return the end in the conversation's own text; only white space may differ."""
+        wanted = tail[: found.end]
+        if self.text.startswith(wanted, stop):
+            return End(found.token, stop + found.start, stop + found.end)
+        nearby = self.text[stop : stop + 2 * len(wanted) + 64]
+        end = self._specials.first_end(nearby, self._written(start, stop))
+        same = end is not None and _packed(nearby[: end.end]) == _packed(wanted)
+        if end is None or not same or end.token != found.token:
+            self._refuse(
+                index,
+                f"the template ends it with {_short(wanted)} when nothing follows, but with "
+                f"{_short(nearby[: found.end])} in this conversation",
+            )
+        return End(end.token, stop + end.start, stop + end.end)
+
+    def _written(self, start: int, stop: int) -> str:
+        """Return what the template itself wrote at [start, stop)."""
         text = self.text[start:stop]
-        before = "".join(text[place] for place in np.flatnonzero(written))
-        return self._specials.first_end(tail, before)
+        places = np.flatnonzero(self._owners[start:stop, 0] == TEMPLATE)
+        return "".join(text[place] for place in places)
 
     def _is_header(self, end: End, tail: str) -> bool:
         """Is this the next header's token rather than the turn's last?"""
@@ -309,60 +340,19 @@ class Reader:
         if painted["content"] != self._dicts[index]["content"] and CONTENT not in parts:
             self._refuse(index, "the template does not write its content")
         text = self.text[start:end]
+        names = [call["function"]["name"] for call in message.tool_calls]
         for number, call in enumerate(message.tool_calls):
-            name = call["function"]["name"]
-            calls = [other["function"]["name"] for other in message.tool_calls]
-            if CALLS + number not in parts and text.count(name) < calls.count(name):
+            name = names[number]
+            if CALLS + number not in parts and text.count(name) < names.count(name):
                 self._refuse(index, f"the template does not write its call of {name!r}")
             if _has_text(call["function"]["arguments"]) and max(parts, default=0) < CALLS:
                 self._refuse(index, f"the template does not write the arguments of {name!r}")
 
-    # Renderings around a turn.
-
-    def _prompt(self, index: int, *, prompt: bool) -> str | None:
-        """Return the rendering of what comes before message ``index``, or None if it fails."""
-        try:
-            return self._template.render(self._dicts[:index], self._tools, prompt=prompt)
-        except Refused:
-            return None
-
-    def _tail_after_text(self, index: int, prompt: str) -> str:
-        """Return the end of ``prompt`` after the last character of any message."""
-        owners = self._follow(prompt, self._painting.messages[:index], prompt=True)
-        written = np.flatnonzero(owners[:, 0] != TEMPLATE)
-        return prompt[written[-1] + 1 :] if len(written) else prompt
-
-    def _end_of_others(self, first: int | None, index: int) -> int:
+    def _end_of_others(self, first: int, index: int) -> int:
         """Return the end of the last text of other messages before the turn's own."""
-        if first is None:
-            return 0
         others = (self._owners[:first, 0] != TEMPLATE) & (self._owners[:first, 0] != index)
         places = np.flatnonzero(others)
         return int(places[-1]) + 1 if len(places) else 0
-
-    def _plain_header(self, index: int) -> str | None:
-        """Return what the template adds between the prompt and a plain answer, or None."""
-        prompt = self._prompt(index, prompt=True)
-        gap = self._plain_gap(index)
-        if prompt is None or gap is None:
-            return None
-        tail = self._tail_after_text(index, prompt)
-        return gap[len(tail) :] if gap.startswith(tail) else None
-
-    def _plain_gap(self, index: int, *, followed: bool = False) -> str | None:
-        """Return what the template writes between other text and a plain answer, or None."""
-        head = self._around_plain(index, followed=followed)[0]
-        return None if head is None else head[self._painting.end_of_paint(head) :]
-
-    def _around_plain(self, index: int, *, followed: bool = False) -> tuple[str | None, str]:
-        """Return the painted text before a plain answer in this place, and what comes after."""
-        plain = [*self._painting.messages[:index], {"role": "assistant", "content": _MARK}]
-        try:
-            text = self._template.render([*plain, *_QUESTION] if followed else plain, self._tools)
-        except Refused:
-            return None, ""
-        head, found, tail = text.partition(_MARK)
-        return (head, tail) if found and _MARK not in tail else (None, "")
 
     def _refuse(self, index: int, reason: str) -> NoReturn:
         raise Refused(f"message {index} ({self._messages[index].role}): {reason}")
@@ -374,6 +364,10 @@ def _has_text(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_has_text(item) for item in value.values())
     return isinstance(value, list) and any(_has_text(item) for item in value)
+
+
+def _packed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _short(text: str) -> str:

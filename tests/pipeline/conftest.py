@@ -1,0 +1,109 @@
+"""A small tokenizer made in this process, and what the tests of the data path share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from hermes_pipeline.chat import parse
+from hermes_pipeline.services.hub import load_template
+from hermes_pipeline.tokenization import Tokenization, TokenizerState
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<s>",
+    "</s>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+]
+TEXTS = [
+    "system user assistant tool\n",
+    "You are a helpful assistant. What is the weather in Zürich? It is 21 degrees.\n\n",
+    '{"name": "get_weather", "arguments": {"city": "Zürich"}}\n',
+    "<<48/2=24>> clips; 日本語のテキスト и русский текст 🙂🙂",
+]
+
+Make = Callable[..., Tokenization]
+
+
+@pytest.fixture(scope="session")
+def backend() -> Tokenizer:
+    """A byte-level BPE; every tag is a special token, so that none is mistaken for an end."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make(backend: Tokenizer) -> Make:
+    """Makes a tokenization from a template's name or source, with more special tokens."""
+
+    def made(
+        template: str,
+        special: Sequence[str] = (),
+        *,
+        eos: str = "<|im_end|>",
+        bos: str = "<s>",
+        plain: Sequence[AddedToken] = (),
+    ) -> Tokenization:
+        tokenizer = Tokenizer.from_str(backend.to_str())
+        tokenizer.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in special]
+        )
+        tokenizer.add_tokens(list(plain))
+        added = tokenizer.get_added_tokens_decoder().values()
+        state = TokenizerState(
+            backend=tokenizer.to_str(),
+            named_tokens={"bos_token": bos, "eos_token": eos},
+            special_tokens=tuple(token.content for token in added if token.special),
+        )
+        if template.startswith("hermes_"):
+            template = load_template(template, None)[1]
+        return Tokenization(state, template, date="2025-08-25")
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(backend: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tokenizer as a folder that transformers wrote."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(backend.to_str()),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def kept_texts(tokenization: Tokenization, record: Any) -> list[str]:
+    """Return the kept stretches of a record, decoded from the kept tokens alone."""
+    sample = tokenization.sample(parse(record))
+    ids = sample.token_ids.tolist()
+    return [tokenization.encoder.decode(ids[start:end]) for start, end in sample.kept_spans]
