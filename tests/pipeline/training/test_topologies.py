@@ -1,0 +1,109 @@
+"""One process and many give the same figures on the same rows, through the real command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hermes_pipeline.training.shape import Shape
+
+pytestmark = pytest.mark.heavy
+
+Metrics = list[dict[str, Any]]
+STEPS = 5
+# Small rows, 12 a step, over several epochs; a rate at which rounding is not blown up.
+# Tied embeddings start small, so that the first loss is that of a language model.
+COMMON = (
+    f"training.steps={STEPS}",
+    "optimizer.warmup_steps=1",
+    "optimizer.learning_rate=1e-3",
+    "data.row_length=64",
+    "data.rows=12",
+    "data.seed=7",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to share the work."""
+
+    model: str
+    processes: int
+    settings: tuple[str, ...]
+
+
+CASES = {
+    "accumulation, recomputation": Case(
+        "llama", 1, ("data.local_rows=2", "training.recompute=full")
+    ),
+    "2 FSDP": Case("llama", 2, ("data.local_rows=3",)),
+    "2 TP": Case("qwen", 2, ("parallel.tensor=2", "data.local_rows=6")),
+    "2 copies": Case("qwen", 2, ("parallel.replicate=2", "parallel.shard=1")),
+    "2 FSDP x 2 TP": Case("llama", 4, ("parallel.tensor=2", "data.local_rows=2")),
+}
+
+
+def assert_same(figures: Metrics, expected: Metrics) -> None:
+    """The same steps to half a digit of what is printed: five of the loss, four of the norm."""
+    assert [line["step"] for line in figures] == [line["step"] for line in expected]
+    for ours, theirs in zip(figures, expected, strict=True):
+        assert ours["kept_tokens"] == theirs["kept_tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=5e-6, rel=0)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=5e-5, rel=0)
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    qwen: Shape,
+    llama: Shape,
+) -> Path:
+    folder = tmp_path_factory.mktemp("topologies")
+    make_store(folder / "store", samples=60)
+    make_model(folder / "qwen", replace(qwen, tied=True), embedding_std=0.1)
+    make_model(folder / "llama", llama)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, train: Callable[..., Any]) -> Callable[..., Metrics]:
+    def figures(case: Case, name: str) -> Metrics:
+        ended = train(
+            folder / f"{case.model} {name}",
+            processes=case.processes,
+            settings=[*COMMON, *case.settings],
+            recipe=str(folder / "any.toml"),
+            store=folder / "store",
+            model=folder / case.model,
+        )
+        assert ended.code == 0, ended.said
+        return list(ended.metrics)
+
+    text = (Path(__file__).parents[3] / "python/hermes_pipeline/recipes/tiny.toml").read_text()
+    head, _, tail = text.partition("[model]")
+    (folder / "any.toml").write_text(head + "[model]\n\n[data]" + tail.partition("[data]")[2])
+    return figures
+
+
+@pytest.fixture(scope="module")
+def one_process(run: Callable[..., Metrics]) -> dict[str, Metrics]:
+    return {model: run(Case(model, 1, ()), "one") for model in ("qwen", "llama")}
+
+
+def test_figures_move(one_process: dict[str, Metrics]) -> None:
+    for figures in one_process.values():
+        assert len({round(line["loss"], 3) for line in figures}) == STEPS
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_topology_gives_the_figures_of_one_process(
+    name: str, run: Callable[..., Metrics], one_process: dict[str, Metrics]
+) -> None:
+    case = CASES[name]
+    assert_same(run(case, name), one_process[case.model])
