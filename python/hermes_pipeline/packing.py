@@ -1,4 +1,4 @@
-"""Samples to rows: the plan of one epoch."""
+"""Samples to rows: the plan of the first epoch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ def plan_epoch(
     strategy: str = "best_fit_decreasing",
     too_long: str = "error",
     seed: int = 0,
-    epoch: int = 0,
 ) -> Packing:
-    """Return the rows of one epoch of ``store``; the same for the same arguments.
+    """Return the rows of the first epoch of ``store``; the same for the same arguments.
 
     Args:
         row_length: tokens in a row.
         strategy: best_fit_decreasing or first_fit_decreasing.
         too_long: samples longer than a row: error, drop or truncate.
-        seed: order of the rows; of epoch 0 itself, of later ones together with ``epoch``.
+        seed: order of the rows.
 
     Raises:
         UserError: the store cannot be packed so; the message says why.
@@ -43,7 +42,6 @@ def plan_epoch(
             raise UserError(f"--{name} {value!r} is not known; known: {', '.join(known)}")
     if len(store) == 0:
         raise UserError(f"the store {store.folder} has no samples")
-    words = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint32) if epoch else [seed]
     longest = int(store.lengths.max())
     if too_long == "error" and longest > row_length:
         count = int((store.lengths > row_length).sum())
@@ -57,7 +55,7 @@ def plan_epoch(
             row_length=row_length,
             strategy=strategy,  # type: ignore[arg-type] # checked above
             too_long=too_long,  # type: ignore[arg-type]
-            seed=int(words[0]),
+            seed=seed,
             fingerprint=store.fingerprint,
         )
     except (ValueError, TypeError) as error:

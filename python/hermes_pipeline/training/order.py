@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -36,7 +36,9 @@ class RowOrder:
     """The rows of a store, epoch after epoch, by a number that counts from the run's start.
 
     Each epoch is planned for the whole store before anything is divided among ranks, so the
-    order depends on the store, the seed and the packing settings alone.
+    order depends on the store, the seed and the packing settings alone. The first epoch is what
+    `hermes4 pack` shows; later ones exchange samples of equal length, so that a row does not hold
+    the same neighbours every time.
     """
 
     def __init__(
@@ -101,14 +103,7 @@ class RowOrder:
 
     def _make_plan(self, epoch: int) -> Packing:
         try:
-            plan = pack(
-                self._samples.lengths,
-                row_length=self._row_length,
-                strategy=self._strategy,
-                too_long=self._too_long,
-                seed=epoch_seed(self._seed, epoch),
-                fingerprint=self._fingerprint,
-            )
+            plan = self._pack(epoch)
         except ValueError as error:
             raise UserError(
                 f"the store cannot be packed into rows of {self._row_length}: {error}"
@@ -116,6 +111,28 @@ class RowOrder:
         if plan.rows == 0:
             raise UserError(f"the store has no sample that fits a row of {self._row_length} tokens")
         return plan
+
+    def _pack(self, epoch: int) -> Packing:
+        seed = epoch_seed(self._seed, epoch)
+        lengths = self._samples.lengths
+        ids = np.arange(len(lengths))
+        if epoch > 0:
+            np.random.default_rng(seed).shuffle(ids)
+        plan = pack(
+            lengths[ids],
+            row_length=self._row_length,
+            strategy=self._strategy,
+            too_long=self._too_long,
+            seed=seed,
+            fingerprint=self._fingerprint,
+        )
+        # Packing goes by length alone, so the rows have the same lengths, of other samples.
+        return replace(
+            plan,
+            samples=ids[plan.samples],
+            dropped=np.sort(ids[plan.dropped]),
+            truncated=np.sort(ids[plan.truncated]),
+        )
 
     def _row_tokens(self, plan: Packing, rows: range) -> NDArray[np.int64]:
         """Tokens of samples in each of these rows."""
