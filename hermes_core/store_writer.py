@@ -292,17 +292,17 @@ class StoreWriter:
 
 
 def _take_lock(folder: Path) -> IO[bytes]:
+    taken = f"another writer is at work in {folder}: wait for it, or stop it"
+    if folder in _held:  # before open: closing any descriptor of a file drops its POSIX locks
+        raise StoreError(taken)
     # lockf, not flock: a forked tokenizer process must not hold the lock when its parent is gone.
     lock = open(folder / ".lock", "ab")  # noqa: SIM115
     try:
-        if folder in _held:
-            raise BlockingIOError
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
         if isinstance(error, BlockingIOError | PermissionError):
-            message = f"another writer is at work in {folder}: wait for it, or stop it"
-            raise StoreError(message) from None
+            raise StoreError(taken) from None
         raise
     _held.add(folder)
     return lock
