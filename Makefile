@@ -64,6 +64,8 @@ $(PACKAGE): $(ENVIRONMENT) $(SOURCES)
 
 stubs: $(PACKAGE)
 	$(BIN)/pybind11-stubgen hermes_core._C -o .
+	$(BIN)/ruff check --quiet --select I --fix hermes_core/_C.pyi
+	$(BIN)/ruff format --quiet hermes_core/_C.pyi
 
 # A new lock.txt from top.txt, by a fresh install; look at the difference before you commit it.
 lock:
