@@ -47,6 +47,43 @@ LLAMA = Shape(
     rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
 )
 
+# Gives no shape: that of each model's config.json holds.
+RECIPE = """
+[model]
+[data]
+row_length = 64
+rows = 12
+packing = "best_fit_decreasing"
+too_long = "error"
+seed = 0
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 1
+decay = "cosine"
+final_fraction = 0.1
+beta1 = 0.9
+beta2 = 0.95
+eps = 1e-8
+weight_decay = 0.1
+max_grad_norm = 1.0
+[training]
+steps = 5
+seed = 0
+precision = "float32"
+recompute = "none"
+deterministic = false
+[parallel]
+tensor = 1
+replicate = 1
+shard = -1
+timeout_s = 60
+[checkpoint]
+every = 2
+keep = 2
+background = false
+[run]
+"""
+
 MakeStore = Callable[..., Path]
 MakeModel = Callable[..., Path]
 
@@ -59,6 +96,14 @@ def qwen() -> Shape:
 @pytest.fixture(scope="session")
 def llama() -> Shape:
     return LLAMA
+
+
+@pytest.fixture(scope="session")
+def any_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a few short steps for any of the models."""
+    path = tmp_path_factory.mktemp("recipe") / "any.toml"
+    path.write_text(RECIPE)
+    return path
 
 
 @pytest.fixture(scope="session")
