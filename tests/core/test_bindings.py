@@ -1,0 +1,307 @@
+"""The compiled core takes what it names and refuses all else; nothing it is given crashes it.
+
+That both functions give the same on every instruction set is in test_packing.py and test_rows.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hermes_core import _C, Samples, Shard, build_rows, pack
+
+T = TypeVar("T")
+PACK: dict[str, Any] = {
+    "row_length": 8,
+    "strategy": "best_fit_decreasing",
+    "too_long": "error",
+    "seed_words": [],
+}
+
+
+def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    array.flags.writeable = False
+    return array
+
+
+def misaligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    data = np.zeros(array.nbytes + 1, np.uint8)[1:]
+    data[:] = array.reshape(-1).view(np.uint8)
+    return data.view(array.dtype).reshape(array.shape)
+
+
+def a_batch() -> dict[str, Any]:
+    """Two samples of five and three tokens in one row of eight."""
+    shard = (
+        np.arange(8, dtype=np.uint16),
+        np.array([0, 5, 8]),
+        np.array([[1, 3], [0, 2]], np.uint32),
+        np.array([0, 1, 2]),
+    )
+    return {
+        "shards": [shard],
+        "shard_indices": np.array([0, 0]),
+        "sample_indices": np.array([0, 1]),
+        "row_starts": np.array([0, 2]),
+        "row_length": 8,
+        "pad_id": 0,
+        "truncate": False,
+    }
+
+
+def build(batch: dict[str, Any]) -> _C.RowArrays:
+    arrays = ("shards", "shard_indices", "sample_indices", "row_starts")
+    rest = {name: value for name, value in batch.items() if name not in arrays}
+    return _C.build_rows(*(batch[name] for name in arrays), **rest)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        np.array([1, 2], np.int32),
+        np.array([1, 2], np.uint64),
+        np.array([1, 2], ">i8"),
+        np.array([1.0, 2.0]),
+        np.array([np.nan]),
+        np.array([True]),
+        np.array([1, "a"], object),
+        np.array(["1"]),
+        np.arange(8)[::2],
+        np.arange(8)[::-1],
+        [1, 2],
+        None,
+        3,
+    ],
+    ids=repr,
+)
+def test_pack_takes_no_copy_of_another_array(lengths: Any) -> None:
+    with pytest.raises(TypeError, match="lengths: "):
+        _C.pack(lengths, **PACK)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"lengths": np.ones((2, 2), np.int64)}, ValueError, "lengths is 2-D, want 1-D"),
+        ({"lengths": np.array(3)}, ValueError, "lengths is 0-D, want 1-D"),
+        ({"lengths": misaligned(np.array([1]))}, ValueError, "lengths is not aligned"),
+        ({"lengths": np.array([1, -5])}, ValueError, r"lengths\[1\] is -5, outside \[1, 8\]"),
+        ({"lengths": np.array([1 << 62])}, ValueError, r"lengths\[0\] is 4611686018427387904"),
+        ({"lengths": np.array([-(1 << 63)])}, ValueError, r"lengths\[0\] is -9223372036854775808"),
+        ({"row_length": 0}, ValueError, "row_length is 0, outside"),
+        ({"row_length": 1 << 62}, ValueError, "row_length is 4611686018427387904, outside"),
+        ({"row_length": 1 << 70}, TypeError, "row_length: "),
+        ({"row_length": 8.5}, TypeError, "row_length: "),
+        ({"strategy": "worst"}, ValueError, "strategy is 'worst'"),
+        ({"strategy": None}, TypeError, "strategy: "),
+        ({"too_long": "\0"}, ValueError, "too_long is"),
+        ({"seed_words": [1, 2]}, ValueError, "seed_words has 2 elements, want 4"),
+        ({"seed_words": [-1, 2, 3, 4]}, TypeError, "seed_words: "),
+        ({"seed_words": [1 << 64, 2, 3, 4]}, TypeError, "seed_words: "),
+    ],
+)
+def test_pack_refuses_by_name_and_value(
+    change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        _C.pack(**{"lengths": np.array([1, 2]), **PACK, **change})
+
+
+def test_read_only_arrays_are_taken_and_not_written() -> None:
+    batch = a_batch()
+    batch["shards"] = [tuple(read_only(array) for array in batch["shards"][0])]
+    for name in ("shard_indices", "sample_indices", "row_starts"):
+        read_only(batch[name])
+    assert build(batch).input_ids.tolist() == [list(range(8))]
+    assert _C.pack(read_only(np.array([3, 5])), **PACK).samples.tolist() == [1, 0]
+
+
+PARTS = ("tokens", "offsets", "spans", "span_offsets")
+
+
+@pytest.mark.parametrize("part", range(4), ids=PARTS)
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda array: array.astype(np.float64), TypeError),
+        (lambda array: array.astype(np.int16), TypeError),
+        (lambda array: array.astype(array.dtype.newbyteorder()), TypeError),
+        (lambda array: array.astype(object), TypeError),
+        (lambda array: np.repeat(array, 2, axis=0)[::2], TypeError),
+        (lambda array: array.tolist(), TypeError),
+        (lambda array: None, TypeError),
+        (lambda array: array[None], ValueError),
+        (misaligned, ValueError),
+    ],
+    ids=["float", "int16", "bytes", "object", "strided", "list", "none", "2-D", "unaligned"],
+)
+def test_wrong_array_of_a_shard_is_refused_by_name(
+    part: int, spoil: Any, kind: type[Exception]
+) -> None:
+    batch = a_batch()
+    arrays = list(batch["shards"][0])
+    arrays[part] = spoil(arrays[part])
+    batch["shards"] = [tuple(arrays)]
+    with pytest.raises(kind, match=rf"^{PARTS[part]} "):
+        build(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"shards": []}, ValueError, r"shard 0 is outside \[0, 0\)"),
+        ({"shards": [[1, 2, 3, 4]]}, TypeError, "a shard must be a tuple of four arrays"),
+        ({"shards": [(1, 2)]}, ValueError, "a shard has 2 elements, want 4"),
+        ({"shards": None}, TypeError, "shards: "),
+        ({"shard_indices": np.array([0, 7])}, ValueError, r"shard 7 is outside \[0, 1\)"),
+        ({"shard_indices": np.array([0.0, 0.0])}, TypeError, "shard_indices: "),
+        ({"shard_indices": np.array([[0, 0]])}, ValueError, "shard_indices is 2-D"),
+        ({"sample_indices": np.array([0, 2])}, ValueError, "sample 2 of shard 0 is outside"),
+        ({"sample_indices": np.array([0, 1 << 62])}, ValueError, "sample 4611686018427387904 of"),
+        ({"sample_indices": np.array([0])}, ValueError, "sample_indices has 1 elements, want 2"),
+        ({"row_starts": np.array([], np.int64)}, ValueError, r"len\(row_starts\) is 0"),
+        ({"row_starts": np.array([1, 2])}, ValueError, r"row_starts\[0\] is 1"),
+        ({"row_starts": np.array([0, 3])}, ValueError, "row_starts is 3, outside"),
+        ({"row_starts": np.array([0, 2, 1])}, ValueError, "row_starts is 1, outside"),
+        ({"row_starts": np.array([0, 2], np.int32)}, TypeError, "row_starts: "),
+        ({"row_length": 7}, ValueError, "sample 1 of shard 0 ends at token 8 of a row of 7"),
+        ({"row_length": -1}, ValueError, "row_length is -1, outside"),
+        ({"row_length": 1 << 31}, ValueError, r"rows \* row_length is 2147483648, outside"),
+        ({"row_length": 1 << 62}, ValueError, "row_length is 4611686018427387904, outside"),
+        ({"pad_id": 1 << 63}, TypeError, "pad_id: "),
+        ({"pad_id": 0.5}, TypeError, "pad_id: "),
+    ],
+)
+def test_build_rows_refuses_by_name_and_value(
+    change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        build({**a_batch(), **change})
+
+
+def attempt(call: Callable[[], T]) -> T | str:
+    """What it returns, or the words with which it refuses; any other error is a failure."""
+    try:
+        return call()
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+VALUES = st.one_of(
+    st.integers(-2, 9), st.sampled_from([1 << 31, 1 << 32, 1 << 62, (1 << 63) - 1, -(1 << 63)])
+)
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> Any:
+    """Mostly an int64 array; sometimes of another dtype, layout or no array at all."""
+    values = draw(st.lists(VALUES, max_size=6))
+    array = np.array(values, np.int64)
+    kind = draw(st.integers(0, 12))
+    others: dict[int, Any] = {
+        0: array.astype(np.float64),
+        1: np.append(array.astype(np.float64), np.nan),
+        2: array.astype(object),
+        3: np.stack([array, array]),
+        4: np.repeat(array, 2)[::2],
+        5: array.astype(">i8"),
+        6: array.astype(np.uint32),
+        7: values,
+        8: array[::-1],
+    }
+    made = others.get(kind, array)
+    return made if made is values else read_only(made)
+
+
+def spoil(draw: st.DrawFn, array: np.ndarray[Any, Any]) -> Any:
+    """The array with a few elements changed, cut, or as another kind of object."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(arrays())
+    array = array[: draw(st.integers(max(0, len(array) - 1), len(array)))].copy()
+    for _ in range(draw(st.integers(0, 2)) if array.size else 0):
+        at = draw(st.integers(0, array.size - 1))
+        low, high = np.iinfo(array.dtype).min, np.iinfo(array.dtype).max
+        array.reshape(-1)[at] = min(max(draw(VALUES), low), high)
+    return array
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> dict[str, Any]:
+    batch, names = a_batch(), ("shard_indices", "sample_indices", "row_starts")
+    spoiled = draw(st.sets(st.sampled_from((*PARTS, *names)), max_size=2))
+    batch["shards"] = [
+        tuple(
+            spoil(draw, array) if part in spoiled else array
+            for part, array in zip(PARTS, batch["shards"][0], strict=True)
+        )
+    ]
+    for name in sorted(spoiled.intersection(names)):
+        batch[name] = spoil(draw, batch[name])
+    batch["row_length"] = draw(st.sampled_from([8, 8, 9, 100, 8, 8, 9, 5, -1, 1 << 62]))
+    batch["truncate"] = draw(st.booleans())
+    return batch
+
+
+@settings(max_examples=600, deadline=None)
+@given(batch=batches())
+def test_any_batch_is_built_or_refused(batch: dict[str, Any]) -> None:
+    rows = attempt(lambda: build(batch))
+    if isinstance(rows, str):
+        assert rows
+        return
+    flat = rows.labels.reshape(-1)
+    assert rows.input_ids.shape == (len(batch["row_starts"]) - 1, batch["row_length"])
+    assert np.flatnonzero(flat != _C.IGNORE_INDEX).tolist() == rows.kept.tolist()
+    assert (np.diff(rows.cu_seqlens) > 0).all()
+    assert rows.cu_seqlens[-1] == flat.size
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    lengths=arrays(),
+    row_length=st.sampled_from([1, 7, 9, 1 << 31, 0, -1, (1 << 31) + 1, 1 << 62, 1 << 70, 2.0]),
+    too_long=st.sampled_from(["error", "drop", "truncate"]),
+    seed=st.sampled_from([None, 0, -1, 1 << 62, 1 << 200, 0.5]),
+)
+def test_any_lengths_are_packed_or_refused(
+    lengths: Any, row_length: Any, too_long: Any, seed: Any
+) -> None:
+    plan = attempt(lambda: pack(lengths, row_length=row_length, too_long=too_long, seed=seed))
+    if isinstance(plan, str):
+        assert any(name in plan for name in ("lengths", "row_length", "seed"))
+        return
+    packed = np.sort(np.concatenate([plan.samples, plan.dropped]))
+    assert packed.tolist() == list(range(len(lengths)))
+    assert plan.row_offsets[-1] == len(plan.samples)
+    assert 0 < plan.tokens <= plan.rows * row_length
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows=arrays())
+def test_any_row_numbers_are_built_or_refused(rows: Any) -> None:
+    samples = Samples([Shard(*a_batch()["shards"][0])])
+    plan = pack(samples.lengths, row_length=5)
+    built = attempt(lambda: build_rows(samples, plan, rows))
+    if isinstance(built, str):
+        assert "rows" in built
+        return
+    assert built.input_ids.shape == (len(rows), 5)
+
+
+def test_unknown_instruction_set_is_refused_by_value() -> None:
+    code = "from hermes_core import _C; print(_C.active_isa())"
+    command = [sys.executable, "-P", "-c", code]
+    for isa, wanted in (("scalar", "scalar\n"), ("sse9", "HERMES_CORE_ISA is 'sse9'; want scalar")):
+        done = subprocess.run(
+            command, env={**os.environ, "HERMES_CORE_ISA": isa}, capture_output=True, text=True,
+            timeout=60,
+        )  # fmt: skip
+        assert wanted in done.stdout + done.stderr
