@@ -176,6 +176,11 @@ def command(
 
 
 @pytest.fixture(scope="session")
+def train_command() -> Callable[..., list[str]]:
+    return command
+
+
+@pytest.fixture(scope="session")
 def train() -> Callable[..., Ended]:
     """Runs `hermes4 train` to its end."""
 

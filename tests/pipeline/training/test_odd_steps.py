@@ -1,0 +1,95 @@
+"""Steps that cannot be computed, and steps without anything to learn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from hermes_core import StoreWriter, open_store
+from hermes_pipeline.training.order import RowOrder
+from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
+
+ROWS, LOCAL_ROWS, POISON, BAD_SAMPLE = 12, 2, 120, 58
+
+
+def poisoned(folder: Path, make_model: Callable[..., Path]) -> None:
+    """A store with one sample that holds a token whose embedding is not a number."""
+    rng = np.random.default_rng(2)
+    with StoreWriter(folder / "store", meta={}, vocab_size=128) as writer:
+        for number in range(60):
+            ids = rng.integers(0, 100, 40)
+            ids[20] = POISON if number == BAD_SAMPLE else ids[20]
+            writer.append(ids, np.array([[10, 40]], np.uint32))
+        writer.finish()
+    weights = make_model(folder / "model") / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][POISON] = np.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def test_gradient_that_is_not_finite_ends_the_run_and_names_its_rows(
+    tmp_path: Path,
+    make_model: Callable[..., Path],
+    train: Callable[..., Any],
+    any_recipe: Path,
+) -> None:
+    poisoned(tmp_path, make_model)
+    order = RowOrder(
+        open_store(tmp_path / "store"),
+        row_length=64,
+        packing="best_fit_decreasing",
+        too_long="error",
+        seed=0,
+    )
+    row = next(i for i, ids in enumerate(order.sample_ids(0, 60)) if BAD_SAMPLE in ids)
+    step = row // ROWS + 1
+    assert step > 1  # some steps go well before
+
+    ended = train(
+        tmp_path / "run",
+        settings=[f"data.local_rows={LOCAL_ROWS}", "checkpoint.every=1"],
+        recipe=str(any_recipe),
+        store=tmp_path / "store",
+        model=tmp_path / "model",
+    )
+
+    assert ended.code == 3, ended.said
+    assert "Traceback" not in ended.said
+    error = ended.said.splitlines()[-1]
+    assert error.startswith(f"hermes4: error: step {step}: loss nan")
+    assert "not applied and nothing is saved" in error
+    named = [int(number) for number in re.findall(r"row (\d+) \(", error)]
+    first = row - row % LOCAL_ROWS
+    assert named == list(range(first, first + LOCAL_ROWS))
+    assert re.search(rf"row {row} \(samples {BAD_SAMPLE}\)", error)
+    assert checkpoint_steps(tmp_path / "run")[-1] == step - 1
+    assert len(read_metrics(tmp_path / "run")) == step - 1
+
+
+def test_step_without_kept_tokens_has_loss_0(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    train: Callable[..., Any],
+    any_recipe: Path,
+) -> None:
+    make_store(tmp_path / "store", samples=20, kept=False)
+    ended = train(
+        tmp_path / "run",
+        settings=["training.steps=2"],
+        recipe=str(any_recipe),
+        store=tmp_path / "store",
+        model=make_model(tmp_path / "model"),
+    )
+    assert ended.code == 0, ended.said
+    assert [line["loss"] for line in ended.metrics] == [0, 0]
+    assert [line["grad_norm"] for line in ended.metrics] == [0, 0]
+    assert [line["kept_tokens"] for line in ended.metrics] == [0, 0]
