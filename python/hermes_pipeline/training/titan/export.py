@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def export_weights(
     missing, total = dict(shape.tensors()), 0
     for number, names in enumerate(groups, start=1):
         state = {name: torch.empty(sizes[name].size, dtype=_dtype(sizes[name])) for name in names}
-        load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+        with warnings.catch_warnings():  # one process is what is wanted
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
         tensors = {
             name: tensor.to(DTYPES[dtype]).contiguous()
             for name, tensor in adapter.to_hf(state).items()
