@@ -1,0 +1,132 @@
+"""What every benchmark shares: timing, the machine it ran on, and how a result is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hermes_core import _C, __version__  # noqa: TID251 - only to say which ISA ran
+
+ROW_LENGTH = 16_384  # the report's; longer samples were dropped
+# Samples, mean tokens, sigma of a log-normal: Hermes 4's reasoning and other samples (report, 2).
+MIXTURE = ((3_500_000, 4_974, 0.80), (1_600_000, 995, 0.95))
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """CPU seconds of several runs, which other work on the machine disturbs least."""
+
+    cpu_s: float
+    fastest_s: float
+    slowest_s: float
+    wall_s: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One measured figure; ``value`` and ``spread`` (of the runs) are in ``unit``."""
+
+    op: str
+    shape: str
+    dtype: str
+    backend: str
+    unit: str
+    value: float
+    spread: tuple[float, float]
+    runs: int
+    notes: str = ""
+
+
+def measure(call: Callable[[], object], *, runs: int = 20) -> Timing:
+    """Median and spread over ``runs`` calls, after one that is not counted."""
+    call()
+    cpu, wall = [], []
+    for _ in range(runs):
+        started, clock = time.process_time(), time.perf_counter()
+        result = call()
+        cpu.append(time.process_time() - started)
+        wall.append(time.perf_counter() - clock)
+        del result
+    return Timing(statistics.median(cpu), min(cpu), max(cpu), statistics.median(wall), runs)
+
+
+def hermes_lengths(share: float) -> NDArray[np.int64]:
+    """Shuffled lengths like Hermes 4's, a ``share`` of its 5.1 M samples, none over a row."""
+    rng = np.random.default_rng(0)
+    parts = [
+        rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, round(count * share))
+        for count, mean, sigma in MIXTURE
+    ]
+    lengths = np.maximum(np.concatenate(parts).astype(np.int64), 1)
+    lengths = lengths[lengths <= ROW_LENGTH]
+    rng.shuffle(lengths)
+    return lengths
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures of this run were measured."""
+    packages = {"hermes4-core": __version__, "python": platform.python_version()}
+    for name in ("numpy", "seqpacker", "lightbinpack", "trl"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "device": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": _C.active_isa(),
+        "versions": packages,
+        "commit": _commit(),
+    }
+
+
+def tell(results: Iterator[Result | str], *, as_json: bool) -> None:
+    """Print each result when it is there: for a person, or as a line of JSON."""
+    about = machine()
+    if not as_json:
+        packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+        print(f"{about['device']}, {about['cores']} cores, {about['isa']}; {packages}")
+        print(f"commit {about['commit']}; medians of CPU time (fastest to slowest run)")
+    for result in results:
+        if isinstance(result, str):
+            print(result, file=sys.stderr if as_json else sys.stdout)
+        elif as_json:
+            print(json.dumps(asdict(result) | about), flush=True)
+        else:
+            low, high = result.spread
+            print(
+                f"{result.backend:34} {result.value:10,.2f} {result.unit} "
+                f"({low:,.2f} to {high:,.2f}; {result.runs} runs)  {result.notes}",
+                flush=True,
+            )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

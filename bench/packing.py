@@ -1,0 +1,178 @@
+"""Packing millions of samples, against a copy of their lengths and against other packers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.harness import ROW_LENGTH, Result, Timing, hermes_lengths, measure
+from hermes_core import pack
+from hermes_core.packing import Strategy
+
+Bins = list[list[int]]
+Lengths = NDArray[np.int64]
+
+STRATEGIES: tuple[Strategy, ...] = ("best_fit_decreasing", "first_fit_decreasing")
+SHARES = (0.2, 1.0)  # of Hermes 4's samples: about 1 M and 5 M
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another packer: what it takes, its call, which alone is timed, and its rows as ids.
+
+    ``samples`` is the most that it is given, so that a run takes minutes and fits in memory.
+    """
+
+    name: str
+    samples: int
+    prepare: Callable[[Lengths], Any]
+    pack: Callable[[Any], Any]
+    bins: Callable[[Any], Bins]
+
+
+def lightbinpack(lengths: list[int]) -> Bins:
+    return importlib.import_module("lightbinpack").obfd(lengths, ROW_LENGTH)
+
+
+def seqpacker(lengths: Lengths) -> Any:
+    packer = importlib.import_module("seqpacker")
+    return packer.pack_sequences(lengths, capacity=ROW_LENGTH, strategy="obfd")
+
+
+def as_dataset(lengths: Lengths) -> Any:
+    """A sample's tokens are its number, so that a row tells who is in it."""
+    datasets = importlib.import_module("datasets")
+    datasets.disable_progress_bars()
+    ids = [np.full(length, i, np.int32) for i, length in enumerate(lengths)]
+    return datasets.Dataset.from_dict({"input_ids": ids})
+
+
+def trl(dataset: Any) -> Any:
+    """The whole set at once, which fills rows best; its default is a thousand samples."""
+    pack_dataset = importlib.import_module("trl.data_utils").pack_dataset
+    return pack_dataset(dataset, ROW_LENGTH, "bfd", {"batch_size": len(dataset)})
+
+
+def of_trl(packed: Any) -> Bins:
+    rows = packed.with_format("numpy")["input_ids"]
+    return [row[np.flatnonzero(np.diff(row, prepend=-1))].tolist() for row in rows]
+
+
+PEERS = (
+    Peer("lightbinpack", 6_000_000, lambda lengths: lengths.tolist(), lightbinpack, list),
+    Peer("seqpacker", 6_000_000, np.ascontiguousarray, seqpacker, attrgetter("bins")),
+    Peer("trl", 20_000, as_dataset, trl, of_trl),  # it copies every token, which is timed too
+)
+
+
+def run() -> Iterator[Result | str]:
+    """Both strategies at 1 M and 5 M samples, beside the peers that are installed."""
+    gate()
+    yield "gate passed: both strategies equal the textbook, row by row"
+    for share in SHARES:
+        lengths = hermes_lengths(share)
+        bound = pack(lengths, row_length=ROW_LENGTH).lower_bound
+        yield f"\n{len(lengths):,} samples, {lengths.sum():,} tokens, rows of {ROW_LENGTH:,}"
+        yield f"lower bound {bound:,} rows"
+        copy = np.empty_like(lengths)
+        floor = measure(lambda lengths=lengths, copy=copy: np.copyto(copy, lengths))
+        yield told("memcpy of the lengths", lengths, floor, "the floor")
+        for strategy in STRATEGIES:
+            yield ours(lengths, strategy, floor)
+    yield ""
+    for peer in PEERS:
+        yield from against(peer)
+
+
+def ours(lengths: Lengths, strategy: Strategy, floor: Timing | None = None) -> Result:
+    """What `pack` takes, how full its rows are, and how far that is from a bare copy."""
+    plan = pack(lengths, row_length=ROW_LENGTH, strategy=strategy)
+    timing = measure(lambda: pack(lengths, row_length=ROW_LENGTH, strategy=strategy))
+    notes = f"{plan.rows - plan.lower_bound:+,} rows over the bound, fill {plan.fill:.4%}"
+    if floor is not None:
+        notes += f", {timing.cpu_s / floor.cpu_s:.1f} x memcpy"
+    return told(f"hermes_core {strategy}", lengths, timing, notes)
+
+
+def against(peer: Peer) -> Iterator[Result | str]:
+    """The peer at each size that it is given, with ours in the same run as the yardstick."""
+    try:
+        importlib.import_module(peer.name)
+    except ImportError as error:
+        yield f"{peer.name}: skipped, not importable ({error})"
+        return
+    sets = [hermes_lengths(share) for share in SHARES]
+    fitting = [lengths for lengths in sets if len(lengths) <= peer.samples]
+    for lengths in fitting or [sets[0][: peer.samples]]:
+        given = peer.prepare(lengths)
+        bins = peer.bins(peer.pack(given))
+        check(bins, lengths)  # no time for a wrong plan
+        rows, bound = len(bins), pack(lengths, row_length=ROW_LENGTH).lower_bound
+        timing = measure(lambda given=given: peer.pack(given), runs=5)
+        fill = lengths.sum() / (rows * ROW_LENGTH)
+        yield f"{len(lengths):,} samples"
+        yield ours(lengths, STRATEGIES[0])
+        yield told(
+            peer.name, lengths, timing, f"{rows - bound:+,} rows over the bound, fill {fill:.4%}"
+        )
+
+
+def told(backend: str, lengths: Lengths, timing: Timing, notes: str) -> Result:
+    spread = (1e3 * timing.fastest_s, 1e3 * timing.slowest_s)
+    return Result(
+        op="packing",
+        shape=f"{len(lengths)} samples, rows of {ROW_LENGTH}",
+        dtype=str(lengths.dtype),
+        backend=backend,
+        unit="ms",
+        value=1e3 * timing.cpu_s,
+        spread=spread,
+        runs=timing.runs,
+        notes=f"wall {1e3 * timing.wall_s:,.2f} ms; {notes}",
+    )
+
+
+def check(bins: Bins, lengths: Lengths) -> None:
+    """Every sample is in one row, and no row is too long."""
+    ids = np.fromiter(chain.from_iterable(bins), np.int64)
+    row = np.repeat(np.arange(len(bins)), [len(some) for some in bins])
+    if not np.array_equal(np.sort(ids), np.arange(len(lengths))):
+        raise SystemExit("wrong plan: not every sample is in exactly one row")
+    longest = int(np.bincount(row, lengths[ids]).max())
+    if longest > ROW_LENGTH:
+        raise SystemExit(f"wrong plan: a row holds {longest} tokens, want at most {ROW_LENGTH}")
+
+
+def gate() -> None:
+    """Stop unless both strategies equal a loop over all rows for each sample."""
+    lengths = hermes_lengths(1 / 2550)
+    for strategy in STRATEGIES:
+        plan = pack(lengths, row_length=ROW_LENGTH, strategy=strategy, seed=None)
+        rows = [part.tolist() for part in np.split(plan.samples, plan.row_offsets[1:-1])]
+        if rows != textbook(lengths, strategy):
+            raise SystemExit(f"{strategy} differs from the textbook on {len(lengths)} samples")
+        check(rows, lengths)
+
+
+def textbook(lengths: Lengths, strategy: Strategy) -> Bins:
+    """Each sample, by falling length, into the first row with room, or the one with the least."""
+    rows: Bins = []
+    room = np.zeros(0, np.int64)
+    for sample in np.argsort(-lengths, kind="stable").tolist():
+        fitting = np.flatnonzero(room >= lengths[sample])
+        if fitting.size == 0:
+            rows.append([])
+            room = np.append(room, ROW_LENGTH)
+            fitting = np.array([len(rows) - 1])
+        least = np.argmin(room[fitting]) if strategy == "best_fit_decreasing" else 0
+        row = int(fitting[least])
+        rows[row].append(sample)
+        room[row] -= lengths[sample]
+    return rows
