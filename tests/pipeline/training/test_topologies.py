@@ -11,7 +11,7 @@ import pytest
 
 from hermes_pipeline.training.shape import Shape
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 Metrics = list[dict[str, Any]]
 STEPS = 5
@@ -20,9 +20,7 @@ STEPS = 5
 COMMON = (
     f"training.steps={STEPS}",
     "optimizer.warmup_steps=1",
-    "optimizer.learning_rate=1e-3",
-    "data.row_length=64",
-    "data.rows=12",
+    "optimizer.learning_rate=3e-4",
     "data.seed=7",
 )
 
@@ -72,22 +70,19 @@ def folder(
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, train: Callable[..., Any]) -> Callable[..., Metrics]:
+def run(folder: Path, any_recipe: Path, train: Callable[..., Any]) -> Callable[..., Metrics]:
     def figures(case: Case, name: str) -> Metrics:
         ended = train(
             folder / f"{case.model} {name}",
             processes=case.processes,
             settings=[*COMMON, *case.settings],
-            recipe=str(folder / "any.toml"),
+            recipe=str(any_recipe),
             store=folder / "store",
             model=folder / case.model,
         )
         assert ended.code == 0, ended.said
         return list(ended.metrics)
 
-    text = (Path(__file__).parents[3] / "python/hermes_pipeline/recipes/tiny.toml").read_text()
-    head, _, tail = text.partition("[model]")
-    (folder / "any.toml").write_text(head + "[model]\n\n[data]" + tail.partition("[data]")[2])
     return figures
 
 
@@ -99,6 +94,14 @@ def one_process(run: Callable[..., Metrics]) -> dict[str, Metrics]:
 def test_figures_move(one_process: dict[str, Metrics]) -> None:
     for figures in one_process.values():
         assert len({round(line["loss"], 3) for line in figures}) == STEPS
+
+
+@pytest.mark.parametrize(("key", "error"), [("loss", 1e-5), ("grad_norm", 1e-4), ("step", 1)])
+def test_other_figures_are_noticed(one_process: dict[str, Metrics], key: str, error: float) -> None:
+    figures = one_process["llama"]
+    wrong = [*figures[:-1], figures[-1] | {key: figures[-1][key] + error}]
+    with pytest.raises(AssertionError):
+        assert_same(wrong, figures)
 
 
 @pytest.mark.parametrize("name", CASES)
