@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -30,7 +31,8 @@ from hermes_pipeline.errors import UserError
 HOST = "127.0.0.1"
 READY_S = 300.0
 GRACE_S = 15.0  # between SIGTERM and SIGKILL
-_SAYS_WHY = re.compile(r"\b\w*(Error|Exception|error)\b: ")
+_SAYS_WHY = re.compile(r"^(?!.*\b(?:INFO|WARNING)\b).*\b\w*(?:Error|Exception|error)\b: ")
+_SHOWN_CHARACTERS = 300  # of a line of the log
 _PR_SET_PDEATHSIG = 1
 
 
@@ -166,9 +168,14 @@ class Server:
             text = self.log.read_text(errors="replace")
         except OSError:
             text = ""
-        kept = [line.rstrip() for line in text.splitlines() if line.strip()]
-        reasons = list(dict.fromkeys(line for line in kept if _SAYS_WHY.search(line)))
-        shown = "\n  ".join((reasons or kept)[-lines:])
+        kept = [line.rstrip()[:_SHOWN_CHARACTERS] for line in text.splitlines() if line.strip()]
+        # A reason may go on in the next line, as pydantic's do.
+        reasons = [
+            line
+            for before, line in pairwise(["", *kept])
+            if _SAYS_WHY.search(line) or _SAYS_WHY.search(before)
+        ]
+        shown = "\n  ".join(list(dict.fromkeys(reasons or kept))[-lines:])
         return f"its log {self.log} ends:\n  {shown}" if shown else f"its log {self.log} is empty"
 
 

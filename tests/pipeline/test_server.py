@@ -1,0 +1,125 @@
+"""vLLM, started and stopped for a tiny random model: the real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.server import Server
+from hermes_pipeline.stages import demo, train
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from hermes_pipeline.services.server import Server
+with Server(Path(sys.argv[1]), log=Path(sys.argv[2]), max_model_len=128) as server:
+    print("ready", server.base_url, flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    demo.write_tokenizer(folder / "tokenizer", seed=0)
+    train.init("tiny", tokenizer=str(folder / "tokenizer"), out=folder / "model", seed=0)
+    return folder / "model"
+
+
+def processes_of(words: str) -> list[int]:
+    """Processes whose command line or environment speaks of ``words``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+        except OSError:
+            continue
+        if words.encode() in text and int(path.name) != os.getpid():
+            found.append(int(path.name))
+    return found
+
+
+def comes_true(test: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if test():
+            return True
+        time.sleep(0.2)
+    return test()
+
+
+def ask(base_url: str, name: str) -> str:
+    body = {"model": name, "prompt": "a = 4 ;", "max_tokens": 4}
+    request = urllib.request.Request(
+        f"{base_url}/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return str(json.load(reply)["choices"][0]["finish_reason"])
+
+
+def test_a_killed_owner_leaves_no_server_behind(model: Path, tmp_path: Path) -> None:
+    mark = f"HERMES4_TEST_MARK={tmp_path}"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(model), str(tmp_path / "server.log")],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"HERMES4_TEST_MARK": str(tmp_path)},
+        text=True,
+    )
+    try:
+        assert owner.stdout is not None
+        word, base_url = owner.stdout.readline().split()
+        assert word == "ready"
+        assert ask(base_url, model.name) in {"length", "stop"}
+        assert len(processes_of(mark)) >= 3  # the owner, the guard, vLLM's own
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        owner.communicate()
+    assert comes_true(lambda: not processes_of(mark), 30), processes_of(mark)
+
+
+def test_a_server_that_dies_at_start_says_its_last_words(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    with (
+        pytest.raises(UserError, match="NoSuchModel"),
+        Server(broken, log=tmp_path / "server.log", max_model_len=128),
+    ):
+        pass
+    assert comes_true(lambda: not processes_of(str(broken)), 20)
+
+
+def test_a_port_in_use_is_named(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=str(port)),
+            Server(model, port=port, log=tmp_path / "server.log", max_model_len=128),
+        ):
+            pass
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        Server(tmp_path, log=tmp_path / "server.log", max_model_len=128)
