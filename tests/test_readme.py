@@ -35,3 +35,12 @@ def test_links_of_the_documents_lead_somewhere(repository: Path) -> None:
     ]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_files_that_the_claims_name_exist(repository: Path) -> None:
+    roots = [repository, repository / "python" / "hermes_pipeline", repository / "tests"]
+    text = (repository / "docs" / "report.md").read_text()
+    named = re.findall(r"`([\w./]+(?:/|\.py|\.cpp|\.toml))`", text)
+    assert len(named) > 20
+    for name in named:
+        assert any((root / name).exists() for root in roots), f"report.md names {name}"

@@ -107,9 +107,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise UserError(f"{path} is of format {record['format']}, this program reads {FORMAT}")
+        store, recipe = record["store"], record["recipe"]
+        whole = {"folder", "fingerprint"} <= store.keys() and "training.schedule_steps" in recipe
+        if not whole or "model" not in record:
+            raise KeyError
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged; move it away to begin anew") from None
     return dict(record)
 

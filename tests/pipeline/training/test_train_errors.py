@@ -239,7 +239,17 @@ def test_steps_past_the_schedule_of_the_run(check: Check, begun: Path) -> None:
     assert check("training.steps=6", "training.schedule_steps=6").begun
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 9}'])
+PARTS = [
+    "{",
+    "[]",
+    "{}",
+    '{"format": 9}',
+    '{"format": 1}',
+    '{"format": 1, "store": 1, "recipe": 1}',
+]
+
+
+@pytest.mark.parametrize("text", PARTS)
 def test_damaged_record_of_a_run(check: Check, begun: Path, text: str) -> None:
     (begun / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run\.json is"):
