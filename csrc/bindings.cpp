@@ -8,9 +8,11 @@
 #include <array>
 #include <string>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "isa.hpp"
+#include "layout.hpp"
 #include "mapping.hpp"
 #include "packing.hpp"
 #include "rows.hpp"
@@ -53,60 +55,118 @@ void check_size(const char* name, std::int64_t size, std::int64_t wanted) {
 
 // ---- packing ----------------------------------------------------------------------------------
 
-hermes::Strategy strategy_of(const std::string& name) {
-    if (name == "first_fit_decreasing") {
-        return hermes::Strategy::first_fit;
+hermes::Lengths lengths_of(const py::array& array) {
+    using hermes::Dtype;
+    const auto size = array.dtype().itemsize();
+    const char kind = array.dtype().kind();
+    if ((kind != 'i' && kind != 'u') || size > 8 || array.dtype().byteorder() == '>') {
+        throw py::type_error("lengths is " + std::string(py::str(array.dtype())) +
+                             ", want native integers");
     }
-    if (name == "best_fit_decreasing") {
-        return hermes::Strategy::best_fit;
+    if (array.ndim() != 1 || (array.flags() & py::array::c_style) == 0 ||
+        reinterpret_cast<std::uintptr_t>(array.data()) % static_cast<std::size_t>(size) != 0) {
+        throw py::value_error("lengths is not one aligned row of memory; pass a copy of it");
     }
-    throw py::value_error("strategy is '" + name +
-                          "', want 'best_fit_decreasing' or 'first_fit_decreasing'");
+    const Dtype dtype = kind == 'i' ? (size == 1   ? Dtype::int8
+                                       : size == 2 ? Dtype::int16
+                                       : size == 4 ? Dtype::int32
+                                                   : Dtype::int64)
+                                    : (size == 1   ? Dtype::uint8
+                                       : size == 2 ? Dtype::uint16
+                                       : size == 4 ? Dtype::uint32
+                                                   : Dtype::uint64);
+    return {array.data(), array.size(), dtype};
 }
 
-[[noreturn]] void refuse_length(std::int64_t index, std::int64_t length, std::int64_t row_length) {
-    throw py::value_error("lengths[" + std::to_string(index) + "] is " + std::to_string(length) +
-                          ", outside [1, " + std::to_string(row_length) + "]; " +
-                          (length < 1 ? "every sample needs at least one token"
-                                      : "set too_long to 'drop' or 'truncate', or a longer row"));
+const char* name_of(hermes::Strategy strategy) {
+    switch (strategy) {
+        case hermes::Strategy::first_fit: return "first_fit_decreasing";
+        case hermes::Strategy::best_fit: return "best_fit_decreasing";
+        default: return "exact_gap";
+    }
+}
+
+// The strategies to run, cheapest first; the plan with the fewest rows is kept.
+std::vector<hermes::Strategy> strategies_of(const std::string& name) {
+    const std::vector<hermes::Strategy> cheap{hermes::Strategy::best_fit,
+                                              hermes::Strategy::exact_gap};
+    if (name == "best") {
+        return cheap;
+    }
+    for (const auto strategy : {hermes::Strategy::first_fit, cheap[0], cheap[1]}) {
+        if (name == name_of(strategy)) {
+            return {strategy};
+        }
+    }
+    throw py::value_error("strategy is '" + name +
+                          "', want 'best', 'exact_gap', 'best_fit_decreasing' or "
+                          "'first_fit_decreasing'");
+}
+
+[[noreturn]] void refuse_length(const hermes::Lengths& lengths, std::int64_t index, bool too_small,
+                                std::int64_t row_length) {
+    throw py::value_error("lengths[" + std::to_string(index) + "] is " +
+                          hermes::length_text(lengths, index) + ", outside [1, " +
+                          std::to_string(row_length) + "]; " +
+                          (too_small ? "every sample needs at least one token"
+                                     : "set too_long to 'drop' or 'truncate', or a longer row"));
 }
 
 struct Packed {
     Int64Array samples, row_offsets, dropped;
     std::int64_t lower_bound, tokens, longest, shortest;
+    std::string strategy;
 };
 
-Packed pack(const Int64Array& lengths, std::int64_t row_length, const std::string& strategy_name,
-            const std::string& too_long, const std::vector<std::uint64_t>& seed_words) {
-    const std::int64_t* values = data_of(lengths, 1, "lengths");
-    const std::int64_t count = lengths.size();
-    check_range("len(lengths)", count, 0, hermes::kMaxSamples);
+Packed pack(const py::array& given, std::int64_t row_length, const std::string& strategy_name,
+            const std::string& too_long, std::int64_t max_samples,
+            const std::vector<std::uint64_t>& seed_words) {
+    const hermes::Lengths lengths = lengths_of(given);
+    check_range("len(lengths)", lengths.count, 0, hermes::kMaxSamples);
     check_range("row_length", row_length, 1, hermes::kMaxRowLength);
-    const hermes::Strategy strategy = strategy_of(strategy_name);
+    check_range("max_samples", max_samples, 1, hermes::kMaxSamples);
+    const auto strategies = strategies_of(strategy_name);
     if (too_long != "error" && too_long != "drop" && too_long != "truncate") {
         throw py::value_error("too_long is '" + too_long + "', want 'error', 'drop' or 'truncate'");
     }
-    std::array<std::uint64_t, 4> seed{};
+    hermes::Seed seed{};
     if (!seed_words.empty()) {
         check_size("seed_words", static_cast<std::int64_t>(seed_words.size()), 4);
         std::copy(seed_words.begin(), seed_words.end(), seed.begin());
     }
-    const auto policy = too_long == "drop" ? hermes::TooLong::drop : hermes::TooLong::truncate;
+    const hermes::Limits limits{row_length, max_samples};
+    hermes::Scan scanned;
+    {
+        py::gil_scoped_release release;
+        scanned = hermes::scan(lengths, row_length);
+    }
+    if (scanned.too_small >= 0) {
+        refuse_length(lengths, scanned.too_small, true, row_length);
+    }
+    if (scanned.too_long >= 0 && too_long == "error") {
+        refuse_length(lengths, scanned.too_long, false, row_length);
+    }
+    // The result's memory is the scratch as well: its two halves hold the ids while they move.
+    const Int64Array all(lengths.count);
+    auto* samples = const_cast<std::int64_t*>(all.data());
+    auto* ids = reinterpret_cast<std::uint32_t*>(samples);
     hermes::Sorted sorted;
     hermes::Plan plan;
     Packed packed{};
-    std::int64_t bad = -1;
     {
         py::gil_scoped_release release;
-        bad = hermes::find_outside(values, count, too_long == "error" ? row_length : INT64_MAX);
-        if (bad < 0) {
-            sorted = hermes::sort_by_length(values, count, row_length, policy);
-            plan = hermes::make_plan(sorted.classes, row_length, strategy);
-            packed.lower_bound = hermes::lower_bound(sorted.classes, row_length);
+        sorted = hermes::sort_by_length(lengths, scanned, row_length, too_long == "truncate", ids,
+                                        ids + lengths.count);
+        packed.lower_bound = hermes::lower_bound(sorted.classes, limits);
+        for (const auto strategy : strategies) {
+            if (strategy == strategies.front() || plan.rows > packed.lower_bound) {
+                hermes::Plan other = hermes::make_plan(sorted.classes, limits, strategy);
+                if (strategy == strategies.front() || other.rows < plan.rows) {
+                    plan = std::move(other);
+                    packed.strategy = name_of(strategy);
+                }
+            }
         }
-    }
-    if (bad >= 0) {
-        refuse_length(bad, values[bad], row_length);
     }
     for (const hermes::LengthClass& c : sorted.classes) {
         packed.tokens += c.length * c.count;
@@ -115,16 +175,17 @@ Packed pack(const Int64Array& lengths, std::int64_t row_length, const std::strin
         packed.longest = sorted.classes.front().length;
         packed.shortest = sorted.classes.back().length;
     }
-    packed.samples = Int64Array(static_cast<py::ssize_t>(sorted.ids.size()) - sorted.dropped);
     packed.row_offsets = Int64Array(plan.rows + 1);
     packed.dropped = Int64Array(sorted.dropped);
-    std::copy_n(sorted.ids.data(), sorted.dropped, packed.dropped.mutable_data());
-    std::int64_t* samples = packed.samples.mutable_data();
+    std::copy_n(ids, sorted.dropped, packed.dropped.mutable_data());
     std::int64_t* row_offsets = packed.row_offsets.mutable_data();
     {
         py::gil_scoped_release release;
-        hermes::lay_out(sorted, plan, seed_words.empty() ? nullptr : &seed, samples, row_offsets);
+        hermes::lay_out(plan, seed_words.empty() ? nullptr : &seed, lengths.count, sorted.dropped,
+                        samples, row_offsets);
     }
+    packed.samples =
+        sorted.dropped == 0 ? all : Int64Array({lengths.count - sorted.dropped}, {8}, samples, all);
     return packed;
 }
 
@@ -248,6 +309,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled core of hermes_core. Private: call it through hermes_core.";
     m.attr("IGNORE_INDEX") = hermes::kIgnoreIndex;
     m.attr("MAX_ROW_LENGTH") = hermes::kMaxRowLength;
+    m.attr("MAX_SAMPLES") = hermes::kMaxSamples;
 
     m.def(
         "active_isa", [] { return std::string(hermes::isa_name(hermes::active_isa())); },
@@ -260,9 +322,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         .def_readonly("lower_bound", &Packed::lower_bound)
         .def_readonly("tokens", &Packed::tokens)
         .def_readonly("longest", &Packed::longest)
-        .def_readonly("shortest", &Packed::shortest);
+        .def_readonly("shortest", &Packed::shortest)
+        .def_readonly("strategy", &Packed::strategy);
     m.def("pack", &pack, "lengths"_a.noconvert(), py::kw_only(), "row_length"_a, "strategy"_a,
-          "too_long"_a, "seed_words"_a,
+          "too_long"_a, "max_samples"_a, "seed_words"_a,
           "Plan of whole samples in rows; four random words shuffle them, none leave them.");
 
     py::class_<RowArrays>(m, "RowArrays", "What `build_rows` returns: the arrays of one batch.")

@@ -1,35 +1,24 @@
-// First-fit and best-fit decreasing over integer lengths: whole samples into rows of one length.
+// Plans of whole samples in rows of one length, made from how often each length occurs.
 //
-// The plan depends only on how often each length occurs. Samples of one length form a class, rows
-// with the same number of free tokens (room) and successive numbers form a run, and a class is
-// placed into a run by one division. The result equals, row by row, the textbook algorithms:
-// samples by falling length, equal lengths by id; first fit takes the lowest-numbered row with
-// room, best fit the row with the least sufficient room, of several the lowest-numbered.
+// Samples of one length form a class, rows with the same number of free tokens (room) and
+// successive numbers form a run, and a class is placed into a run by one division. First fit and
+// best fit equal, row by row, the textbook algorithms: samples by falling length, equal lengths by
+// id; first fit takes the lowest-numbered row with room, best fit the row with the least sufficient
+// room, of several the lowest-numbered.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
-#include "buffer.hpp"
+#include "sorting.hpp"
 
 namespace hermes {
 
-constexpr std::int64_t kMaxSamples = (std::int64_t{1} << 31) - 1;
-constexpr std::int64_t kMaxRowLength = std::int64_t{1} << 31;
+enum class Strategy { first_fit, best_fit, exact_gap };
 
-enum class Strategy { first_fit, best_fit };
-enum class TooLong { drop, truncate };
-
-struct LengthClass {
-    std::int64_t length;
-    std::int64_t count;
-};
-
-struct Sorted {
-    Buffer<std::uint32_t> ids;         // the dropped ones, then by falling length; ties by id
-    std::vector<LengthClass> classes;  // by falling length, without the dropped
-    std::int64_t dropped = 0;
+struct Limits {  // of a row
+    std::int64_t tokens;
+    std::int64_t samples;  // kMaxSamples where nobody asked
 };
 
 // `rows` successive rows, from number `first` on, each take `each` samples of one class.
@@ -40,24 +29,43 @@ struct Placement {
 };
 
 struct Plan {
-    std::vector<Placement> placements;  // in packing order: they use up Sorted::ids from its start
+    std::vector<Placement> placements;  // by class: they use up the sorted ids from their start
     std::int64_t rows = 0;
 };
 
-// Index of the first length outside [1, top], or -1.
-std::int64_t find_outside(const std::int64_t* lengths, std::int64_t count, std::int64_t top);
+Plan make_plan(const std::vector<LengthClass>& classes, const Limits& limits, Strategy strategy);
 
-// Lengths must be at least 1; those above row_length are dropped or counted as row_length.
-Sorted sort_by_length(const std::int64_t* lengths, std::int64_t count, std::int64_t row_length,
-                      TooLong too_long);
+// Each row starts with the longest sample left and looks for one, two, three ... samples that fill
+// it to the last token, in a bounded search; where there are none, for those that leave least.
+Plan plan_by_exact_gap(const std::vector<LengthClass>& classes, const Limits& limits);
 
-Plan make_plan(const std::vector<LengthClass>& classes, std::int64_t row_length, Strategy strategy);
+// The largest of ceil(tokens / row_length), ceil(samples / most samples) and the bound L2 of
+// Martello and Toth (1990).
+std::int64_t lower_bound(const std::vector<LengthClass>& classes, const Limits& limits);
 
-// The larger of ceil(tokens / row_length) and the bound L2 of Martello and Toth (1990).
-std::int64_t lower_bound(const std::vector<LengthClass>& classes, std::int64_t row_length);
+// The first class that fits into a room, found in a table: classes are in falling order.
+class FirstFitting {
+public:
+    FirstFitting(const std::vector<LengthClass>& classes, std::int64_t row_length);
+    std::uint32_t operator()(std::int64_t room) const {
+        const auto k = static_cast<std::size_t>(room >> shift_);
+        std::uint32_t low = starts_[k], high = k == 0 ? end_ : starts_[k - 1];
+        while (low < high) {
+            const std::uint32_t middle = low + (high - low) / 2;
+            if (classes_[middle].length > room) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        return low;
+    }
 
-// Writes sample ids row after row, and rows + 1 offsets; a seed (not all zero) shuffles the rows.
-void lay_out(const Sorted& sorted, const Plan& plan, const std::array<std::uint64_t, 4>* seed,
-             std::int64_t* samples, std::int64_t* row_offsets);
+private:
+    const LengthClass* classes_;
+    std::uint32_t end_;
+    std::vector<std::uint32_t> starts_;  // [k]: how many classes are longer than all rooms of k
+    int shift_ = 0;
+};
 
 }  // namespace hermes

@@ -13,6 +13,7 @@ import numpy.typing
 __all__: list[str] = [
     "IGNORE_INDEX",
     "MAX_ROW_LENGTH",
+    "MAX_SAMPLES",
     "Packed",
     "RowArrays",
     "active_isa",
@@ -37,6 +38,8 @@ class Packed:
     def samples(self) -> numpy.typing.NDArray[numpy.int64]: ...
     @property
     def shortest(self) -> int: ...
+    @property
+    def strategy(self) -> str: ...
     @property
     def tokens(self) -> int: ...
 
@@ -87,11 +90,12 @@ def map_file(path: str) -> numpy.typing.NDArray[numpy.uint8]:
     """
 
 def pack(
-    lengths: numpy.typing.NDArray[numpy.int64],
+    lengths: numpy.ndarray,
     *,
     row_length: typing.SupportsInt | typing.SupportsIndex,
     strategy: str,
     too_long: str,
+    max_samples: typing.SupportsInt | typing.SupportsIndex,
     seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
 ) -> Packed:
     """
@@ -100,3 +104,4 @@ def pack(
 
 IGNORE_INDEX: int = -100
 MAX_ROW_LENGTH: int = 2147483648
+MAX_SAMPLES: int = 2147483647

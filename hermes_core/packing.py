@@ -7,7 +7,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,11 +16,11 @@ from hermes_core import _C
 from hermes_core.files import write_atomically
 from hermes_core.samples import check_integer
 
-Strategy = Literal["best_fit_decreasing", "first_fit_decreasing"]
+Strategy = Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing"]
 TooLong = Literal["error", "drop", "truncate"]
 
 FORMAT = "hermes4 packing"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +35,8 @@ class Packing:
         lower_bound: no plan of these samples has fewer rows (L2 of Martello and Toth).
         longest, shortest: tokens of the longest and the shortest packed sample.
         dropped, truncated: int64, ids of samples longer than a row, by ``too_long``.
+        strategy: that made the plan; where `best` was asked for, the one that won.
+        max_samples: that a row may hold; None for any number.
         fingerprint: of the store that the lengths came from; empty if unknown.
     """
 
@@ -50,6 +52,7 @@ class Packing:
     strategy: Strategy
     too_long: TooLong
     seed: int | None
+    max_samples: int | None
     fingerprint: str
 
     @property
@@ -78,15 +81,19 @@ class Packing:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to one .npz file, whole or not at all."""
+        """Write the plan to one .npz file, whole or not at all: about five bytes a sample."""
         about = {name: getattr(self, name) for name in _SCALARS}
         header = json.dumps({"format": FORMAT, "version": VERSION, **about})
+        row_sizes = np.diff(self.row_offsets)
         with write_atomically(Path(path)) as file:
             np.savez(
                 file,
                 header=np.frombuffer(header.encode(), np.uint8),
+                samples=_narrow(self.samples),
+                row_sizes=_narrow(row_sizes),
+                dropped=_narrow(self.dropped),
+                truncated=_narrow(self.truncated),
                 allow_pickle=False,
-                **{name: getattr(self, name) for name in _ARRAYS},
             )
 
     @classmethod
@@ -99,51 +106,77 @@ class Packing:
         try:
             with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 header = json.loads(bytes(file["header"]))
-                arrays = {name: file[name] for name in _ARRAYS}
+                if header.get("format") != FORMAT or header.get("version") != VERSION:
+                    raise _OtherFormat(
+                        f"{path} is {header.get('format')!r} version {header.get('version')!r}, "
+                        f"want {FORMAT!r} version {VERSION}; pack the store again"
+                    )
+                samples, sizes, dropped, truncated = (
+                    file[name].astype(np.int64)
+                    for name in ("samples", "row_sizes", "dropped", "truncated")
+                )
+                about = {name: header[name] for name in _SCALARS}
+        except _OtherFormat:
+            raise
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, TypeError) as error:
             raise ValueError(f"{path} is not a packing plan, or damaged: {error}") from error
-        if header.get("format") != FORMAT or header.get("version") != VERSION:
+        row_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        if row_offsets[-1] != len(samples) or (sizes.size and sizes.min() < 1):
+            raise ValueError(f"{path} is damaged: its rows do not hold its samples")
+        if fingerprint is not None and about["fingerprint"] != fingerprint:
             raise ValueError(
-                f"{path} is {header.get('format')!r} version {header.get('version')!r}, "
-                f"want {FORMAT!r} version {VERSION}"
-            )
-        if fingerprint is not None and header["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"{path} was made for the store {header['fingerprint'] or '(unknown)'}, "
+                f"{path} was made for the store {about['fingerprint'] or '(unknown)'}, "
                 f"not for {fingerprint}; pack this store again"
             )
-        return cls(**arrays, **{name: header[name] for name in _SCALARS})
+        return cls(samples, row_offsets, dropped=dropped, truncated=truncated, **about)
 
 
-_ARRAYS = ("samples", "row_offsets", "dropped", "truncated")
+class _OtherFormat(ValueError):
+    pass
+
+
 _SCALARS = (
     "row_length", "tokens", "lower_bound", "longest", "shortest", "strategy", "too_long", "seed",
-    "fingerprint",
+    "max_samples", "fingerprint",
 )  # fmt: skip
+
+
+def _narrow(ids: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """The same numbers in the narrowest unsigned dtype."""
+    return ids.astype(np.min_scalar_type(int(ids.max(initial=0))))
 
 
 def pack(
     lengths: ArrayLike,
     *,
     row_length: int,
-    strategy: Strategy = "best_fit_decreasing",
+    strategy: Strategy = "best",
     too_long: TooLong = "error",
+    max_samples: int | None = None,
     seed: int | None = 0,
     fingerprint: str = "",
 ) -> Packing:
     """A plan of all samples in as few rows as the strategy finds; deterministic.
 
-    Samples are taken by falling length, equal lengths by id. First fit puts each into the
-    lowest-numbered row with room, best fit into the row with the least sufficient room (of
-    several, the lowest-numbered). Sample ids inside a row keep this order.
-
     Args:
-        lengths: [N] tokens of each sample, of any integer dtype.
+        lengths: [N] tokens of each sample, of any integer dtype; a contiguous array (NumPy, Arrow)
+            is read where it lies.
         row_length: tokens in a row, up to 2**31.
+        strategy: see below.
         too_long: what to do with a sample longer than a row: refuse, leave out, or cut.
+        max_samples: that a row may hold; any number if None.
         seed: shuffles the rows, which decreasing order leaves sorted by length; the same on every
             platform. None leaves them in packing order.
         fingerprint: of the store, kept in the plan so that it is never used with another.
+
+    Samples are taken by falling length, equal lengths by id; ids inside a row keep this order.
+
+    - `first_fit_decreasing`: each into the lowest-numbered row with room.
+    - `best_fit_decreasing`: each into the row with the least sufficient room; of several, the
+      lowest-numbered.
+    - `exact_gap`: row by row, the longest sample left and those that fill the rest to the last
+      token, found by a bounded search.
+    - `best`: best fit, and exact gap where best fit misses the lower bound; the fewest rows win.
 
     Raises:
         TypeError: lengths are not integers.
@@ -155,8 +188,15 @@ def pack(
     if seed is not None:
         seed = check_integer("seed", seed, 0, 1 << 128)
         words = np.random.SeedSequence(seed).generate_state(4, np.uint64).tolist()
+    if max_samples is not None:
+        max_samples = check_integer("max_samples", max_samples, 1, _C.MAX_SAMPLES)
     made = _C.pack(
-        values, row_length=row_length, strategy=strategy, too_long=too_long, seed_words=words
+        values,
+        row_length=row_length,
+        strategy=strategy,
+        too_long=too_long,
+        max_samples=_C.MAX_SAMPLES if max_samples is None else max_samples,
+        seed_words=words,
     )
     if len(made.samples) == 0:
         raise ValueError(
@@ -167,11 +207,12 @@ def pack(
     truncated = np.flatnonzero(values > row_length) if too_long == "truncate" else none
     return Packing(
         made.samples, made.row_offsets, row_length, made.tokens, made.lower_bound, made.longest,
-        made.shortest, made.dropped, truncated, strategy, too_long, seed, fingerprint,
+        made.shortest, made.dropped, truncated, cast(Strategy, made.strategy), too_long, seed,
+        max_samples, fingerprint,
     )  # fmt: skip
 
 
-def _check_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
+def _check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
     values = np.asarray(lengths)
     if values.size == 0:
         raise ValueError("lengths is empty: nothing to pack")
@@ -183,9 +224,6 @@ def _check_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
         i = int(values.argmax()) if i is None else i  # an integer, but too large
         raise TypeError(
             f"lengths is {values.dtype} (lengths[{i}] is {values.tolist()[i]!r}), "
-            f"want integers below 2**63"
+            f"want integers below 2**64"
         )
-    if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
-        i = int(values.argmax())
-        raise ValueError(f"lengths[{i}] is {values[i]}, want integers below 2**63")
-    return np.ascontiguousarray(values, np.int64)
+    return np.require(values, values.dtype.newbyteorder("="), ["C", "A"])

@@ -6,6 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,14 +20,19 @@ from hermes_core import Packing, pack
 from hermes_core.packing import Strategy
 
 STRATEGIES: list[Strategy] = ["best_fit_decreasing", "first_fit_decreasing"]
+EVERY: list[Strategy] = [*STRATEGIES, "exact_gap", "best"]
 
 
-def textbook(lengths: list[int], row_length: int, strategy: Strategy) -> list[list[int]]:
+def textbook(
+    lengths: list[int], row_length: int, strategy: Strategy, max_samples: int = 1 << 31
+) -> list[list[int]]:
     """Each sample by falling length, then id, into the row that the strategy names: O(n * rows)."""
     rows: list[list[int]] = []
     room: list[int] = []
     for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fitting = [r for r in range(len(rows)) if room[r] >= lengths[sample]]
+        fitting = [
+            r for r in range(len(rows)) if room[r] >= lengths[sample] and len(rows[r]) < max_samples
+        ]
         if not fitting:
             fitting = [len(rows)]
             rows.append([])
@@ -67,6 +74,154 @@ def test_pack_equals_textbook_row_by_row(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=200, deadline=None)
+@given(instance=instances(), max_samples=st.integers(1, 12))
+def test_pack_equals_textbook_where_a_row_holds_few_samples(
+    instance: tuple[list[int], int], strategy: Strategy, max_samples: int
+) -> None:
+    lengths, row_length = instance
+    packing = pack(
+        lengths, row_length=row_length, strategy=strategy, seed=None, max_samples=max_samples
+    )
+    assert rows_of(packing) == textbook(lengths, row_length, strategy, max_samples)
+    assert packing.lower_bound >= -(-len(lengths) // max_samples)
+
+
+class ExactGap:
+    """The search of `exact_gap` one row at a time, on plain lists."""
+
+    def __init__(self, lengths: list[int], row_length: int, max_samples: int) -> None:
+        self.left = Counter(lengths)
+        self.row_length, self.max_samples = row_length, max_samples
+
+    def falling(self, most: int) -> list[int]:
+        return sorted((x for x, n in self.left.items() if n > 0 and x <= most), reverse=True)
+
+    def rows(self) -> Iterator[list[int]]:
+        while any(self.left.values()):
+            self.shortest = min(x for x, n in self.left.items() if n > 0)
+            self.steps = 1 << 13
+            row = [max(x for x, n in self.left.items() if n > 0)]
+            row *= self.coarse(row[0], self.row_length, 0)
+            self.left[row[0]] -= len(row)
+            while True:  # short samples beside the gap: many at once
+                gap = self.row_length - sum(row)
+                fitting = self.falling(min(gap, row[-1]))
+                if not fitting or gap // fitting[0] <= 4 or len(row) == self.max_samples:
+                    break
+                some = self.coarse(fitting[0], gap, len(row))
+                self.left[fitting[0]] -= some
+                row += [fitting[0]] * some
+            self.best = list(row)
+            if gap and not self.search(row, gap, row[-1], 0):
+                self.left.update(row)
+                self.left.subtract(self.best)
+                while len(self.best) < self.max_samples:
+                    fitting = self.falling(self.row_length - sum(self.best))
+                    fitting = [x for x in fitting if x <= self.best[-1]]
+                    if not fitting:
+                        break
+                    self.best.append(fitting[0])
+                    self.left[fitting[0]] -= 1
+            else:
+                self.left.update(row)
+                self.left.subtract(self.best)
+            yield self.best
+
+    def coarse(self, length: int, gap: int, used: int) -> int:
+        return min(max(1, gap // length - 3), self.left[length], self.max_samples - used)
+
+    def keep(self, row: list[int]) -> bool:
+        if sum(row) > sum(self.best):
+            self.best = row
+        return sum(row) == self.row_length
+
+    def search(self, row: list[int], gap: int, most: int, depth: int) -> bool:
+        fitting = self.falling(min(gap, most))
+        places = self.max_samples - len(row)
+        if not fitting or not places:
+            return False
+        if self.keep([*row, fitting[0]]):
+            return True
+        if gap < 2 * self.shortest or places < 2:
+            return False
+        start = self.falling(min(gap - self.shortest, most))
+        for a in [x for x in start if 2 * x >= gap][:256]:
+            self.steps -= 1
+            if self.steps < 0:
+                return False
+            if self.left[gap - a] > (2 * a == gap):
+                return self.keep([*row, a, gap - a])
+        if depth == 4 or places < 3:
+            return False
+        for a in start[:16]:
+            self.left[a] -= 1
+            found = self.search([*row, a], gap - a, a, depth + 1)
+            self.left[a] += 1
+            self.steps -= not found
+            if found or self.steps < 0:
+                return found
+        return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(instance=instances(), max_samples=st.sampled_from([1, 2, 3, 5, 1 << 30]))
+def test_exact_gap_equals_its_plain_twin_row_by_row(
+    instance: tuple[list[int], int], max_samples: int
+) -> None:
+    lengths, row_length = instance
+    packing = pack(
+        lengths, row_length=row_length, strategy="exact_gap", seed=None, max_samples=max_samples
+    )
+    got = [[lengths[i] for i in row] for row in rows_of(packing)]
+    assert got == list(ExactGap(lengths, row_length, max_samples).rows())
+
+
+@pytest.mark.parametrize("strategy", EVERY)
+@settings(max_examples=150, deadline=None)
+@given(instance=instances(), max_samples=st.sampled_from([1, 2, 7, None]), seed=st.integers(0, 9))
+def test_every_sample_is_packed_once_and_no_row_is_too_long(
+    instance: tuple[list[int], int], strategy: Strategy, max_samples: int | None, seed: int
+) -> None:
+    lengths, row_length = instance
+    packing = pack(
+        lengths, row_length=row_length, strategy=strategy, max_samples=max_samples, seed=seed
+    )
+    assert sorted(packing.samples.tolist()) == list(range(len(lengths)))
+    for row in rows_of(packing):
+        assert row
+        assert sum(lengths[i] for i in row) <= row_length
+        assert len(row) <= (max_samples or len(lengths))
+    assert packing.lower_bound <= packing.rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(instance=instances())
+def test_best_has_the_fewest_rows(instance: tuple[list[int], int]) -> None:
+    lengths, row_length = instance
+    rows = {s: pack(lengths, row_length=row_length, strategy=s).rows for s in EVERY}
+    best = pack(lengths, row_length=row_length)
+    assert best.rows == min(rows["best_fit_decreasing"], rows["exact_gap"])
+    assert rows[best.strategy] == best.rows
+
+
+def test_exact_gap_fills_rows_that_best_fit_cannot() -> None:
+    lengths = [6, 5, 3, 3, 3]  # best fit: 6 + 3, 5 + 3, 3; but 6 + 3 and 5 + 3 leave nothing out
+    lengths += [7, 4, 4, 5]  # 20 = 7 + 4 + 4 + 5
+    plan = pack(lengths, row_length=20, strategy="exact_gap", seed=None)
+    assert [sum(lengths[i] for i in row) for row in rows_of(plan)] == [20, 20]
+
+
+def test_exact_gap_reaches_the_lower_bound_on_lengths_like_those_of_the_report() -> None:
+    rng = np.random.default_rng(3)
+    mixed = [rng.lognormal(8.2, 0.8, 28_000), rng.lognormal(6.45, 0.95, 12_000)]
+    lengths = np.concatenate(mixed).astype(np.int64) + 1
+    plan = pack(lengths, row_length=16_384, too_long="drop")
+    assert plan.rows == plan.lower_bound
+    assert plan.strategy == "exact_gap"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("row_length", [50, 1000, 300_000])
 def test_pack_equals_textbook_on_thousands_of_samples(row_length: int, strategy: Strategy) -> None:
     rng = np.random.default_rng(row_length)
@@ -94,25 +249,51 @@ def test_each_seed_gives_another_order() -> None:
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
 
 
-def test_shuffle_is_fisher_and_yates_with_xoshiro() -> None:
+def xoshiro(seed: int) -> Iterator[int]:
+    mask = (1 << 64) - 1
+    s = [int(word) for word in np.random.SeedSequence(seed).generate_state(4, np.uint64)]
+    while True:
+        product = s[1] * 5 & mask
+        yield ((product << 7 | product >> 57) & mask) * 9 & mask
+        t = s[1] << 17 & mask
+        s[2] ^= s[0]
+        s[3] ^= s[1]
+        s[1] ^= s[2]
+        s[0] ^= s[3]
+        s[2] ^= t
+        s[3] = (s[3] << 45 | s[3] >> 19) & mask
+
+
+@pytest.mark.parametrize("rows", [1_000, 4_096, 4_097, 20_001])
+def test_shuffle_is_rao_and_sandelius_with_xoshiro(rows: int) -> None:
     """A twin in plain Python: any other platform or version has to give this order."""
-    rows, mask = 1_000, (1 << 64) - 1
     for seed in (0, 7, 1 << 100):
-        s = [int(word) for word in np.random.SeedSequence(seed).generate_state(4, np.uint64)]
-        order = list(range(rows))
-        for i in range(rows, 1, -1):
-            product = s[1] * 5 & mask
-            number = ((product << 7 | product >> 57) & mask) * 9 & mask
-            t = s[1] << 17 & mask
-            s[2] ^= s[0]
-            s[3] ^= s[1]
-            s[1] ^= s[2]
-            s[0] ^= s[3]
-            s[2] ^= t
-            s[3] = (s[3] << 45 | s[3] >> 19) & mask
-            j = number * i >> 64
-            order[i - 1], order[j] = order[j], order[i - 1]
+        numbers = xoshiro(seed)
+        groups: list[list[int]] = [[] for _ in range(256)]
+        for start in range(0, rows, 8):
+            number = next(numbers) if rows > 4_096 else 0
+            for row in range(start, min(start + 8, rows)):
+                groups[number >> 8 * (row - start) & 255].append(row)
+        for group in groups:
+            for i in range(len(group), 1, -1):
+                j = next(numbers) * i >> 64
+                group[i - 1], group[j] = group[j], group[i - 1]
+        order = [row for group in groups for row in group]
         assert pack([5] * rows, row_length=5, seed=seed).samples.tolist() == order
+
+
+@pytest.mark.parametrize("rows", [4_096, 5_000, 30_000])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_rows_of_many_sizes_stay_whole_when_they_are_laid_out(rows: int, seed: int | None) -> None:
+    """Rows of one class each: what is packed together is known."""
+    sizes = [1 + i % 23 for i in range(rows)]
+    lengths = [(1 << 20) // size for size in sizes for _ in range(size)]
+    packing = pack(lengths, row_length=1 << 20, seed=seed, strategy="best_fit_decreasing")
+    plain = pack(lengths, row_length=1 << 20, seed=None, strategy="first_fit_decreasing")
+    for row in rows_of(packing):
+        assert sum(lengths[i] for i in row) <= 1 << 20
+    assert sorted(packing.samples.tolist()) == list(range(len(lengths)))
+    assert packing.rows == plain.rows
 
 
 def test_shuffle_of_twelve_rows_is_frozen() -> None:
@@ -150,12 +331,13 @@ def test_lower_bound_sees_samples_that_cannot_share_a_row() -> None:
 def test_plan_counts_what_it_holds() -> None:
     packing = pack([4, 9, 6, 1], row_length=10, seed=None)
     assert rows_of(packing) == [[1, 3], [2, 0]]
+    assert (packing.strategy, packing.max_samples) == ("best_fit_decreasing", None)
     assert (packing.rows, packing.tokens, packing.fill) == (2, 20, 1.0)
     assert (packing.longest, packing.shortest, packing.lower_bound) == (9, 1, 2)
     assert packing.samples.dtype == packing.row_offsets.dtype == np.int64
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EVERY)
 def test_dropped_samples_are_listed_and_the_others_packed(strategy: Strategy) -> None:
     lengths = [3, 11, 10, 99, 7, 1 << 40]
     packing = pack(lengths, row_length=10, too_long="drop", strategy=strategy, seed=None)
@@ -178,8 +360,10 @@ def test_report_says_rows_fill_and_distance_from_lower_bound() -> None:
     assert "2 rows of 12 tokens by best_fit_decreasing" in report
     assert "4 samples of 5 to 6 tokens, 23 in all" in report
     assert "fill 95.8333%; lower bound 2 rows, reached" in report
-    report = pack([5, 5, 4, 4, 3, 3], row_length=12).report()
+    report = pack([5, 5, 4, 4, 3, 3], row_length=12, strategy="first_fit_decreasing").report()
     assert "fill 66.6667%; lower bound 2 rows, 1 above it (50.0000%)" in report
+    report = pack([5, 5, 4, 4, 3, 3], row_length=12).report()
+    assert "2 rows of 12 tokens by exact_gap" in report
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64"])
@@ -245,8 +429,10 @@ def test_row_length_out_of_range_is_refused(row_length: int) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"strategy": "worst_fit"}, ValueError, "strategy is 'worst_fit', want 'best_fit_decr"),
+        ({"strategy": "worst_fit"}, ValueError, "strategy is 'worst_fit', want 'best', 'exact"),
         ({"too_long": "split"}, ValueError, "too_long is 'split', want 'error', 'drop' or"),
+        ({"max_samples": 0}, ValueError, r"max_samples is 0, outside \[1, 2147483647\]"),
+        ({"max_samples": 2.0}, TypeError, r"max_samples is 2\.0, want an integer"),
         ({"seed": -1}, ValueError, r"seed is -1, outside \[0, "),
         ({"seed": 1.5}, TypeError, "seed is 1.5, want an integer"),
         ({"row_length": 1.5}, TypeError, "row_length is 1.5, want an integer"),
@@ -266,6 +452,19 @@ def test_millions_of_samples_that_are_all_different_pack_quickly() -> None:
     packing = pack(lengths, row_length=1 << 31, strategy="first_fit_decreasing")
     assert packing.rows == 333_334
     assert np.array_equal(np.sort(packing.samples), np.arange(1_000_000))
+
+
+@pytest.mark.parametrize("strategy", EVERY)
+def test_samples_of_a_few_tokens_in_rows_of_millions(strategy: Strategy) -> None:
+    lengths = np.tile(np.arange(1, 1_001), 300)
+    packing = pack(lengths, row_length=1 << 26, strategy=strategy)
+    assert packing.rows == packing.lower_bound == 3
+
+
+def test_saved_plan_takes_about_five_bytes_a_sample(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(1, 1_000, 100_000)
+    pack(lengths, row_length=2_000).save(tmp_path / "plan.npz")
+    assert (tmp_path / "plan.npz").stat().st_size < 5 * 100_000
 
 
 @pytest.mark.parametrize("seed", [None, 7])
@@ -295,7 +494,7 @@ def test_plan_of_a_newer_version_is_refused(
     monkeypatch.setattr("hermes_core.packing.VERSION", 99)
     pack([1], row_length=1).save(tmp_path / "plan.npz")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 99, want 'hermes4 packing' version 1"):
+    with pytest.raises(ValueError, match="version 99, want 'hermes4 packing' version 2"):
         Packing.load(tmp_path / "plan.npz")
 
 
@@ -312,7 +511,7 @@ def test_damaged_plan_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
         path.write_bytes(good[:keep])
         with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
             Packing.load(path)
-    middle = good.index(b"samples.npy") + 300  # inside the array: only its CRC can tell
+    middle = good.index(b"samples.npy") + 150  # inside the array: only its CRC can tell
     path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
     with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
         Packing.load(path)

@@ -253,7 +253,7 @@ def test_store_of_many_shards_opens_without_reading_them(
 
 # Feeds the records that no commit covers yet, a line for each fifty, then finishes.
 SCRIPT = """
-import random, sys
+import random, sys, time
 from hermes_core import StoreWriter, store_writer
 store_writer.COMMIT_SECONDS = 0.002
 with StoreWriter(sys.argv[1], meta={"of": "kill"}, vocab_size=70000, shard_tokens=2500) as writer:
@@ -267,6 +267,7 @@ with StoreWriter(sys.argv[1], meta={"of": "kill"}, vocab_size=70000, shard_token
             writer.append([rng.randrange(70000) for _ in range(length)], [[0, length]])
         if count % 50 == 0:
             print(flush=True)
+            time.sleep(0.01)  # a fast machine would be through before it is killed
     writer.finish()
 """
 
