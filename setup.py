@@ -10,10 +10,10 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 # Listed by hand, in reading order, so that a build never picks up a stray file.
-SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "layout.cpp", "rows.cpp"]
-SOURCES += ["mapping.cpp", "bindings.cpp"]
+SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "layout.cpp", "window.cpp"]
+SOURCES += ["rows.cpp", "mapping.cpp", "bindings.cpp"]
 HEADERS = ["isa.hpp", "buffer.hpp", "sorting.hpp", "packing.hpp", "layout.hpp", "rows.hpp"]
-HEADERS += ["mapping.hpp"]
+HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp"]
 
 DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sanitizers
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -15,7 +16,9 @@
 #include "layout.hpp"
 #include "mapping.hpp"
 #include "packing.hpp"
+#include "random.hpp"
 #include "rows.hpp"
+#include "window.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -112,6 +115,15 @@ std::vector<hermes::Strategy> strategies_of(const std::string& name) {
                                      : "set too_long to 'drop' or 'truncate', or a longer row"));
 }
 
+hermes::Seed seed_of(const std::vector<std::uint64_t>& words) {
+    hermes::Seed seed{1, 0, 0, 0};
+    if (!words.empty()) {
+        check_size("seed_words", static_cast<std::int64_t>(words.size()), 4);
+        std::copy(words.begin(), words.end(), seed.begin());
+    }
+    return seed;
+}
+
 struct Packed {
     Int64Array samples, row_offsets, dropped;
     std::int64_t lower_bound, tokens, longest, shortest;
@@ -129,11 +141,7 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
     if (too_long != "error" && too_long != "drop" && too_long != "truncate") {
         throw py::value_error("too_long is '" + too_long + "', want 'error', 'drop' or 'truncate'");
     }
-    hermes::Seed seed{};
-    if (!seed_words.empty()) {
-        check_size("seed_words", static_cast<std::int64_t>(seed_words.size()), 4);
-        std::copy(seed_words.begin(), seed_words.end(), seed.begin());
-    }
+    const hermes::Seed seed = seed_of(seed_words);
     const hermes::Limits limits{row_length, max_samples};
     hermes::Scan scanned;
     {
@@ -187,6 +195,55 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
     packed.samples =
         sorted.dropped == 0 ? all : Int64Array({lengths.count - sorted.dropped}, {8}, samples, all);
     return packed;
+}
+
+struct Windows {
+    Int64Array samples, row_offsets, carried, ages;
+};
+
+Int64Array array_of(const std::vector<std::int64_t>& values) {
+    return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int64_t window,
+                     std::int64_t row_length, std::int64_t max_samples,
+                     const std::vector<std::uint64_t>& seed_words, std::int64_t first_window,
+                     bool finish) {
+    const std::int64_t* values = data_of(lengths, 1, "lengths");
+    const std::int64_t* waited = data_of(ages, 1, "ages");
+    check_range("len(lengths)", lengths.size(), ages.size(), hermes::kMaxSamples);
+    check_range("row_length", row_length, 1, hermes::kMaxRowLength);
+    check_range("max_samples", max_samples, 1, hermes::kMaxSamples);
+    check_range("window", window, 1, hermes::kMaxSamples);
+    check_range("first_window", first_window, 0, INT64_MAX);
+    for (py::ssize_t i = 0; i < lengths.size(); ++i) {
+        if (values[i] < 1 || values[i] > row_length) {
+            check_range("lengths", values[i], 1, row_length);
+        }
+    }
+    const hermes::Seed seed = seed_of(seed_words);
+    hermes::Windowed made;
+    {
+        py::gil_scoped_release release;
+        made = hermes::pack_windows(values, lengths.size(), {waited, waited + ages.size()}, window,
+                                    {row_length, max_samples}, seed,
+                                    static_cast<std::uint64_t>(first_window), finish);
+    }
+    return {array_of(made.samples), array_of(made.row_offsets), array_of(made.carried),
+            array_of(made.ages)};
+}
+
+Int64Array shuffle(std::int64_t count, const std::vector<std::uint64_t>& seed_words) {
+    check_range("count", count, 0, hermes::kMaxSamples);
+    hermes::Xoshiro256 random(seed_of(seed_words));
+    Int64Array order(count);
+    std::int64_t* ids = order.mutable_data();
+    py::gil_scoped_release release;
+    std::iota(ids, ids + count, std::int64_t{0});
+    for (std::int64_t i = count; i > 1; --i) {
+        std::swap(ids[i - 1], ids[random.below(static_cast<std::uint32_t>(i))]);
+    }
+    return order;
 }
 
 // ---- rows -------------------------------------------------------------------------------------
@@ -327,6 +384,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("pack", &pack, "lengths"_a.noconvert(), py::kw_only(), "row_length"_a, "strategy"_a,
           "too_long"_a, "max_samples"_a, "seed_words"_a,
           "Plan of whole samples in rows; four random words shuffle them, none leave them.");
+
+    py::class_<Windows>(m, "Windows", "What `pack_windows` returns: rows, and who waits.")
+        .def_readonly("samples", &Windows::samples)
+        .def_readonly("row_offsets", &Windows::row_offsets)
+        .def_readonly("carried", &Windows::carried)
+        .def_readonly("ages", &Windows::ages);
+    m.def("pack_windows", &pack_windows, "lengths"_a.noconvert(), "ages"_a.noconvert(),
+          py::kw_only(), "window"_a, "row_length"_a, "max_samples"_a, "seed_words"_a,
+          "first_window"_a, "finish"_a,
+          "Full rows, a window of samples at a time; those with ages have waited so long.");
+    m.def("shuffle", &shuffle, "count"_a, py::kw_only(), "seed_words"_a,
+          "The numbers below count in an order that four random words decide.");
 
     py::class_<RowArrays>(m, "RowArrays", "What `build_rows` returns: the arrays of one batch.")
         .def_readonly("input_ids", &RowArrays::input_ids)

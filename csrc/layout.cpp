@@ -11,31 +11,6 @@
 namespace hermes {
 namespace {
 
-class Xoshiro256 {  // xoshiro256** 1.0 by Blackman and Vigna: the same numbers on every platform
-public:
-    explicit Xoshiro256(const Seed& seed) : s_(seed) {}
-    std::uint32_t below(std::uint32_t bound) {  // the bias is below bound / 2^64
-        return static_cast<std::uint32_t>(static_cast<unsigned __int128>(next()) * bound >> 64);
-    }
-    std::uint64_t next() {
-        const std::uint64_t result = rotate(s_[1] * 5, 7) * 9;
-        const std::uint64_t t = s_[1] << 17;
-        s_[2] ^= s_[0];
-        s_[3] ^= s_[1];
-        s_[1] ^= s_[2];
-        s_[0] ^= s_[3];
-        s_[2] ^= t;
-        s_[3] = rotate(s_[3], 45);
-        return result;
-    }
-
-private:
-    static std::uint64_t rotate(std::uint64_t x, int by) {
-        return x << by | x >> (64 - by);
-    }
-    Seed s_;
-};
-
 // Rows are shuffled as by Rao (1961) and Sandelius (1962): each goes to one of 256 groups by
 // chance, and each group, small enough for a cache, is shuffled by Fisher and Yates.
 constexpr std::size_t kGroups = 256;

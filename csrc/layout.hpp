@@ -1,14 +1,12 @@
 // From a plan to its arrays: sample ids row after row, and where each row begins.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "packing.hpp"
+#include "random.hpp"
 
 namespace hermes {
-
-using Seed = std::array<std::uint64_t, 4>;  // not all zero
 
 // Writes the ids of all placements, rows in packing order or, with a seed, shuffled, and rows + 1
 // offsets into them.

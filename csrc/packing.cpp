@@ -192,7 +192,8 @@ Plan place(const std::vector<LengthClass>& classes, const Limits& limits, std::i
 
 FirstFitting::FirstFitting(const std::vector<LengthClass>& classes, std::int64_t row_length)
     : classes_(classes.data()), end_(static_cast<std::uint32_t>(classes.size())) {
-    const auto wanted = std::max<std::int64_t>(std::int64_t{1} << 16, 2 * std::int64_t{end_});
+    // One entry for each length where that is affordable: few classes do not pay for a large table.
+    const std::int64_t wanted = std::max<std::int64_t>(1 << 10, 8 * std::int64_t{end_});
     while (row_length >> shift_ > wanted) {
         ++shift_;
     }

@@ -16,10 +16,13 @@ __all__: list[str] = [
     "MAX_SAMPLES",
     "Packed",
     "RowArrays",
+    "Windows",
     "active_isa",
     "build_rows",
     "map_file",
     "pack",
+    "pack_windows",
+    "shuffle",
 ]
 
 class Packed:
@@ -42,6 +45,19 @@ class Packed:
     def strategy(self) -> str: ...
     @property
     def tokens(self) -> int: ...
+
+class Windows:
+    """
+    What `pack_windows` returns: rows, and who waits.
+    """
+    @property
+    def ages(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def carried(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def row_offsets(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def samples(self) -> numpy.typing.NDArray[numpy.int64]: ...
 
 class RowArrays:
     """
@@ -100,6 +116,30 @@ def pack(
 ) -> Packed:
     """
     Plan of whole samples in rows; four random words shuffle them, none leave them.
+    """
+
+def pack_windows(
+    lengths: numpy.typing.NDArray[numpy.int64],
+    ages: numpy.typing.NDArray[numpy.int64],
+    *,
+    window: typing.SupportsInt | typing.SupportsIndex,
+    row_length: typing.SupportsInt | typing.SupportsIndex,
+    max_samples: typing.SupportsInt | typing.SupportsIndex,
+    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    first_window: typing.SupportsInt | typing.SupportsIndex,
+    finish: bool,
+) -> Windows:
+    """
+    Full rows, a window of samples at a time; those with ages have waited so long.
+    """
+
+def shuffle(
+    count: typing.SupportsInt | typing.SupportsIndex,
+    *,
+    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+) -> numpy.typing.NDArray[numpy.int64]:
+    """
+    The numbers below count in an order that four random words decide.
     """
 
 IGNORE_INDEX: int = -100

@@ -9,9 +9,11 @@ from hermes_core.rows import Rows, build_rows
 from hermes_core.samples import IGNORE_INDEX, Samples, Shard
 from hermes_core.store import Store, StoreError, open_store
 from hermes_core.store_writer import StoreWriter
+from hermes_core.windows import PackedRows, WindowedPacker
 
 __all__ = [
     "IGNORE_INDEX",
+    "PackedRows",
     "Packing",
     "Rows",
     "Samples",
@@ -19,6 +21,7 @@ __all__ = [
     "Store",
     "StoreError",
     "StoreWriter",
+    "WindowedPacker",
     "__version__",
     "build_rows",
     "open_store",

@@ -16,7 +16,7 @@ from hermes_core import _C
 from hermes_core.files import write_atomically
 from hermes_core.samples import check_integer
 
-Strategy = Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing"]
+Strategy = Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing", "windowed"]
 TooLong = Literal["error", "drop", "truncate"]
 
 FORMAT = "hermes4 packing"
@@ -153,6 +153,7 @@ def pack(
     strategy: Strategy = "best",
     too_long: TooLong = "error",
     max_samples: int | None = None,
+    window: int = 1000,
     seed: int | None = 0,
     fingerprint: str = "",
 ) -> Packing:
@@ -165,8 +166,9 @@ def pack(
         strategy: see below.
         too_long: what to do with a sample longer than a row: refuse, leave out, or cut.
         max_samples: that a row may hold; any number if None.
-        seed: shuffles the rows, which decreasing order leaves sorted by length; the same on every
-            platform. None leaves them in packing order.
+        window: samples that `windowed` looks at together.
+        seed: shuffles the rows, which decreasing order leaves sorted by length, or the samples
+            before `windowed`; the same on every platform. None leaves them in order.
         fingerprint: of the store, kept in the plan so that it is never used with another.
 
     Samples are taken by falling length, equal lengths by id; ids inside a row keep this order.
@@ -176,24 +178,23 @@ def pack(
       lowest-numbered.
     - `exact_gap`: row by row, the longest sample left and those that fill the rest to the last
       token, found by a bounded search.
+    - `windowed`: in the order of the samples, but for about a hundred that wait: see
+      `WindowedPacker`, which packs a stream so.
     - `best`: best fit, and exact gap where best fit misses the lower bound; the fewest rows win.
 
     Raises:
         TypeError: lengths are not integers.
         ValueError: no lengths, a length out of range, or an unknown option.
     """
-    values = _check_lengths(lengths)
     row_length = check_integer("row_length", row_length, 1, _C.MAX_ROW_LENGTH)
-    words: list[int] = []
-    if seed is not None:
-        seed = check_integer("seed", seed, 0, 1 << 128)
-        words = np.random.SeedSequence(seed).generate_state(4, np.uint64).tolist()
+    values = check_lengths(lengths)
+    words = [] if seed is None else seed_words(seed)
     if max_samples is not None:
         max_samples = check_integer("max_samples", max_samples, 1, _C.MAX_SAMPLES)
     made = _C.pack(
         values,
         row_length=row_length,
-        strategy=strategy,
+        strategy="best_fit_decreasing" if strategy == "windowed" else strategy,
         too_long=too_long,
         max_samples=_C.MAX_SAMPLES if max_samples is None else max_samples,
         seed_words=words,
@@ -205,14 +206,53 @@ def pack(
         )
     none = np.zeros(0, np.int64)
     truncated = np.flatnonzero(values > row_length) if too_long == "truncate" else none
+    samples, row_offsets, made_by = made.samples, made.row_offsets, cast(Strategy, made.strategy)
+    if strategy == "windowed":  # what decides the bounds was counted above
+        made_by = strategy
+        samples, row_offsets = _pack_in_windows(
+            values, row_length, too_long, max_samples, window, words
+        )
     return Packing(
-        made.samples, made.row_offsets, row_length, made.tokens, made.lower_bound, made.longest,
-        made.shortest, made.dropped, truncated, cast(Strategy, made.strategy), too_long, seed,
-        max_samples, fingerprint,
+        samples, row_offsets, row_length, made.tokens, made.lower_bound, made.longest,
+        made.shortest, made.dropped, truncated, made_by, too_long, seed, max_samples, fingerprint,
     )  # fmt: skip
 
 
-def _check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
+def _pack_in_windows(
+    lengths: NDArray[np.integer],
+    row_length: int,
+    too_long: TooLong,
+    max_samples: int | None,
+    window: int,
+    words: list[int],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    order = _C.shuffle(len(lengths), seed_words=words) if words else np.arange(len(lengths))
+    ordered = lengths[order]
+    if too_long == "drop":
+        fitting = ordered <= row_length
+        order, ordered = order[fitting], ordered[fitting]
+    made = _C.pack_windows(
+        np.minimum(ordered.astype(np.int64), row_length),
+        np.zeros(0, np.int64),
+        window=check_integer("window", window, 1, _C.MAX_SAMPLES),
+        row_length=row_length,
+        max_samples=max_samples or _C.MAX_SAMPLES,
+        seed_words=words,
+        first_window=0,
+        finish=True,
+    )
+    return order[made.samples], made.row_offsets
+
+
+def seed_words(seed: int) -> list[int]:
+    """Four random words for the core, of which not all are zero."""
+    seed = check_integer("seed", seed, 0, 1 << 128)
+    words: list[int] = np.random.SeedSequence(seed).generate_state(4, np.uint64).tolist()
+    return words
+
+
+def check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
+    """[N] as one row of memory, of its own integer dtype."""
     values = np.asarray(lengths)
     if values.size == 0:
         raise ValueError("lengths is empty: nothing to pack")

@@ -1,0 +1,289 @@
+// The search for samples that fill a row to its last token.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "packing.hpp"
+
+namespace hermes {
+
+// Bounds of the search. A row takes what fits more than kFine times at once; of the rest, at each
+// of kDepth levels, kBranches samples are tried, and under each kPairs pairs.
+constexpr std::int64_t kFine = 4;
+constexpr int kDepth = 4;
+constexpr int kBranches = 16;
+constexpr int kPairs = 256;
+
+struct Part {  // of a row
+    std::uint32_t of_class;
+    std::int64_t samples;
+};
+
+// Which classes still have samples, as a set of class numbers.
+class Present {
+public:
+    explicit Present(std::size_t size) : words_(size / 64 + 1), end_(size) {
+        for (std::size_t i = 0; i < size; ++i) {
+            words_[i / 64] |= std::uint64_t{1} << i % 64;
+        }
+    }
+    bool has(std::size_t i) const {
+        return words_[i / 64] >> i % 64 & 1;
+    }
+    void add(std::size_t i) {
+        words_[i / 64] |= std::uint64_t{1} << i % 64;
+    }
+    void remove(std::size_t i) {
+        words_[i / 64] &= ~(std::uint64_t{1} << i % 64);
+    }
+    std::size_t next(std::size_t i) const {  // the first from i on, or the end
+        if (i >= end_) {
+            return end_;
+        }
+        std::size_t w = i / 64;
+        std::uint64_t word = words_[w] & ~std::uint64_t{0} << i % 64;
+        while (word == 0) {
+            if (++w == words_.size()) {
+                return end_;
+            }
+            word = words_[w];
+        }
+        return w * 64 + static_cast<std::size_t>(__builtin_ctzll(word));
+    }
+    std::size_t end() const {
+        return end_;
+    }
+
+private:
+    std::vector<std::uint64_t> words_;
+    std::size_t end_;
+};
+
+// Makes rows of the samples that are left, one after another.
+class Search {
+public:
+    // `steps_of_row` and `steps` bound the search of one row and of all; without steps left, a row
+    // takes the longest samples that fit, as first fit would.
+    Search(const std::vector<LengthClass>& classes, const Limits& limits, std::int64_t steps_of_row,
+           std::int64_t steps)
+        : classes_(classes),
+          fitting_(classes, limits.tokens),
+          present_(classes.size()),
+          limits_(limits),
+          last_(classes.size() - 1),
+          steps_of_row_(steps_of_row),
+          all_steps_(steps) {
+        for (const LengthClass& c : classes) {
+            left_.push_back(c.count);
+        }
+    }
+
+    // The class of the longest sample left, or the number of classes when there is none.
+    std::size_t longest() const {
+        return present_.next(0);
+    }
+
+    bool has(std::size_t c) const {
+        return present_.has(c);
+    }
+
+    // Tokens that the last row left free.
+    std::int64_t gap() const {
+        return least_gap_;
+    }
+
+    // The parts, by falling length, of a row that begins with the longest sample left.
+    const std::vector<Part>& make_row() {
+        begin_row();
+        return finish_row(longest());
+    }
+
+    // Those of a row that begins with these parts, which fit.
+    const std::vector<Part>& make_row_with(const std::vector<std::size_t>& classes) {
+        begin_row();
+        for (const std::size_t c : classes) {
+            gap_ -= classes_[c].length * take(c, 1);
+        }
+        return finish_row(places_ > 0 ? largest(gap_, 0) : classes_.size());
+    }
+
+    // Takes one sample of class `c` out of the game.
+    void set_aside(std::size_t c) {
+        take(c, 1);
+        row_.clear();
+    }
+
+    // Takes samples for as many rows of these parts as there can be; how many.
+    std::int64_t use(const std::vector<Part>& parts) {
+        std::int64_t times = kMaxSamples;
+        for (const Part& part : parts) {
+            times = std::min(times, left_[part.of_class] / part.samples);
+        }
+        for (const Part& part : parts) {
+            left_[part.of_class] -= times * part.samples;
+            if (left_[part.of_class] == 0) {
+                present_.remove(part.of_class);
+            }
+        }
+        return times;
+    }
+
+private:
+    void begin_row() {
+        while (!present_.has(last_)) {
+            --last_;
+        }
+        places_ = limits_.samples;
+        gap_ = limits_.tokens;
+    }
+
+    const std::vector<Part>& finish_row(std::size_t c) {
+        while (c != present_.end() && places_ > 0 &&
+               (row_.empty() || gap_ / classes_[c].length > kFine)) {
+            const std::int64_t length = classes_[c].length;
+            const std::int64_t many = std::max<std::int64_t>(1, gap_ / length - (kFine - 1));
+            gap_ -= length * take(c, std::min({many, left_[c], places_}));
+            c = largest(gap_, c);
+        }
+        steps_ = std::min(steps_of_row_, all_steps_);
+        const std::int64_t allowed = steps_;
+        least_gap_ = gap_;
+        best_ = row_;
+        if (gap_ > 0 && !search(gap_, c, 0)) {
+            fill_up();
+        }
+        all_steps_ -= allowed - std::max<std::int64_t>(steps_, 0);
+        while (!row_.empty()) {
+            give_back();
+        }
+        join_parts();
+        return best_;
+    }
+
+    // The longest class from `from` on that fits and has samples.
+    std::size_t largest(std::int64_t gap, std::size_t from) const {
+        return present_.next(std::max<std::size_t>(fitting_(gap), from));
+    }
+
+    std::int64_t take(std::size_t c, std::int64_t samples) {
+        row_.push_back({static_cast<std::uint32_t>(c), samples});
+        places_ -= samples;
+        left_[c] -= samples;
+        if (left_[c] == 0) {
+            present_.remove(c);
+        }
+        return samples;
+    }
+
+    void give_back() {
+        const Part part = row_.back();
+        row_.pop_back();
+        places_ += part.samples;
+        left_[part.of_class] += part.samples;
+        present_.add(part.of_class);
+    }
+
+    bool keep(std::int64_t gap, std::initializer_list<std::size_t> added) {
+        if (gap >= least_gap_) {
+            return false;
+        }
+        least_gap_ = gap;
+        best_ = row_;
+        for (const std::size_t c : added) {
+            best_.push_back({static_cast<std::uint32_t>(c), 1});
+        }
+        return gap == 0;
+    }
+
+    // Looks for samples, from class `from` on, that fill the gap; keeps the best row seen.
+    bool search(std::int64_t gap, std::size_t from, int depth) {
+        const std::size_t c = largest(gap, from);
+        if (c == present_.end() || places_ == 0) {
+            return false;
+        }
+        if (keep(gap - classes_[c].length, {c})) {
+            return true;
+        }
+        const std::int64_t shortest = classes_[last_].length;
+        if (gap < 2 * shortest || places_ < 2) {
+            return false;
+        }
+        const std::size_t start = largest(gap - shortest, from);
+        std::size_t a = start;
+        for (int i = 0; i < kPairs && a != present_.end() && 2 * classes_[a].length >= gap; ++i) {
+            if (--steps_ < 0) {
+                return false;
+            }
+            const std::int64_t rest = gap - classes_[a].length;
+            const std::size_t b = fitting_(rest);
+            if (b < classes_.size() && classes_[b].length == rest && present_.has(b) &&
+                (a != b || left_[a] > 1)) {
+                return keep(0, {a, b});
+            }
+            a = present_.next(a + 1);
+        }
+        if (depth == kDepth || places_ < 3) {
+            return false;
+        }
+        a = start;
+        for (int i = 0; i < kBranches && a != present_.end(); ++i) {
+            take(a, 1);
+            const bool found = search(gap - classes_[a].length, a, depth + 1);
+            give_back();
+            if (found || --steps_ < 0) {
+                return found;
+            }
+            a = present_.next(a + 1);
+        }
+        return false;
+    }
+
+    // Fills the best row up with the longest samples that fit, and then their like.
+    void fill_up() {
+        while (!row_.empty()) {
+            give_back();
+        }
+        for (const Part& part : best_) {
+            take(part.of_class, part.samples);
+        }
+        std::int64_t gap = least_gap_;
+        std::size_t c = 0;
+        while (places_ > 0 && (c = largest(gap, c)) != present_.end()) {
+            const std::int64_t length = classes_[c].length;
+            gap -= length * take(c, std::min({gap / length, left_[c], places_}));
+        }
+        least_gap_ = gap;
+        best_ = row_;
+    }
+
+    // Parts by class, and of one class as one.
+    void join_parts() {
+        std::sort(best_.begin(), best_.end(),
+                  [](const Part& a, const Part& b) { return a.of_class < b.of_class; });
+        std::size_t size = 0;
+        for (const Part& part : best_) {
+            if (size > 0 && best_[size - 1].of_class == part.of_class) {
+                best_[size - 1].samples += part.samples;
+            } else {
+                best_[size++] = part;
+            }
+        }
+        best_.resize(size);
+    }
+
+    const std::vector<LengthClass>& classes_;
+    FirstFitting fitting_;
+    Present present_;
+    Limits limits_;
+    std::size_t last_;  // no class behind it has samples
+    std::vector<std::int64_t> left_;
+    std::vector<Part> row_, best_;  // being tried; with the least gap so far
+    std::int64_t steps_of_row_, all_steps_;
+    std::int64_t places_ = 0, gap_ = 0, steps_ = 0, least_gap_ = 0;
+};
+
+}  // namespace hermes

@@ -1,0 +1,174 @@
+"""Packing a stream: rows while samples arrive, in their order but for a few that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hermes_core import _C
+from hermes_core.packing import TooLong, check_lengths, seed_words
+from hermes_core.samples import check_integer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRows:
+    """Rows that are complete.
+
+    Attributes:
+        samples: [P] int64, sample numbers row after row, counted from the first that was added.
+        row_offsets: [rows + 1] int64, where each row starts in ``samples``, then P.
+    """
+
+    samples: NDArray[np.int64]
+    row_offsets: NDArray[np.int64]
+
+    @property
+    def rows(self) -> list[NDArray[np.int64]]:
+        """The sample numbers of each row, views of ``samples``."""
+        return np.split(self.samples, self.row_offsets[1:-1]) if len(self.row_offsets) > 1 else []
+
+
+class WindowedPacker:
+    """Packs samples as they come, a window of them at a time.
+
+    From a window, and what earlier ones left over, it makes rows that are full to the last token;
+    the rest, about a hundred samples, is carried on. Nobody waits longer than three windows, so
+    the data keeps its order but for that, and rows do not drift from long samples to short ones.
+
+    Args:
+        row_length: tokens in a row.
+        window: samples that are looked at together.
+        too_long: what to do with a sample longer than a row: refuse, leave out, or cut.
+        max_samples: that a row may hold; any number if None.
+        seed: of the order of a window's rows.
+
+    Attributes:
+        added: samples so far. dropped, truncated: how many of them were longer than a row.
+    """
+
+    def __init__(
+        self,
+        *,
+        row_length: int,
+        window: int = 1000,
+        too_long: TooLong = "error",
+        max_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if too_long not in ("error", "drop", "truncate"):
+            raise ValueError(f"too_long is {too_long!r}, want 'error', 'drop' or 'truncate'")
+        self._settings = {
+            "row_length": check_integer("row_length", row_length, 1, _C.MAX_ROW_LENGTH),
+            "window": check_integer("window", window, 1, _C.MAX_SAMPLES),
+            "max_samples": check_integer(
+                "max_samples",
+                _C.MAX_SAMPLES if max_samples is None else max_samples,
+                1,
+                _C.MAX_SAMPLES,
+            ),
+        }
+        self._too_long, self._seed = too_long, seed
+        self._words = seed_words(seed)
+        self._numbers = self._lengths = self._ages = np.zeros(0, np.int64)
+        self._windows = 0
+        self.added = self.dropped = self.truncated = 0
+
+    def add(self, lengths: ArrayLike) -> PackedRows:
+        """The rows that these samples complete; often none, while a window is not full.
+
+        Args:
+            lengths: [N] tokens of each new sample, of any integer dtype.
+
+        Raises:
+            TypeError, ValueError: as `pack` does; then nothing was added.
+        """
+        given = check_lengths(lengths)
+        row_length = self._settings["row_length"]
+        long = np.asarray(given > row_length)
+        wrong = (given < 1) | (long if self._too_long == "error" else False)
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            way_out = "set too_long to 'drop' or 'truncate', or a longer row"
+            raise ValueError(
+                f"lengths[{i}] is {given[i]}, outside [1, {row_length}]; "
+                f"{way_out if given[i] > 0 else 'every sample needs at least one token'}"
+            )
+        numbers = self.added + np.arange(len(given))
+        self.added += len(given)
+        if self._too_long == "drop":
+            self.dropped += int(long.sum())
+            given, numbers = given[~long], numbers[~long]
+        else:
+            self.truncated += int(long.sum())
+        self._numbers = np.concatenate([self._numbers, numbers])
+        given = np.minimum(given.astype(np.int64), row_length)
+        self._lengths = np.concatenate([self._lengths, given])
+        carried, window = len(self._ages), self._settings["window"]
+        whole = (len(self._lengths) - carried) // window * window
+        return self._pack(carried + whole) if whole else _NONE
+
+    def finish(self) -> PackedRows:
+        """The rows of all that still waits, the last of them not full."""
+        return self._pack(len(self._lengths), finish=True) if len(self._lengths) else _NONE
+
+    def _pack(self, count: int, *, finish: bool = False) -> PackedRows:
+        made = _C.pack_windows(
+            self._lengths[:count],
+            self._ages,
+            **self._settings,
+            seed_words=self._words,
+            first_window=self._windows,
+            finish=finish,
+        )
+        rows = PackedRows(self._numbers[made.samples], made.row_offsets)
+        self._windows += -(-(count - len(self._ages)) // self._settings["window"])
+        left = np.concatenate([made.carried, np.arange(count, len(self._lengths))])
+        self._numbers, self._lengths = self._numbers[left], self._lengths[left]
+        self._ages = made.ages
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on here: a few windows' numbers, as plain lists."""
+        return {
+            "settings": self._all_settings(),
+            "numbers": self._numbers.tolist(),
+            "lengths": self._lengths.tolist(),
+            "ages": self._ages.tolist(),
+            "windows": self._windows,
+            "added": self.added,
+            "dropped": self.dropped,
+            "truncated": self.truncated,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken.
+
+        Raises:
+            ValueError: the state is of a packer with other settings, or damaged.
+        """
+        if state.get("settings") != self._all_settings():
+            raise ValueError(
+                f"the state is of a packer with {state.get('settings')}, this one has "
+                f"{self._all_settings()}"
+            )
+        numbers, lengths, ages = (
+            np.array(state[name], np.int64) for name in ("numbers", "lengths", "ages")
+        )
+        if not len(ages) <= len(lengths) == len(numbers):
+            raise ValueError(
+                f"the state is damaged: {len(numbers)} numbers, {len(lengths)} lengths, "
+                f"{len(ages)} ages"
+            )
+        self._numbers, self._lengths, self._ages = numbers, lengths, ages
+        self._windows, self.added = state["windows"], state["added"]
+        self.dropped, self.truncated = state["dropped"], state["truncated"]
+
+    def _all_settings(self) -> dict[str, Any]:
+        return self._settings | {"too_long": self._too_long, "seed": self._seed}
+
+
+_NONE = PackedRows(np.zeros(0, np.int64), np.zeros(1, np.int64))
