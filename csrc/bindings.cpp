@@ -91,12 +91,12 @@ const char* name_of(hermes::Strategy strategy) {
 
 // The strategies to run, cheapest first; the plan with the fewest rows is kept.
 std::vector<hermes::Strategy> strategies_of(const std::string& name) {
-    const std::vector<hermes::Strategy> cheap{hermes::Strategy::best_fit,
-                                              hermes::Strategy::exact_gap};
+    const std::vector<hermes::Strategy> all{hermes::Strategy::best_fit, hermes::Strategy::first_fit,
+                                            hermes::Strategy::exact_gap};
     if (name == "best") {
-        return cheap;
+        return all;
     }
-    for (const auto strategy : {hermes::Strategy::first_fit, cheap[0], cheap[1]}) {
+    for (const auto strategy : all) {
         if (name == name_of(strategy)) {
             return {strategy};
         }

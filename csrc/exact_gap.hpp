@@ -23,43 +23,61 @@ struct Part {  // of a row
     std::int64_t samples;
 };
 
-// Which classes still have samples, as a set of class numbers.
+// Which classes still have samples, as a set of class numbers: a tree of bits, so that the next one
+// is near however many are gone.
 class Present {
 public:
-    explicit Present(std::size_t size) : words_(size / 64 + 1), end_(size) {
-        for (std::size_t i = 0; i < size; ++i) {
-            words_[i / 64] |= std::uint64_t{1} << i % 64;
+    explicit Present(std::size_t size) : end_(size) {
+        for (std::size_t bits = size; levels_.empty() || bits > 1;) {
+            levels_.emplace_back(bits / 64 + 1, ~std::uint64_t{0});
+            levels_.back().back() = (std::uint64_t{1} << bits % 64) - 1;
+            bits = (bits + 63) / 64;
         }
     }
     bool has(std::size_t i) const {
-        return words_[i / 64] >> i % 64 & 1;
+        return levels_[0][i / 64] >> i % 64 & 1;
     }
     void add(std::size_t i) {
-        words_[i / 64] |= std::uint64_t{1} << i % 64;
+        for (auto& level : levels_) {
+            level[i / 64] |= std::uint64_t{1} << i % 64;
+            i /= 64;
+        }
     }
     void remove(std::size_t i) {
-        words_[i / 64] &= ~(std::uint64_t{1} << i % 64);
+        for (auto& level : levels_) {
+            std::uint64_t& word = level[i / 64];
+            word &= ~(std::uint64_t{1} << i % 64);
+            if (word != 0) {
+                return;
+            }
+            i /= 64;
+        }
     }
     std::size_t next(std::size_t i) const {  // the first from i on, or the end
         if (i >= end_) {
             return end_;
         }
-        std::size_t w = i / 64;
-        std::uint64_t word = words_[w] & ~std::uint64_t{0} << i % 64;
-        while (word == 0) {
-            if (++w == words_.size()) {
+        std::size_t up = 0;
+        std::uint64_t word = levels_[0][i / 64] >> i % 64;
+        while (word == 0) {  // nothing in this word: look behind it, a level higher
+            if (++up == levels_.size()) {
                 return end_;
             }
-            word = words_[w];
+            i = i / 64 + 1;
+            word = i / 64 < levels_[up].size() ? levels_[up][i / 64] >> i % 64 : 0;
         }
-        return w * 64 + static_cast<std::size_t>(__builtin_ctzll(word));
+        i += static_cast<std::size_t>(__builtin_ctzll(word));
+        while (up > 0) {
+            i = i * 64 + static_cast<std::size_t>(__builtin_ctzll(levels_[--up][i]));
+        }
+        return i;
     }
     std::size_t end() const {
         return end_;
     }
 
 private:
-    std::vector<std::uint64_t> words_;
+    std::vector<std::vector<std::uint64_t>> levels_;
     std::size_t end_;
 };
 

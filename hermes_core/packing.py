@@ -180,7 +180,8 @@ def pack(
       token, found by a bounded search.
     - `windowed`: in the order of the samples, but for about a hundred that wait: see
       `WindowedPacker`, which packs a stream so.
-    - `best`: best fit, and exact gap where best fit misses the lower bound; the fewest rows win.
+    - `best`: best fit and, where it misses the lower bound, first fit and exact gap; the fewest
+      rows win.
 
     Raises:
         TypeError: lengths are not integers.
