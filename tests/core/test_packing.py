@@ -6,8 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermes_core import Packing, pack
-from hermes_core.packing import Strategy
+from hermes_core.packing import Strategy, seed_words
+from twins.packing import ExactGap, xoshiro
 
 STRATEGIES: list[Strategy] = ["best_fit_decreasing", "first_fit_decreasing"]
 EVERY: list[Strategy] = [*STRATEGIES, "exact_gap", "best"]
@@ -87,83 +86,6 @@ def test_pack_equals_textbook_where_a_row_holds_few_samples(
     assert packing.lower_bound >= -(-len(lengths) // max_samples)
 
 
-class ExactGap:
-    """The search of `exact_gap` one row at a time, on plain lists."""
-
-    def __init__(self, lengths: list[int], row_length: int, max_samples: int) -> None:
-        self.left = Counter(lengths)
-        self.row_length, self.max_samples = row_length, max_samples
-
-    def falling(self, most: int) -> list[int]:
-        return sorted((x for x, n in self.left.items() if n > 0 and x <= most), reverse=True)
-
-    def rows(self) -> Iterator[list[int]]:
-        while any(self.left.values()):
-            self.shortest = min(x for x, n in self.left.items() if n > 0)
-            self.steps = 1 << 13
-            row = [max(x for x, n in self.left.items() if n > 0)]
-            row *= self.coarse(row[0], self.row_length, 0)
-            self.left[row[0]] -= len(row)
-            while True:  # short samples beside the gap: many at once
-                gap = self.row_length - sum(row)
-                fitting = self.falling(min(gap, row[-1]))
-                if not fitting or gap // fitting[0] <= 4 or len(row) == self.max_samples:
-                    break
-                some = self.coarse(fitting[0], gap, len(row))
-                self.left[fitting[0]] -= some
-                row += [fitting[0]] * some
-            self.best = list(row)
-            if gap and not self.search(row, gap, row[-1], 0):
-                self.left.update(row)
-                self.left.subtract(self.best)
-                while len(self.best) < self.max_samples:
-                    fitting = self.falling(self.row_length - sum(self.best))
-                    fitting = [x for x in fitting if x <= self.best[-1]]
-                    if not fitting:
-                        break
-                    self.best.append(fitting[0])
-                    self.left[fitting[0]] -= 1
-            else:
-                self.left.update(row)
-                self.left.subtract(self.best)
-            yield self.best
-
-    def coarse(self, length: int, gap: int, used: int) -> int:
-        return min(max(1, gap // length - 3), self.left[length], self.max_samples - used)
-
-    def keep(self, row: list[int]) -> bool:
-        if sum(row) > sum(self.best):
-            self.best = row
-        return sum(row) == self.row_length
-
-    def search(self, row: list[int], gap: int, most: int, depth: int) -> bool:
-        fitting = self.falling(min(gap, most))
-        places = self.max_samples - len(row)
-        if not fitting or not places:
-            return False
-        if self.keep([*row, fitting[0]]):
-            return True
-        if gap < 2 * self.shortest or places < 2:
-            return False
-        start = self.falling(min(gap - self.shortest, most))
-        for a in [x for x in start if 2 * x >= gap][:256]:
-            self.steps -= 1
-            if self.steps < 0:
-                return False
-            if self.left[gap - a] > (2 * a == gap):
-                return self.keep([*row, a, gap - a])
-        if depth == 4 or places < 3:
-            return False
-        for a in start[:16]:
-            self.left[a] -= 1
-            found = self.search([*row, a], gap - a, a, depth + 1)
-            self.left[a] += 1
-            self.steps -= not found
-            if found or self.steps < 0:
-                return found
-        return False
-
-
 @settings(max_examples=300, deadline=None)
 @given(instance=instances(), max_samples=st.sampled_from([1, 2, 3, 5, 1 << 30]))
 def test_exact_gap_equals_its_plain_twin_row_by_row(
@@ -174,7 +96,11 @@ def test_exact_gap_equals_its_plain_twin_row_by_row(
         lengths, row_length=row_length, strategy="exact_gap", seed=None, max_samples=max_samples
     )
     got = [[lengths[i] for i in row] for row in rows_of(packing)]
-    assert got == list(ExactGap(lengths, row_length, max_samples).rows())
+    twin, want = ExactGap(lengths, row_length, max_samples), []
+    while twin.falling(row_length):
+        want.append(twin.row())
+        twin.left.subtract(want[-1])
+    assert got == want
 
 
 @pytest.mark.parametrize("strategy", EVERY)
@@ -249,26 +175,11 @@ def test_each_seed_gives_another_order() -> None:
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
 
 
-def xoshiro(seed: int) -> Iterator[int]:
-    mask = (1 << 64) - 1
-    s = [int(word) for word in np.random.SeedSequence(seed).generate_state(4, np.uint64)]
-    while True:
-        product = s[1] * 5 & mask
-        yield ((product << 7 | product >> 57) & mask) * 9 & mask
-        t = s[1] << 17 & mask
-        s[2] ^= s[0]
-        s[3] ^= s[1]
-        s[1] ^= s[2]
-        s[0] ^= s[3]
-        s[2] ^= t
-        s[3] = (s[3] << 45 | s[3] >> 19) & mask
-
-
 @pytest.mark.parametrize("rows", [1_000, 4_096, 4_097, 20_001])
 def test_shuffle_is_rao_and_sandelius_with_xoshiro(rows: int) -> None:
     """A twin in plain Python: any other platform or version has to give this order."""
     for seed in (0, 7, 1 << 100):
-        numbers = xoshiro(seed)
+        numbers = xoshiro(seed_words(seed))
         groups: list[list[int]] = [[] for _ in range(256)]
         for start in range(0, rows, 8):
             number = next(numbers) if rows > 4_096 else 0

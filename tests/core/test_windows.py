@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hermes_core import pack
+from hermes_core.packing import seed_words
 from hermes_core.windows import PackedRows, WindowedPacker
+from twins.packing import windows
 
 ROW = 16_384
 Rows = list[list[int]]
@@ -53,6 +55,25 @@ def test_every_sample_is_in_one_row_and_no_row_is_too_long(
     for row in rows:
         assert 0 < sum(lengths[sample] for sample in row) <= 64
         assert len(row) <= (max_samples or 64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 40),
+    window=st.sampled_from([1, 30, 130, 200]),
+    row_length=st.sampled_from([64, 500, 1_000, 9_973]),
+    share=st.sampled_from([2, 3, 8, 40]),
+    max_samples=st.sampled_from([None, 1, 2, 3, 10]),
+)
+def test_rows_equal_those_of_the_plain_twin(
+    seed: int, window: int, row_length: int, share: int, max_samples: int | None
+) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 1 + row_length // share, 400)
+    packer = WindowedPacker(
+        row_length=row_length, window=window, max_samples=max_samples, seed=seed
+    )
+    want = windows(lengths.tolist(), row_length, max_samples or 1 << 31, window, seed_words(seed))
+    assert packed(packer, lengths, 150) == want
 
 
 @pytest.mark.parametrize("chunk", [1, 333, 1_000, 2_500, 9_000])
