@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hermes_pipeline.errors import UserError
+
+INTERRUPTED = 130
+UsageError: Any = typer.BadParameter.__base__  # its home has moved from click into typer
 
 app = typer.Typer(
     name="hermes4",
@@ -118,8 +121,8 @@ def pack(
     store: Annotated[Path, typer.Argument(help="A token store.")],
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 16_384,
     strategy: Annotated[
-        str, typer.Option(help="first_fit_decreasing or best_fit_decreasing.")
-    ] = "best_fit_decreasing",
+        str, typer.Option(help="best, exact_gap, best_fit_decreasing or first_fit_decreasing.")
+    ] = "best",
     too_long: Annotated[
         str, typer.Option(help="Samples longer than a row: error, drop or truncate.")
     ] = "error",
@@ -256,7 +259,15 @@ def demo(
 def main() -> None:
     """Run `hermes4`; a user's mistake is one line on standard error and exit code 2."""
     try:
-        app()
+        code = app(prog_name="hermes4", standalone_mode=False)
+        if code == INTERRUPTED:  # typer keeps Ctrl-C to itself
+            raise KeyboardInterrupt
+    except UsageError as error:
+        # Without any argument the help has been printed, and nothing is left to say.
+        if message := error.format_message():
+            command = error.ctx.command_path if error.ctx else "hermes4"
+            sys.stderr.write(f"hermes4: error: {message.rstrip('.')} (see {command} --help)\n")
+        raise SystemExit(2) from None
     except (UserError, FileNotFoundError, PermissionError) as error:
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
@@ -264,4 +275,4 @@ def main() -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write("hermes4: interrupted\n")
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None

@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Work = TypeVar("Work")
@@ -27,14 +28,15 @@ def map_in_order(
     setup: Callable[..., None],
     given: tuple[Any, ...],
     workers: int,
-) -> Iterator[tuple[Work, Result]]:
+) -> Generator[tuple[Work, Result], None, None]:
     """Yield each work with its result, in the order of ``works``.
 
-    At most a few works are under way, so ``works`` may be endless.
+    At most a few works are under way, so ``works`` may be endless. Close it to end the processes.
 
     Args:
         setup: called with ``given`` once in each process before its first work.
-        workers: processes; with one, everything is done here.
+        workers: processes; with one, everything is done here. More are started from the main
+            thread alone, the only one that can put Ctrl-C off.
 
     Raises:
         WorkerDied: a process was killed.
@@ -51,7 +53,8 @@ def map_in_order(
     pending: deque[tuple[Work, Future[Result]]] = deque()
     try:
         for work in works:
-            pending.append((work, pool.submit(function, work)))
+            with _no_interrupt():
+                pending.append((work, pool.submit(function, work)))
             if len(pending) > 2 * workers:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -64,9 +67,26 @@ def map_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Put Ctrl-C off to the end; the processes started inside never hear of it.
+
+    It reaches every process of the terminal, and the first one alone decides.
+    """
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    # A process begins with the mask of the thread that starts it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _start(setup: Callable[..., None], given: tuple[Any, ...]) -> None:
-    # Ctrl-C reaches every process of the terminal; the first one alone decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     setup(*given)
 

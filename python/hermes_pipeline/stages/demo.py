@@ -32,7 +32,7 @@ from hermes_pipeline.tasks.chain import build_tokenizer, conversations, tokenize
 
 RECIPE, TEMPLATE, ROW_LENGTH = "tiny", "hermes_chatml", 256
 CONVERSATIONS = 27_000
-PACKING = "best_fit_decreasing"
+PACKING = "best"
 # The context of an answer with its question; training saw 256 tokens at most.
 ANSWERING: Mapping[str, Any] = {"temperature": 0.6, "top_p": 1.0, "max_model_len": 384}
 ITEMS_BEFORE, ITEMS_AFTER = 100, 400

@@ -14,7 +14,7 @@ def run(
     store: Path,
     *,
     row_length: int = 16_384,
-    strategy: str = "best_fit_decreasing",
+    strategy: str = "best",
     too_long: str = "error",
     seed: int = 0,
     out: Path | None = None,
@@ -31,9 +31,15 @@ def run(
     try:
         opened = open_store(store)
         lengths = opened.lengths
-    except (StoreError, NotADirectoryError) as error:
+    except (StoreError, OSError) as error:
         raise UserError(str(error)) from None
     if len(opened):
+        low, high = int(lengths.min()), int(lengths.max())
+        if not 1 <= low <= high <= opened.token_count:
+            raise UserError(
+                f"{store} is damaged: its {opened.token_count:,} tokens are in samples of {low:,} "
+                f"to {high:,}; copy the store again"
+            )
         _say(f"{store}: {len(opened):,} samples, {opened.token_count:,} tokens")
         for line in length_histogram(lengths, row_length):
             _say(line)
@@ -44,8 +50,11 @@ def run(
     )
     _say(plan.report())
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        plan.save(out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            plan.save(out)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error}") from None
         _say(f"plan written to {out}")
 
 

@@ -12,7 +12,8 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -37,6 +38,15 @@ RULES = 1  # raised when the same data and settings give other bytes
 BATCH_RECORDS, BATCH_BYTES = 64, 1 << 20
 SMALL_RECORD = 4_096  # bytes; a smaller one is kept in the quarantine as it is
 BYTES_A_CHAR = 12  # of JSON at most: \ud83d\ude00
+INTERRUPTED = 130  # exit code after Ctrl-C
+# What a user chooses: its option, where the meta keeps it, and where its name.
+CHOICES = (
+    ("--data", "source", "source"),
+    ("--tokenizer", "tokenizer", "tokenizer_name"),
+    ("--template", "template", "template_name"),
+    ("--max-chars", "max_chars", "max_chars"),
+    ("--limit", "limit", "limit"),
+)
 
 Batch = Sequence[Record]
 Result = Sample | str  # or why it is set aside
@@ -61,11 +71,15 @@ def run(
         limit: read only so many records.
 
     Raises:
-        UserError: nothing to read, other settings than an earlier run's, or every record is bad.
+        UserError: nothing to read, no folder for a store, other settings than an earlier run's, or
+            every record is bad.
+        SystemExit: interrupted; what is written is safe.
     """
+    _check_folder(out)
     loaded = load_tokenizer(tokenizer, tokenizer_revision)
     template_name, text = load_template(template, loaded)
-    day = _recorded_date(out) or date.today().isoformat()
+    earlier = _recorded(out)
+    day = _recorded_date(earlier) or date.today().isoformat()
     state = TokenizerState.of(loaded)
     try:
         tokenization = Tokenization(state, text, date=day)
@@ -89,6 +103,8 @@ def run(
     max_bytes = BYTES_A_CHAR * max_chars + (1 << 24)
     if next(source.records(max_bytes=max_bytes), None) is None:
         raise UserError(f"{source.name} holds no records")
+    if earlier:
+        _check_same(out, earlier, meta)
     try:
         with StoreWriter(out, meta=meta, vocab_size=tokenization.encoder.vocab_size) as writer:
             if writer.finished:
@@ -119,11 +135,12 @@ def _write(
         _say(f"going on after {before:,} records")
     total = source.count() if limit is None else limit
     left = None if total is None else max(0, total - before)
+    done = map_in_order(_tokenize, _batches(records), setup=_set_up, given=work, workers=workers)
+    # Whatever ends this early costs what came after the last commit, as kill -9 does: where
+    # Ctrl-C strikes between two steps of the writer, a commit would write half of a record.
     try:
-        with progress("tokenize", total=left, unit="conversations") as counter:
-            for batch, results in map_in_order(
-                _tokenize, _batches(records), setup=_set_up, given=work, workers=workers
-            ):
+        with closing(done), progress("tokenize", total=left, unit="conversations") as counter:
+            for batch, results in done:
                 for record, result in zip(batch, results, strict=True):
                     if isinstance(result, str):
                         writer.quarantine(_quarantined(record, result))
@@ -132,17 +149,19 @@ def _write(
                 note = "" if left is not None else f"{source.share_read():.0%} of the data read"
                 counter.advance(len(batch), note)
         writer.finish()
-    except BaseException as error:
-        writer.commit()
-        safe = f"{writer.records_done:,} records are safe in {writer.folder}"
-        if isinstance(error, WorkerDied):
-            raise UserError(
-                f"a worker process died, perhaps for want of memory; {safe}: run the same command "
-                "again, with fewer --workers or a smaller --max-chars"
-            ) from None
-        if isinstance(error, KeyboardInterrupt):
-            _say(f"interrupted; {safe}: run the same command again to go on", sys.stderr)
-        raise
+    except WorkerDied:
+        raise UserError(
+            f"a worker process died, perhaps for want of memory; {_safe(writer)} with fewer "
+            "--workers, or begin another --out with a smaller --max-chars"
+        ) from None
+    except KeyboardInterrupt:
+        _say(f"hermes4: interrupted; {_safe(writer)} to go on", sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _safe(writer: StoreWriter) -> str:
+    safe = f"{writer.records_done:,} records are safe in {writer.folder}"
+    return f"{safe}: run the same command again"
 
 
 # In the workers.
@@ -200,15 +219,47 @@ def _quarantined(record: Record, reason: str) -> dict[str, Any]:
     return entry
 
 
-def _recorded_date(out: Path) -> str | None:
-    """Return the date that an earlier run on ``out`` told its template."""
+def _check_folder(out: Path) -> None:
+    """Refuse what is no folder, and a folder that holds a tokenizer but no store."""
+    taken = next(path for path in (out, *out.parents) if path.exists())
+    if not taken.is_dir():
+        raise UserError(f"--out {out}: {taken} is a file; choose another folder")
+    begun = (out / "store.json").exists() or (out / "writing").exists()
+    if not begun and (out / "tokenizer").exists():
+        raise UserError(
+            f"--out {out} holds a tokenizer and no store, which would put its own in that place; "
+            "choose another folder"
+        )
+
+
+def _check_same(out: Path, earlier: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Refuse other settings than those of an earlier run, in the words of the command line."""
+    for option, key, name in CHOICES:
+        if earlier.get(key) != meta[key]:
+            then, now = earlier.get(name), meta[name]
+            changed = f"{then}, not {now}" if then != now else f"{now} of other contents"
+            raise UserError(
+                f"--out {out} was begun with {option} {changed}; choose another folder, or remove "
+                "this one"
+            )
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """Return the meta of an earlier run on ``out``; empty where there is none."""
     for path in (out / "store.json", out / "writing" / "progress.json"):
         try:
-            day = json.loads(path.read_bytes())["meta"]["date"]
-            return date.fromisoformat(day).isoformat()
+            return dict(json.loads(path.read_bytes())["meta"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return None
+    return {}
+
+
+def _recorded_date(earlier: Mapping[str, Any]) -> str | None:
+    """Return the date that an earlier run told its template."""
+    try:
+        return date.fromisoformat(earlier["date"]).isoformat()
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

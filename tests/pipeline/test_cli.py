@@ -1,0 +1,169 @@
+"""The command `hermes4` itself: help, mistakes, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from hermes_pipeline.cli import main
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.stages import pack
+
+pytestmark = pytest.mark.timeout(100)
+
+# In the order of the flow.
+COMMANDS = ["show", "tokenize", "pack", "init", "train", "export", "serve", "evaluate", "demo"]
+
+
+class Ended(NamedTuple):
+    code: object
+    out: str
+    err: str
+
+
+Hermes4 = Callable[..., Ended]
+
+
+@pytest.fixture
+def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Hermes4:
+    """Runs the command in this process."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
+
+    def run(*words: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["hermes4", *map(str, words)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def run(*_: object, **__: object) -> None:
+        raise error
+
+    return run
+
+
+def test_help_lists_the_commands_in_the_order_of_the_flow(hermes4: Hermes4) -> None:
+    ended = hermes4("--help")
+    first_words = [line.strip("│ ").split(" ")[0] for line in ended.out.splitlines()]
+    assert ended.code == 0
+    assert [word for word in first_words if word in COMMANDS] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_help(hermes4: Hermes4, command: str) -> None:
+    ended = hermes4(command, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert f"Usage: hermes4 {command} " in ended.out
+
+
+def test_without_a_command_the_help_is_printed_and_nothing_run(hermes4: Hermes4) -> None:
+    ended = hermes4()
+    assert (ended.code, ended.err) == (2, "")
+    assert "tokenize" in ended.out
+
+
+def test_help_loads_no_large_library() -> None:
+    code = (
+        "import contextlib, sys\n"
+        "from hermes_pipeline.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    sys.argv[1:] = [command, '--help']\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "large = {'numpy', 'torch', 'transformers', 'datasets', 'pyarrow', 'aiohttp', 'vllm'}\n"
+        "print('loaded:', sorted(large & set(sys.modules)))\n"
+    )
+    words = [sys.executable, "-c", code, *COMMANDS]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("Usage: hermes4 ") == len(COMMANDS)
+    assert done.stdout.endswith("loaded: []\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pakc"], "No such command 'pakc'. Did you mean 'pack'? (see hermes4 --help)"),
+        (["cook"], "No such command 'cook' (see hermes4 --help)"),
+        (["pack"], "Missing argument 'store' (see hermes4 pack --help)"),
+        (["tokenize", "--data", "x"], "Missing option '--tokenizer' (see hermes4 tokenize --help)"),
+        (["tokenize", "--data"], "Option '--data' requires an argument (see hermes4 --help)"),
+        (["pack", "a", "b"], "Got unexpected extra argument(s) (b) (see hermes4 pack --help)"),
+    ],
+)
+def test_a_wrong_command_line_is_explained_in_one_line(
+    hermes4: Hermes4, words: list[str], message: str
+) -> None:
+    assert hermes4(*words) == (2, "", f"hermes4: error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["pack", "s", "--row-lenth", "8"], "--row-lenth (Possible options: --row-length)"),
+        (["pack", "s", "--row-length", "0"], "'--row-length': "),
+        (["pack", "s", "--row-length", "-8"], "'--row-length': "),
+        (["pack", "s", "--row-length", "x"], "'--row-length': "),
+        (["tokenize", "--workers", "0"], "'--workers': "),
+        (["evaluate", "--top-p", "1.5"], "'--top-p': "),
+    ],
+)
+def test_a_wrong_option_is_named_in_one_line(
+    hermes4: Hermes4, words: list[str], named: str
+) -> None:
+    ended = hermes4(*words)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert ended.err.startswith("hermes4: error: ")
+    assert named in ended.err
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("no x; try y"), FileNotFoundError("no x; try y"), PermissionError("no x")]
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    hermes4: Hermes4, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(pack, "run", failing(error))
+    assert hermes4("pack", "store") == (2, "", f"hermes4: error: {error}\n")
+
+
+def test_a_users_mistake_shows_its_traceback_on_demand(
+    hermes4: Hermes4, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "run", failing(UserError("no x")))
+    monkeypatch.setenv("HERMES4_TRACEBACK", "1")
+    with pytest.raises(UserError, match="no x"):
+        hermes4("pack", "store")
+
+
+def test_a_defect_keeps_its_traceback(hermes4: Hermes4, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack, "run", failing(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        hermes4("pack", "store")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "store.json")
+    words = [sys.executable, "-m", "hermes_pipeline", "pack", str(tmp_path)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **pipes) as process:
+        try:
+            # Opens once the command has opened it too, and is about to wait for what we write.
+            with (tmp_path / "store.json").open("wb"):
+                process.send_signal(signal.SIGINT)
+                said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, *said) == (130, "", "hermes4: interrupted\n")
