@@ -25,6 +25,27 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from hermes_core import __version__
+
+        typer.echo(f"hermes4 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """From conversations to a trained, served and scored model."""
+
+
 # Data in.
 Data = Annotated[
     str,

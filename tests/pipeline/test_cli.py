@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from hermes_core import __version__
 from hermes_pipeline.cli import main
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.stages import pack
@@ -60,6 +61,10 @@ def test_help_lists_the_commands_in_the_order_of_the_flow(hermes4: Hermes4) -> N
     first_words = [line.strip("│ ").split(" ")[0] for line in ended.out.splitlines()]
     assert ended.code == 0
     assert [word for word in first_words if word in COMMANDS] == COMMANDS
+
+
+def test_version_is_the_packages(hermes4: Hermes4) -> None:
+    assert hermes4("--version") == Ended(0, f"hermes4 {__version__}\n", "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
