@@ -4,6 +4,7 @@ This much needs numpy alone. `hermes_core.segments`, `.attention` and `.loss` ne
 """
 
 from hermes_core._version import __version__
+from hermes_core.dealing import Dealing, deal, row_costs
 from hermes_core.packing import Packing, pack
 from hermes_core.rows import Rows, build_rows
 from hermes_core.samples import IGNORE_INDEX, Samples, Shard
@@ -12,6 +13,7 @@ from hermes_core.store_writer import StoreWriter
 
 __all__ = [
     "IGNORE_INDEX",
+    "Dealing",
     "Packing",
     "Rows",
     "Samples",
@@ -21,6 +23,8 @@ __all__ = [
     "StoreWriter",
     "__version__",
     "build_rows",
+    "deal",
     "open_store",
     "pack",
+    "row_costs",
 ]
