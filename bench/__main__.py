@@ -1,13 +1,13 @@
-"""`python -m bench packing | rows [--json]`."""
+"""`python -m bench packing | dealing | rows [--json]`."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import packing, rows
+from bench import dealing, packing, rows
 from bench.harness import tell
 
-BENCHMARKS = {"packing": packing.run, "rows": rows.run}
+BENCHMARKS = {"packing": packing.run, "dealing": dealing.run, "rows": rows.run}
 
 
 def main() -> None:

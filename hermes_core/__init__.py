@@ -4,6 +4,7 @@ This much needs numpy alone. `hermes_core.segments`, `.attention` and `.loss` ne
 """
 
 from hermes_core._version import __version__
+from hermes_core.dealing import Dealing, deal, row_costs
 from hermes_core.packing import Packing, pack
 from hermes_core.rows import Rows, build_rows
 from hermes_core.samples import IGNORE_INDEX, Samples, Shard
@@ -13,6 +14,7 @@ from hermes_core.windows import PackedRows, WindowedPacker
 
 __all__ = [
     "IGNORE_INDEX",
+    "Dealing",
     "PackedRows",
     "Packing",
     "Rows",
@@ -24,6 +26,8 @@ __all__ = [
     "WindowedPacker",
     "__version__",
     "build_rows",
+    "deal",
     "open_store",
     "pack",
+    "row_costs",
 ]

@@ -149,11 +149,29 @@ def pack(
     ] = "error",
     seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the plan here (.npz).")] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Say what so many data-parallel ranks lose by waiting."),
+    ] = None,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Of a step, one row a rank.")] = 1,
+    base: Annotated[
+        str, typer.Option(help="Whose FLOPs count: qwen3_14b, llama3.1_70b or llama3.1_405b.")
+    ] = "qwen3_14b",
 ) -> None:
     """Plan the rows of one epoch; print rows, fill, lower bound and histogram."""
     from hermes_pipeline.stages.pack import run
 
-    run(store, row_length=row_length, strategy=strategy, too_long=too_long, seed=seed, out=out)
+    run(
+        store,
+        row_length=row_length,
+        strategy=strategy,
+        too_long=too_long,
+        seed=seed,
+        out=out,
+        ranks=ranks,
+        micro_batches=micro_batches,
+        base=base,
+    )
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Samples to rows: the plan of the first epoch."""
+"""Samples to rows: the plan of the first epoch, and how evenly its rows can be dealt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from hermes_core import Packing, Store, pack
+from hermes_core import Packing, Store, deal, pack, row_costs
 from hermes_core.packing import Strategy, TooLong
 from hermes_pipeline.errors import UserError
 
@@ -60,6 +60,29 @@ def plan_epoch(
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"the store {store.folder} cannot be packed: {error}") from None
+
+
+def imbalance_report(
+    plan: Packing,
+    lengths: NDArray[np.int64],
+    flops: tuple[int, int],
+    *,
+    ranks: int,
+    micro_batches: int,
+) -> str:
+    """Return in words what ranks lose by waiting for each other, one row at a time on each.
+
+    Args:
+        flops: of each token, and of each square of a segment's length.
+
+    Raises:
+        UserError: a step is larger than can be dealt.
+    """
+    costs = row_costs(plan, lengths, linear=flops[0], quadratic=flops[1])
+    try:
+        return deal(costs, ranks=ranks, micro_batches=micro_batches).report()
+    except ValueError as error:
+        raise UserError(f"--ranks {ranks}, --micro-batches {micro_batches}: {error}") from None
 
 
 def length_histogram(lengths: NDArray[np.int64], row_length: int) -> list[str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hermes_core import StoreError, open_store
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.packing import length_histogram, plan_epoch
+from hermes_pipeline.packing import imbalance_report, length_histogram, plan_epoch
+from hermes_pipeline.training.shape import BASES
 
 
 def run(
@@ -18,8 +19,13 @@ def run(
     too_long: str = "error",
     seed: int = 0,
     out: Path | None = None,
+    ranks: int | None = None,
+    micro_batches: int = 1,
+    base: str = "qwen3_14b",
 ) -> None:
     """Print rows, fill, lower bound and histogram; write the plan to ``out`` (.npz).
+
+    With ``ranks``, print what these lose by waiting for each other, by the FLOPs of ``base``.
 
     Raises:
         UserError: no store, a damaged one, or one that cannot be packed so.
@@ -28,6 +34,8 @@ def run(
         raise UserError(f"--seed is {seed}, want 0 or more")
     if out is not None and out.suffix != ".npz":
         raise UserError(f"--out {out} must end in .npz")
+    if base not in BASES:
+        raise UserError(f"--base {base!r} is not known; known: {', '.join(BASES)}")
     try:
         opened = open_store(store)
         lengths = opened.lengths
@@ -49,6 +57,9 @@ def run(
         opened, row_length=row_length, strategy=strategy, too_long=too_long, seed=seed
     )
     _say(plan.report())
+    if ranks is not None:
+        flops = BASES[base].training_flops()
+        _say(imbalance_report(plan, lengths, flops, ranks=ranks, micro_batches=micro_batches))
     if out is not None:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

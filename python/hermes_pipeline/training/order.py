@@ -1,15 +1,18 @@
-"""Which rows come when: one order of all rows of all epochs, whatever the number of processes."""
+"""Which rows come when: one order of all rows of all epochs, whatever the number of processes.
+
+Shapes: M micro-batches of a step, R ranks, B rows of one rank in one micro-batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hermes_core import Packing, Rows, Samples, build_rows, pack
+from hermes_core import Packing, Rows, Samples, build_rows, deal, pack, row_costs
 from hermes_core.packing import Strategy, TooLong
 from hermes_pipeline.errors import UserError
 
@@ -25,10 +28,10 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Consecutive rows of the order, built."""
+    """Some rows of the order, built."""
 
     rows: Rows
-    first: int  # number of the first row, counted from the run's first
+    numbers: tuple[int, ...]  # of each row, counted from the run's first
     tokens: int  # of samples; padding left out
 
 
@@ -38,7 +41,7 @@ class RowOrder:
     Each epoch is planned for the whole store before anything is divided among ranks, so the
     order depends on the store, the seed and the packing settings alone. The first epoch is what
     `hermes4 pack` shows; later ones exchange samples of equal length, so that a row does not hold
-    the same neighbours every time.
+    the same neighbours every time. A step takes the next rows of the order, whoever gets which.
     """
 
     def __init__(
@@ -56,46 +59,64 @@ class RowOrder:
         self._seed, self._fingerprint = seed, fingerprint
         self.position = Position()
         self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._costs = lru_cache(maxsize=2)(self._make_costs)
+        self._rows_of = cache(lambda epoch: self._plan(epoch).rows)
 
-    def batch(self, first: int, count: int) -> Batch:
-        """Rows ``first`` to ``first + count``; they may lie in several epochs."""
+    def batch(self, numbers: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The rows of these rising numbers; they may lie in several epochs."""
         built, tokens = [], 0
-        for plan, rows in self._pieces(first, count):
+        for epoch, rows in self._pieces(numbers):
+            plan = self._plan(epoch)
             built.append(self._build(plan, rows))
-            tokens += int(self._row_tokens(plan, rows).sum())
-        return Batch(_joined(built), first, tokens)
+            tokens += self._tokens(plan, rows)
+        return Batch(_joined(built), tuple(int(number) for number in numbers), tokens)
 
-    def sample_ids(self, first: int, count: int) -> list[list[int]]:
-        """The samples of each of these rows."""
+    def sample_ids(self, numbers: Sequence[int] | NDArray[np.int64]) -> list[list[int]]:
+        """The samples of each row of these rising numbers."""
         return [
-            plan.samples[plan.row_offsets[row] : plan.row_offsets[row + 1]].tolist()
-            for plan, rows in self._pieces(first, count)
+            _samples_of(self._plan(epoch), row).tolist()
+            for epoch, rows in self._pieces(numbers)
             for row in rows
         ]
+
+    def deal_step(self, *, ranks: int, micro_batches: int, local_rows: int) -> NDArray[np.int64]:
+        """[M, R, B] numbers of the next step's rows, so dealt that ranks wait least.
+
+        Which rows the step has does not depend on it.
+        """
+        first = self.position.rows
+        step = np.arange(first, first + ranks * micro_batches * local_rows)
+        costs = np.concatenate([self._costs(epoch)[rows] for epoch, rows in self._pieces(step)])
+        dealing = deal(costs, ranks=ranks, micro_batches=micro_batches, local_rows=local_rows)
+        numbers: NDArray[np.int64] = step[dealing.rows[0]]
+        return numbers
 
     def advance(self, count: int) -> None:
         """All ranks together have consumed ``count`` more rows."""
         position = self.position
         rows, epoch, start = position.rows + count, position.epoch, position.epoch_start
-        while rows >= start + self._plan(epoch).rows:
-            start, epoch = start + self._plan(epoch).rows, epoch + 1
+        while rows >= start + self._rows_of(epoch):
+            start, epoch = start + self._rows_of(epoch), epoch + 1
         self.position = Position(rows, epoch, start)
 
-    def _pieces(self, first: int, count: int) -> Iterator[tuple[Packing, range]]:
-        """The plan of each epoch that the rows lie in, and which of its rows they are."""
+    def _pieces(
+        self, numbers: Sequence[int] | NDArray[np.int64]
+    ) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Each epoch that rows of these rising numbers lie in, and which of its rows they are."""
+        left = np.asarray(numbers)
         epoch, start = self.position.epoch, self.position.epoch_start
-        if first < start:
-            raise ValueError(f"row {first} lies before the epoch that starts at row {start}")
-        while count > 0:
-            plan = self._plan(epoch)
-            inside = first - start
-            here = min(count, plan.rows - inside)
-            if here > 0:
-                yield plan, range(inside, inside + here)
-                first, count = first + here, count - here
-            start, epoch = start + plan.rows, epoch + 1
+        if left[0] < start:
+            raise ValueError(f"row {left[0]} lies before the epoch that starts at row {start}")
+        if (np.diff(left) <= 0).any():
+            raise ValueError(f"rows {left.tolist()} do not rise")
+        while len(left):
+            end = start + self._rows_of(epoch)
+            here = int(np.searchsorted(left, end))
+            if here:
+                yield epoch, left[:here] - start
+            left, start, epoch = left[here:], end, epoch + 1
 
-    def _build(self, plan: Packing, rows: range) -> Rows:
+    def _build(self, plan: Packing, rows: NDArray[np.int64]) -> Rows:
         try:
             return build_rows(self._samples, plan, rows)
         except ValueError as error:
@@ -134,12 +155,18 @@ class RowOrder:
             truncated=np.sort(ids[plan.truncated]),
         )
 
-    def _row_tokens(self, plan: Packing, rows: range) -> NDArray[np.int64]:
-        """Tokens of samples in each of these rows."""
-        offsets = plan.row_offsets[rows.start : rows.stop + 1]
-        lengths = self._samples.lengths[plan.samples[offsets[0] : offsets[-1]]]
-        cut = np.minimum(lengths, self._row_length)
-        return np.add.reduceat(cut, offsets[:-1] - offsets[0])
+    def _tokens(self, plan: Packing, rows: NDArray[np.int64]) -> int:
+        """Tokens of samples in these rows."""
+        lengths = self._samples.lengths[np.concatenate([_samples_of(plan, row) for row in rows])]
+        return int(np.minimum(lengths, self._row_length).sum())
+
+    def _make_costs(self, epoch: int) -> NDArray[np.float64]:
+        """Of attention alone: all rows have the same number of tokens."""
+        return row_costs(self._plan(epoch), self._samples.lengths, linear=0, quadratic=1)
+
+
+def _samples_of(plan: Packing, row: int) -> NDArray[np.int64]:
+    return plan.samples[plan.row_offsets[row] : plan.row_offsets[row + 1]]
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,14 @@ class Shape:
         if not self.tied:
             tensors["lm_head.weight"] = (self.vocab_size, wide)
         return tensors
+
+    def training_flops(self) -> tuple[int, int]:
+        """FLOPs of a segment, forward and backward: of each token, and of each square of a length.
+
+        Six for each parameter and token; causal attention 6 * layers * model size * length².
+        """
+        parameters = sum(math.prod(size) for size in self.tensors().values())
+        return 6 * parameters, 6 * self.layers * self.heads * self.head_size
 
 
 LLAMA_31 = {

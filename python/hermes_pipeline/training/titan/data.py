@@ -50,21 +50,22 @@ class MicroBatch:
     labels: Tensor  # [B, L]
     kept: Tensor  # [M]
     cu_seqlens: NDArray[np.int32]  # [S + 1]
-    first_row: int  # counted from the run's first row
+    rows: tuple[int, ...]  # numbers [B], counted from the run's first row
     tokens: int  # of samples; padding left out
 
 
 class PackedRows(BaseDataLoader):
     """This rank's share of the order of rows.
 
-    A micro-batch of all ranks together is a run of consecutive rows, of which each rank takes its
-    consecutive part. The state is how many rows all ranks together have consumed, so a run may
-    go on with another number of ranks.
+    A step of all ranks together is a run of consecutive rows, dealt to ranks and micro-batches so
+    that they wait for each other least. The state is how many rows all ranks together have
+    consumed in whole steps, so a run may go on with another number of ranks.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         store: str
+        rows: int  # of one step, over all ranks
         packing: Strategy
         too_long: TooLong
         seed: int
@@ -79,7 +80,9 @@ class PackedRows(BaseDataLoader):
         local_batch_size: int,
         **_: Any,
     ) -> None:
-        self._ranks, self._rank, self._count = dp_world_size, dp_rank, local_batch_size
+        self._rank, self._ranks, self._local_rows = dp_rank, dp_world_size, local_batch_size
+        self._step_rows = config.rows
+        self._micro_batches = config.rows // (dp_world_size * local_batch_size)
         store = open_store(config.store)
         self.order = RowOrder(
             store,
@@ -92,9 +95,14 @@ class PackedRows(BaseDataLoader):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         while True:
-            first = self.order.position.rows + self._rank * self._count
-            batch = self.order.batch(first, self._count)
-            self.order.advance(self._ranks * self._count)
+            dealt = self.order.deal_step(
+                ranks=self._ranks, micro_batches=self._micro_batches, local_rows=self._local_rows
+            )
+            *before, last = dealt[:, self._rank]  # one share for each micro-batch
+            for rows in before:
+                yield _tensors(self.order.batch(rows))
+            batch = self.order.batch(last)
+            self.order.advance(self._step_rows)
             yield _tensors(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def _tensors(batch: Batch) -> MicroBatch:
         labels=_on_host(rows.labels),
         kept=_on_host(rows.kept),
         cu_seqlens=rows.cu_seqlens,
-        first_row=batch.first,
+        rows=batch.numbers,
         tokens=batch.tokens,
     )
 

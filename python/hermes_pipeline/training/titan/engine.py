@@ -50,6 +50,7 @@ def trainer_config(
         tokenizer=NoTokenizer.Config(),
         dataloader=PackedRows.Config(
             store=str(store),
+            rows=recipe.data.rows,
             packing=recipe.data.packing,
             too_long=recipe.data.too_long,
             seed=recipe.data.seed,

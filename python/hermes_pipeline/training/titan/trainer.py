@@ -145,12 +145,11 @@ class SegmentTrainer(Trainer):
         self, group: list[MicroBatch], losses: Tensor, loss: float, grad_norm: float
     ) -> NonFiniteStep:
         """The error of this step: the rows whose loss is not finite, or else all of its rows."""
-        rows = len(group[0].input_ids)
         bad = [
             row
             for batch, value in zip(group, losses.tolist(), strict=True)
             if not math.isfinite(value)
-            for row in range(batch.first_row, batch.first_row + rows)
+            for row in batch.rows
         ]
         every: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(every, bad)
@@ -158,5 +157,5 @@ class SegmentTrainer(Trainer):
         if not found:
             last = self.step * self.config.training.global_batch_size
             found = list(range(last - self.config.training.global_batch_size, last))
-        samples = [self.dataloader.order.sample_ids(row, 1)[0] for row in found[:4]]
+        samples = self.dataloader.order.sample_ids(found[:4])
         return NonFiniteStep(self.step, loss, grad_norm, found, samples)
