@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from hermes_core import _C
 from hermes_core.packing import Packing
 from hermes_core.samples import Samples, check_integer
+from hermes_core.windows import PackedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +37,7 @@ class Rows:
 
 def build_rows(
     samples: Samples,
-    packing: Packing,
+    packing: Packing | PackedRows,
     rows: Sequence[int] | range | NDArray[np.integer],
     *,
     pad_id: int = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from hermes_core.samples import check_integer
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedRows:
-    """Rows that are complete.
+    """Rows that are complete; `build_rows` takes them as it takes a `Packing`.
 
     Attributes:
         samples: [P] int64, sample numbers row after row, counted from the first that was added.
@@ -25,11 +25,20 @@ class PackedRows:
 
     samples: NDArray[np.int64]
     row_offsets: NDArray[np.int64]
+    row_length: int
+    too_long: TooLong
 
     @property
-    def rows(self) -> list[NDArray[np.int64]]:
+    def rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def split(self) -> list[NDArray[np.int64]]:
         """The sample numbers of each row, views of ``samples``."""
-        return np.split(self.samples, self.row_offsets[1:-1]) if len(self.row_offsets) > 1 else []
+        return np.split(self.samples, self.row_offsets[1:-1]) if self.rows else []
+
+    def in_order(self) -> PackedRows:
+        """The same rows for samples that stand in the order of ``samples``."""
+        return replace(self, samples=np.arange(len(self.samples)))
 
 
 class WindowedPacker:
@@ -71,7 +80,8 @@ class WindowedPacker:
                 _C.MAX_SAMPLES,
             ),
         }
-        self._too_long, self._seed = too_long, seed
+        self._too_long: TooLong = too_long
+        self._seed = seed
         self._words = seed_words(seed)
         self._numbers = self._lengths = self._ages = np.zeros(0, np.int64)
         self._windows = 0
@@ -109,11 +119,11 @@ class WindowedPacker:
         self._lengths = np.concatenate([self._lengths, given])
         carried, window = len(self._ages), self._settings["window"]
         whole = (len(self._lengths) - carried) // window * window
-        return self._pack(carried + whole) if whole else _NONE
+        return self._pack(carried + whole)
 
     def finish(self) -> PackedRows:
         """The rows of all that still waits, the last of them not full."""
-        return self._pack(len(self._lengths), finish=True) if len(self._lengths) else _NONE
+        return self._pack(len(self._lengths), finish=True)
 
     def _pack(self, count: int, *, finish: bool = False) -> PackedRows:
         made = _C.pack_windows(
@@ -124,7 +134,12 @@ class WindowedPacker:
             first_window=self._windows,
             finish=finish,
         )
-        rows = PackedRows(self._numbers[made.samples], made.row_offsets)
+        rows = PackedRows(
+            self._numbers[made.samples],
+            made.row_offsets,
+            self._settings["row_length"],
+            self._too_long,
+        )
         self._windows += -(-(count - len(self._ages)) // self._settings["window"])
         left = np.concatenate([made.carried, np.arange(count, len(self._lengths))])
         self._numbers, self._lengths = self._numbers[left], self._lengths[left]
@@ -169,6 +184,3 @@ class WindowedPacker:
 
     def _all_settings(self) -> dict[str, Any]:
         return self._settings | {"too_long": self._too_long, "seed": self._seed}
-
-
-_NONE = PackedRows(np.zeros(0, np.int64), np.zeros(1, np.int64))

@@ -31,7 +31,7 @@ def like_the_report(count: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def rows_of(*parts: PackedRows) -> Rows:
-    return [row.tolist() for part in parts for row in part.rows]
+    return [row.tolist() for part in parts for row in part.split()]
 
 
 def packed(packer: WindowedPacker, lengths: NDArray[np.int64], chunk: int) -> Rows:
