@@ -45,6 +45,7 @@ _FORMS = (
     "instruction and output"
 )
 _SWITCHES = ("train", "loss_weight", "weight")
+_MAX_DEPTH = 64  # of arguments and tools; whoever follows a template recurses into them
 
 
 class Refused(ValueError):
@@ -78,7 +79,7 @@ def parse(record: object, source: str = "") -> Conversation:
             and ``train_spans``, [start, end) in characters of its content.
 
     Raises:
-        Refused: no known form, an unknown role, or nothing to train.
+        Refused: no known form or two at once, an unknown role, or nothing to train.
     """
     if not isinstance(record, Mapping):
         raise Refused(f"a record must be a JSON object, not {_kind(record)}")
@@ -132,12 +133,14 @@ def to_dict(message: Message, *, no_content: object = "") -> dict[str, Any]:
 
 
 def _turns(record: Mapping[str, Any]) -> list[Any]:
-    for key in ("messages", "conversations", "conversation"):
-        turns = record.get(key)
-        if turns is not None:
-            if not isinstance(turns, Sequence) or isinstance(turns, str | bytes):
-                raise Refused(f"{key} must be a list of messages, not {_kind(turns)}")
-            return list(turns)
+    given = [k for k in ("messages", "conversations", "conversation") if record.get(k) is not None]
+    if len(given) > 1:
+        raise Refused(f"both {given[0]} and {given[1]}: leave one out")
+    for key in given:
+        turns = record[key]
+        if not isinstance(turns, Sequence) or isinstance(turns, str | bytes):
+            raise Refused(f"{key} must be a list of messages, not {_kind(turns)}")
+        return list(turns)
     for ask, answer in _PAIRS:
         if record.get(ask) is not None and record.get(answer) is not None:
             return _pair(record, ask, answer)
@@ -149,33 +152,39 @@ def _pair(record: Mapping[str, Any], ask: str, answer: str) -> list[Any]:
     first, second = record[ask], record[answer]
     if isinstance(first, list) and isinstance(second, list):
         # Messages on both sides: those of the prompt are given, not learnt.
-        given = [t | {"train": False} if _is_assistant(t) else t for t in first]
+        given = [{**turn, "train": False} if _is_assistant(turn) else turn for turn in first]
         return [*given, *second]
-    for key in (ask, answer):
+    has_input = ask == "instruction" and record.get("input")
+    for key in (ask, answer, "input") if has_input else (ask, answer):
         if not isinstance(record[key], str):
             raise Refused(f"{key} must be a string, not {_kind(record[key])}")
-    if ask == "instruction" and record.get("input"):
+    if has_input:
         first = f"{first}\n\n{record['input']}"
     return [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
 
 
 def _is_assistant(turn: object) -> bool:
-    return isinstance(turn, dict) and _ROLES.get(str(turn.get("role", turn.get("from")))) in (
-        "assistant",
-        "call",
-    )
+    return isinstance(turn, Mapping) and _role(_named(turn)) in ("assistant", "call")
+
+
+def _named(turn: Mapping[str, Any]) -> object:
+    return turn["role"] if turn.get("role") is not None else turn.get("from")
+
+
+def _role(named: object) -> str | None:
+    return _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
 
 
 def _message(index: int, turn: object) -> Message:
     if not isinstance(turn, Mapping):
         raise Refused(f"message {index}: must be an object, not {_kind(turn)}")
-    named = turn["role"] if turn.get("role") is not None else turn.get("from")
+    named = _named(turn)
     if named is None:
         raise Refused(f"message {index}: has neither role nor from")
-    role = _ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    role = _role(named)
     if role is None:
         known = ", ".join(_ROLES)
-        raise Refused(f"message {index}: role {str(named)[:80]!r} is not known; known: {known}")
+        raise Refused(f"message {index}: role {_short(named)} is not known; known: {known}")
     where = f"message {index} ({'assistant' if role == 'call' else role})"
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
     text = _content(content, where)
@@ -186,10 +195,13 @@ def _message(index: int, turn: object) -> Message:
         role, calls, text = "assistant", calls + _calls_in(text, where), ""
     if calls and role != "assistant":
         raise Refused(f"{where}: only an assistant message has tool_calls")
+    reasoning = _reasoning(turn, where) if role == "assistant" else None
+    if content is None and not calls and reasoning is None:
+        raise Refused(f"{where}: has neither content nor value")
     return Message(
         role=role,
         content=text,
-        reasoning=_reasoning(turn, where) if role == "assistant" else None,
+        reasoning=reasoning,
         tool_calls=calls,
         name=_optional(turn, "name", where),
         tool_call_id=_optional(turn, "tool_call_id", where),
@@ -203,7 +215,7 @@ def _content(content: object, where: str) -> str:
         return ""
     if isinstance(content, str):
         return _text(content, where)
-    if not isinstance(content, Sequence):
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise Refused(f"{where}: content must be a string or a list of parts, not {_kind(content)}")
     texts = []
     for part in content:
@@ -247,13 +259,13 @@ def _calls_in(text: str, where: str) -> tuple[Mapping[str, Any], ...]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise Refused(f"{where}: a function call must be JSON, not {text[:80]!r}") from None
+        raise Refused(f"{where}: a function call must be JSON, not {_short(text)}") from None
     return _tool_calls(value if isinstance(value, list) else [value], where)
 
 
 def _tool_calls(calls: object, where: str) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(calls, str) and calls.strip():
-        return _calls_in(calls, where)
+    if isinstance(calls, str):
+        return _calls_in(calls, where) if calls.strip() else ()
     if not calls:
         return ()
     if not isinstance(calls, Sequence):
@@ -266,21 +278,20 @@ def _tool_call(call: object, where: str) -> Mapping[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise Refused(f"{where}: a tool call needs a function with a name and arguments")
     name = _text(function["name"], where)
+    what = f"{where}: arguments of the call {_short(name)}"
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError):
-            raise Refused(f"{where}: arguments of the call {name!r} are not JSON") from None
+            raise Refused(f"{what} are not JSON") from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
-        raise Refused(
-            f"{where}: arguments of the call {name!r} must be an object, not {_kind(arguments)}"
-        )
-    _text(json.dumps(arguments, ensure_ascii=False), where)
+        raise Refused(f"{what} must be an object, not {_kind(arguments)}")
+    _check_json(arguments, what)
     parsed: dict[str, Any] = {"type": "function"}
     if isinstance(call, Mapping) and isinstance(call.get("id"), str):
-        parsed["id"] = call["id"]
+        parsed["id"] = _text(call["id"], where)
     parsed["function"] = {"name": name, "arguments": dict(arguments)}
     return parsed
 
@@ -291,7 +302,7 @@ def _trained(turn: Mapping[str, Any], role: str, where: str) -> bool:
         if value is None:
             continue
         if value not in (0, 1):
-            raise Refused(f"{where}: {key} is {value!r}; only 0, 1, true and false are known")
+            raise Refused(f"{where}: {key} is {_short(value)}; only 0, 1, true and false are known")
         if value and role != "assistant":
             raise Refused(f"{where}: {key} is {value!r}, but only assistant messages are trained")
         return bool(value)
@@ -310,7 +321,9 @@ def _spans(spans: object, role: str, length: int, where: str) -> tuple[Span, ...
     for span in spans:
         pair = list(span) if isinstance(span, Iterable) else []
         if len(pair) != 2 or not all(type(edge) is int for edge in pair):
-            raise Refused(f"{where}: train_spans holds {span!r}; want [start, end] in characters")
+            raise Refused(
+                f"{where}: train_spans holds {_short(span)}; want [start, end] in characters"
+            )
         start, end = pair
         if not last <= start < end <= length:
             raise Refused(
@@ -341,8 +354,34 @@ def _tools(tools: object) -> tuple[Mapping[str, Any], ...]:
         # Bare signatures are wrapped, as the servers of OpenAI's interface hand them on.
         bare = "function" not in tool and "name" in tool and tool.get("type") != "function"
         parsed.append({"type": "function", "function": dict(tool)} if bare else dict(tool))
-    _text(json.dumps(parsed, ensure_ascii=False, default=str), "tools")
+    _check_json(parsed, "tools")
     return tuple(parsed)
+
+
+def _check_json(value: object, what: str) -> None:
+    """Refuse what a template cannot write as JSON: Parquet holds dates and bytes too."""
+    if _is_deeper(value, _MAX_DEPTH):
+        raise Refused(f"{what} are nested more than {_MAX_DEPTH} deep")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"{what} are not JSON: {error}") from None
+    _text(text, what)
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    items = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(items, Iterable) or isinstance(items, str | bytes):
+        return False
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return _kind(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _kind(value: object) -> str:

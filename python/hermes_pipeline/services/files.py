@@ -221,7 +221,7 @@ def _parquet(path: Path) -> Any:
 
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # names that are not UTF-8, too
         raise UserError(f"{path} is not a Parquet file, or damaged: {error}") from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,24 +69,26 @@ class DataSource:
         self._files: list[Path] | None = None
         self._data_set: Any = None
         self._cursor = Cursor()
-        path = Path(data).expanduser()
-        if path.is_dir() and not _is_data_set(path, subset):
-            self._files = find_files(path, split)
+        path = _path(data)
+        if path.is_dir():
+            if not _is_data_set(path, subset):
+                self._files = find_files(path, split)
         elif path.is_file() or (not path.exists() and _looks_like_path(data)):
             self._files = [check_file(path)]
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this data from other data, as JSON values."""
         if self._files is None:
-            return {
+            known = {
                 "data_set": self.name,
                 "revision": self._revision,
                 "split": self._split,
                 "subset": self._subset,
                 "records": self.count(),
             }
-        stats = [(path.resolve(), path.stat()) for path in self._files]
-        files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+            folder = _path(self.name)
+            return known | {"files": _folder_digest(folder)} if folder.is_dir() else known
+        files = _stats(self._files)
         return {"files": files if len(files) <= 16 else _digest(files)}
 
     def count(self) -> int | None:
@@ -134,7 +136,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
     Raises:
         UserError: there is none of that name, or it is not a fast one.
     """
-    path = Path(name_or_path).expanduser()
+    path = _path(name_or_path)
     if path.is_file():
         # A folder that transformers wrote knows more than the file alone.
         if path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
@@ -145,7 +147,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
         found = [path / file for file in files if (path / file).is_file()]
         if not found:
             raise UserError(f"{path} holds no tokenizer: none of {', '.join(files)}")
-        if len(found) == 1 and found[0].name != "tokenizer_config.json":
+        if path / "tokenizer_config.json" not in found:
             return _tokenizer_from_file(found[0])
     elif _looks_like_path(name_or_path):
         raise UserError(f"no such tokenizer: {name_or_path}")
@@ -188,7 +190,7 @@ def load_template(template: str | None, tokenizer: Any) -> tuple[str, str]:
     own = sorted(
         file.name.removesuffix(".jinja")
         for file in (resources.files("hermes_pipeline") / "templates").iterdir()
-        if file.name.endswith(".jinja")
+        if Path(file.name).suffixes == [".jinja"]  # the report's page is no chat template
     )
     if template is None:
         text = tokenizer.chat_template
@@ -203,7 +205,7 @@ def load_template(template: str | None, tokenizer: Any) -> tuple[str, str]:
     if template in own:
         file = resources.files("hermes_pipeline") / "templates" / f"{template}.jinja"
         return template, file.read_text(encoding="utf-8")
-    path = Path(template).expanduser()
+    path = _path(template)
     if not path.is_file():
         raise UserError(f"no template {template!r}: want one of {', '.join(own)}, or a .jinja file")
     try:
@@ -234,21 +236,49 @@ def _tokenizer_from_file(path: Path) -> Any:
 def _load_data_set(name: str, revision: str | None, split: str, subset: str | None) -> Any:
     import datasets
 
-    path = Path(name).expanduser()
+    path = _path(name)
     try:
         if (path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(path))[split]
+            splits = datasets.load_from_disk(str(path))
+            if split not in splits:
+                raise ValueError(f"it has no such split; found: {', '.join(splits)}")
+            return splits[split]
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
-        where = str(path) if path.is_dir() else name
-        return datasets.load_dataset(where, subset, split=split, revision=revision)
+        if path.is_dir():
+            # The library's own cache is known by README.md alone and outlives an edited file.
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / _folder_digest(path)
+            return datasets.load_dataset(str(path), subset, split=split, cache_dir=str(cache))
+        return datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # whatever a data set's files and the network raise
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__ or error  # its own words are that there is an error
         asked = ", ".join(
             f"{key} {value!r}"
             for key, value in (("split", split), ("subset", subset), ("revision", revision))
             if value is not None
         )
         raise UserError(f"data set {name!r} ({asked}) cannot be loaded: {_line(error)}") from None
+
+
+def _path(name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long for a file; a home of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name[:80]!r} cannot be looked up: {reason}") from None
+    return path
+
+
+def _stats(files: Iterable[Path]) -> list[list[Any]]:
+    stats = [(path.resolve(), path.stat()) for path in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _digest(_stats(p for p in files if not p.relative_to(folder).as_posix().startswith(".")))
 
 
 def _is_data_set(folder: Path, subset: str | None) -> bool:

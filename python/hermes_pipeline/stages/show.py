@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -34,8 +33,8 @@ def run(
 ) -> None:
     """Print ``count`` conversations from number ``index`` on.
 
-    Kept text is coloured; where the output is no terminal or NO_COLOR is set it stands in
-    brackets.
+    Kept text is coloured; where the output has no colours or NO_COLOR is set it stands in
+    brackets. A refused one is shown with the reason, in its place.
 
     Raises:
         UserError: no such data, tokenizer or template, or fewer conversations.
@@ -75,10 +74,9 @@ def describe(number: int, record: Record, tokenization: Tokenization, *, marked:
         rendering = tokenization.render(conversation)
         sample = tokenization.tokens(rendering)
     except Refused as error:
-        start = _visible(_beginning(record.data))
-        return Text.assemble(
-            (title, "bold"), ": ", ("refused", "bold red"), f": {_visible(str(error))}\n{start}"
-        )
+        reason = _visible(" ".join(str(error).split()))
+        start = "" if record.data is None else _visible(f"\n{_beginning(record.data)}")
+        return Text.assemble((title, "bold"), ": ", ("refused", "bold red"), f": {reason}{start}")
     total = len(sample.token_ids)
     kept = int((sample.kept_spans[:, 1] - sample.kept_spans[:, 0]).sum())
     counts = (
@@ -113,10 +111,11 @@ def _visible(text: str) -> str:
     )
 
 
-def _beginning(data: bytes | Mapping[str, object] | None) -> str:
+def _beginning(data: bytes | Mapping[str, object]) -> str:
     text = data[:400].decode("utf-8", "replace") if isinstance(data, bytes) else str(data)
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _is_plain(console: Console) -> bool:
-    return not console.is_terminal or bool(os.environ.get("NO_COLOR"))
+    # No colour system: no terminal, or one that knows no colours (TERM=dumb).
+    return console.color_system is None or console.no_color
