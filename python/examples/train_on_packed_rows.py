@@ -27,12 +27,13 @@ def packed_rows(samples: Samples, packing: Packing) -> datasets.Dataset:
 
 
 if __name__ == "__main__":
-    store, model = open_store(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[2])
+    # With a cache, transformers does not look at the positions, and attention crosses samples.
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[2], use_cache=False)
+    store = open_store(sys.argv[1])
     packing = pack(store.lengths, row_length=256, too_long="drop", fingerprint=store.fingerprint)
     arguments = TrainingArguments(
-        output_dir="out", max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3,
+        "out", max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, use_cpu=True,
         remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1,
-        use_cpu=True,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=packed_rows(store, packing))
     print(packing.report(), trainer.train().metrics["train_loss"], sep="\n")
