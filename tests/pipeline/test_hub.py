@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from hermes_pipeline.chat import Refused, parse_json
 from hermes_pipeline.errors import UserError
@@ -122,6 +122,15 @@ def test_the_share_that_is_read_rises_to_all(file: Path) -> None:
     shares = [source.share_read() for _ in source.records()]
     assert shares == sorted(shares)
     assert source.share_read() == 1.0
+
+
+def test_the_share_that_is_read_rises_within_a_parquet_file(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(CHATS * 100), tmp_path / "x.parquet")
+    source = DataSource(str(tmp_path / "x.parquet"))
+    shares = [source.share_read() for _ in source.records()]
+    assert shares[0] == 0
+    assert shares[300] == pytest.approx(0.5, abs=0.2)
+    assert shares[499] == pytest.approx(0.9, abs=0.2)
 
 
 def test_blank_lines_are_no_records_but_are_counted_as_lines(tmp_path: Path) -> None:
@@ -331,12 +340,11 @@ def test_reading_a_folder_goes_on_from_any_record(folder: Path) -> None:
         assert read(folder, start=start) == records[start:]
 
 
-def test_the_share_of_a_folder_that_is_read_rises_to_all(folder: Path) -> None:
-    source = DataSource(str(folder))
-    shares = [source.share_read() for _ in source.records()]
-    assert shares == sorted(shares)
-    assert shares[0] < 0.9
-    assert source.share_read() == 1.0
+def test_the_share_that_is_read_counts_every_file_of_a_folder(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl")
+    write_lines(tmp_path / "b.jsonl")
+    source = DataSource(str(tmp_path))
+    assert [source.share_read() for _ in source.records()] == [0.5] * 5 + [1.0] * 5
 
 
 def test_files_of_other_kinds_and_hidden_ones_are_left_out(folder: Path) -> None:
@@ -345,6 +353,7 @@ def test_files_of_other_kinds_and_hidden_ones_are_left_out(folder: Path) -> None
     write_lines(folder / ".hidden.jsonl")
     (folder / ".cache").mkdir()
     write_lines(folder / ".cache" / "x.jsonl")
+    (folder / "empty.jsonl").mkdir()
     assert read(folder) == wanted
 
 
@@ -377,6 +386,14 @@ def test_a_split_that_is_missing_names_those_found(tmp_path: Path) -> None:
     write_lines(tmp_path / "dev.jsonl")
     with pytest.raises(UserError, match=r"has no file of split 'train'; found: test, validation$"):
         DataSource(str(tmp_path))
+
+
+def test_the_identity_of_files_is_their_names_sizes_and_times(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write_lines(path)
+    os.utime(path, ns=(1, 2))
+    wanted = {"files": [[str(path), path.stat().st_size, 2]]}
+    assert DataSource(str(path)).identity() == DataSource(str(tmp_path)).identity() == wanted
 
 
 @pytest.mark.parametrize("count", [1, 17])
@@ -567,6 +584,29 @@ def test_a_tokenizer_in_any_form_gives_the_same_ids(
 def test_the_fingerprint_does_not_depend_on_the_form(tokenizer_folder: Path, alone: Path) -> None:
     paths = (tokenizer_folder, alone, write_gzipped(alone))
     assert len({tokenizer_fingerprint(load_tokenizer(str(path))) for path in paths}) == 1
+
+
+def test_the_fingerprint_does_not_depend_on_where_an_added_token_stands(
+    backend: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_str(backend.to_str())
+    tokenizer.add_special_tokens(["<another>"])
+    state = json.loads(tokenizer.to_str())
+    (tmp_path / "a.json").write_text(json.dumps(state))
+    state["model"]["vocab"]["<another>"] = tokenizer.token_to_id("<another>")
+    state["model"]["vocab"] = dict(reversed(state["model"]["vocab"].items()))
+    (tmp_path / "b.json").write_text(json.dumps(state))
+    first, second = (load_tokenizer(str(tmp_path / name)) for name in ("a.json", "b.json"))
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+
+
+def test_the_fingerprint_knows_vocabularies_with_scores(tmp_path: Path) -> None:
+    prints = set()
+    for score in (-1.0, -2.0):
+        model = models.Unigram([("<unk>", 0.0), ("a", score)], unk_id=0)
+        Tokenizer(model).save(str(tmp_path / "x.json"))
+        prints.add(tokenizer_fingerprint(load_tokenizer(str(tmp_path / "x.json"))))
+    assert len(prints) == 2
 
 
 def test_the_fingerprint_tells_another_token(alone: Path) -> None:

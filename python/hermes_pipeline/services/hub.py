@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -153,6 +154,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
         raise UserError(f"no such tokenizer: {name_or_path}")
     from transformers import AutoTokenizer
 
+    if not path.is_dir():
+        _tell_of_hub("tokenizer", name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name_or_path, revision=revision or "main"
@@ -249,6 +252,7 @@ def _load_data_set(name: str, revision: str | None, split: str, subset: str | No
             # The library's own cache is known by README.md alone and outlives an edited file.
             cache = Path(datasets.config.HF_DATASETS_CACHE) / _folder_digest(path)
             return datasets.load_dataset(str(path), subset, split=split, cache_dir=str(cache))
+        _tell_of_hub("data set", name)
         return datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # whatever a data set's files and the network raise
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
@@ -294,6 +298,11 @@ def _looks_like_path(name: str) -> bool:
         or name.count("/") > 1
         or not name.strip()
     )
+
+
+def _tell_of_hub(kind: str, name: str) -> None:
+    """Say so before the network is waited for, which may take a minute to fail."""
+    sys.stderr.write(f"{kind} {name!r} is no file or folder here: asking the Hugging Face hub\n")
 
 
 def _line(error: Exception) -> str:
