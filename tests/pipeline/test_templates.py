@@ -211,6 +211,7 @@ def test_a_thought_without_an_answer_ends_at_its_tag(render: Render, dialect: Di
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
+        ({"content": "None.", "tool_calls": None}, "None."),
         ({"content": None, "tool_calls": [CALL]}, CALL_TEXT),
         ({"content": "", "tool_calls": [CALL["function"]]}, CALL_TEXT),
         ({"content": "Let me look.", "tool_calls": [CALL]}, f"Let me look.\n{CALL_TEXT}"),
@@ -247,6 +248,11 @@ def test_tool_responses_in_a_row_share_a_turn(render: Render, dialect: Dialect) 
     assert text == dialect.bos + "".join(dialect.turn(role, words) for role, words in turns)
 
 
+def test_tool_responses_alone_are_a_turn(render: Render, dialect: Dialect) -> None:
+    both = "<tool_response>\n21\n</tool_response>\n<tool_response>\n22\n</tool_response>"
+    assert render(response("21"), response("22")) == dialect.bos + dialect.turn("tool", both)
+
+
 def test_a_tool_response_that_has_its_tags_gets_no_others(render: Render, dialect: Dialect) -> None:
     tagged = "\n<tool_response>\n21\n</tool_response>"
     assert render(user("x"), response(tagged)).endswith(dialect.turn("tool", tagged))
@@ -280,6 +286,12 @@ def test_thoughts_before_the_last_question_are_dropped(render: Render, dialect: 
     ]
     wanted = dialect.bos + "".join(dialect.turn(role, words) for role, words in turns)
     assert render(*THOUGHTFUL) == wanted
+
+
+def test_a_dropped_thought_ends_at_the_last_closing_tag(render: Render, dialect: Dialect) -> None:
+    text = render(user("a"), answer("<think>\nHm.\n</think>\nOr </think>\n\none"), user("b"))
+    turns = [("user", "a"), ("assistant", "one"), ("user", "b")]
+    assert text == dialect.bos + "".join(dialect.turn(role, words) for role, words in turns)
 
 
 def test_every_thought_is_kept_where_that_is_asked_for(render: Render, dialect: Dialect) -> None:
