@@ -622,6 +622,14 @@ def test_a_folder_of_transformers_names_its_tokens(tokenizer_folder: Path) -> No
         assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", None)
 
 
+def test_a_file_of_another_name_in_such_a_folder_stands_for_itself(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tokenizer_folder / "tokenizer_config.json", tmp_path)
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path / "mine.json")
+    assert load_tokenizer(str(tmp_path / "mine.json")).bos_token == "<|begin_of_text|>"
+
+
 def test_a_file_alone_has_the_likeliest_tokens_named(alone: Path) -> None:
     write_gzipped(alone)
     for path in (alone, alone / "tokenizer.json", alone / "tokenizer.json.gz"):
