@@ -299,6 +299,7 @@ def main() -> None:
     """Run `hermes4`; a user's mistake is one line on standard error and exit code 2."""
     try:
         code = app(prog_name="hermes4", standalone_mode=False)
+        sys.stdout.flush()
         if code == INTERRUPTED:  # typer keeps Ctrl-C to itself
             raise KeyboardInterrupt
     except UsageError as error:
@@ -307,7 +308,10 @@ def main() -> None:
             command = error.ctx.command_path if error.ctx else "hermes4"
             sys.stderr.write(f"hermes4: error: {message.rstrip('.')} (see {command} --help)\n")
         raise SystemExit(2) from None
-    except (UserError, FileNotFoundError, PermissionError) as error:
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (UserError, OSError) as error:  # files and disks, too, are the user's
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
         sys.stderr.write(f"hermes4: error: {error}\n")

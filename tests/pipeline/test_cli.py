@@ -172,3 +172,36 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert (process.returncode, *said) == (130, "", "hermes4: interrupted\n")
+
+
+def show(tmp_path: Path, shared_data: Path) -> list[str]:
+    record = (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    (tmp_path / "chats.jsonl").write_text(f"{record}\n" * 3_000)
+    tokenizer = shared_data / "tokenizers" / "qwen" / "tokenizer.json.gz"
+    return [
+        sys.executable, "-m", "hermes_pipeline", "show", "--data", str(tmp_path / "chats.jsonl"),
+        "--tokenizer", str(tokenizer), "--template", "hermes_chatml", "--count", "3000",
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, shared_data: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            show(tmp_path, shared_data), stdout=full, stderr=subprocess.PIPE, text=True, timeout=80
+        )
+    assert ended.returncode == 2
+    assert ended.stderr == "hermes4: error: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, shared_data: Path) -> None:
+    with subprocess.Popen(
+        show(tmp_path, shared_data), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("conversation 0")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=80) == 1
