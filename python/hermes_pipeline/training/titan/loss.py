@@ -48,13 +48,12 @@ class KeptTokenLoss(ChunkedLossWrapper):
             hidden_TD,
             weight_VD.to(hidden_TD.dtype),
             labels.flatten(),
+            denominator=None if global_valid_tokens is None else global_valid_tokens.clamp(min=1),
             kept=kept,
             group=group,
             vocab_size=self.vocab_size,
         )
-        if global_valid_tokens is not None:
-            loss = loss / global_valid_tokens.clamp(min=1)
-        return loss, {}
+        return loss.total, {}
 
     def _head(self) -> tuple[Tensor, dist.ProcessGroup | None]:
         """The output head's weight on this rank, and the group that shares its vocabulary."""
