@@ -63,7 +63,7 @@ def linear_cross_entropy(
 
     Args:
         hidden_TD, weight_VD: one floating dtype and device. Statistics and the weight's gradient
-            are summed in fp32 at least; on a CPU, halves round once a chunk besides.
+            are summed in fp32 at least.
         labels_T: int64, the next token where it is kept, else ``ignore_index``.
         token_weights_T: a factor for each token's loss; float.
         denominator: kept tokens, or their weights added up, over all ranks and accumulation

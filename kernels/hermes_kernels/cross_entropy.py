@@ -27,9 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns at a time and warps: four 128-bit loads of bf16 in flight for each thread. Read off the
-# machine code (`python -m bench loss --static`), not off a GPU.
-BLOCK, WARPS = 8192, 8
+# Columns at a time, and warps: two 128-bit loads of bf16 for each thread, few enough registers for
+# four programs on a multiprocessor. Read off the machine code (`python -m bench loss --static`),
+# not measured on a GPU; 8192 columns take 91 registers.
+BLOCK, WARPS = 4096, 8
 
 
 @triton.jit
