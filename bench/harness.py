@@ -80,7 +80,7 @@ def hermes_lengths(share: float) -> NDArray[np.int64]:
 def machine() -> dict[str, Any]:
     """Where and with what the figures of this run were measured."""
     packages = {"hermes4-core": __version__, "python": platform.python_version()}
-    for name in ("numpy", "seqpacker", "lightbinpack", "trl"):
+    for name in ("numpy", "torch", "triton", "seqpacker", "lightbinpack", "trl"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

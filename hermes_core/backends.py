@@ -1,10 +1,12 @@
 """Who computes what: the backends of attention and of the loss, and why one cannot run here.
 
-The Triton kernels are not here yet; a CUDA device goes through PyTorch.
+Attention's Triton kernels are not here yet; a CUDA device goes through PyTorch.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal
 
 import torch
@@ -14,7 +16,7 @@ Operation = Literal["attention", "loss"]
 # What each operation can be computed with, best first; `auto` takes the first that runs.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "cpu", "reference"),
-    "loss": ("torch", "reference"),
+    "loss": ("triton", "torch", "reference"),
 }
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
@@ -28,6 +30,8 @@ def obstacle(operation: Operation, backend: str, device: torch.device, dtype: to
     """Why ``backend`` cannot run ``operation`` on this device and dtype; "" where it can."""
     if dtype not in FLOATS:
         return f"dtype {dtype} is not a float32, float64, bfloat16 or float16"
+    if backend == "triton":
+        return _obstacle_of_triton(device, dtype)
     if operation == "loss" or backend == "reference":
         return ""
     if backend == "cpu":
@@ -37,6 +41,14 @@ def obstacle(operation: Operation, backend: str, device: torch.device, dtype: to
     if dtype not in HALF:
         return f"torch's varlen_attn takes bfloat16 or float16, not {dtype}"
     return ""
+
+
+def _obstacle_of_triton(device: torch.device, dtype: torch.dtype) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton needs CUDA tensors, these are on {device}"
+    return "the kernels sum in float32" if dtype == torch.float64 else ""
 
 
 def choose(operation: Operation, backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -49,6 +61,8 @@ def choose(operation: Operation, backend: str, device: torch.device, dtype: torc
     known = BACKENDS[operation]
     reasons = {name: obstacle(operation, name, device, dtype) for name in known}
     able = [name for name in known if not reasons[name]]
+    if device.type != "cuda":  # Triton's interpreter is slow: it runs where it is asked for
+        able = [name for name in able if name != "triton"]
     if backend == "auto":
         if able:
             return able[0]

@@ -30,18 +30,22 @@ def varlen_attention(
     return torch.cat(parts) if parts else q_TNH.clone()
 
 
-def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int
-) -> Tensor:
-    """Sum over kept tokens of -log softmax(hidden @ weight.T)[label]; a scalar, at least fp32.
+def token_statistics(
+    logits_TV: Tensor, labels_T: Tensor, kept_T: Tensor, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-log softmax(logits)[label], entropy and log-sum-exp of each token; 0 where it is not kept.
 
-    Every logit is computed; those that nobody asked for are thrown away.
+    Every logit counts, at least in fp32; what nobody asked for is thrown away.
     """
-    logits_TV = (hidden_TD @ weight_VD.T).to(_at_least_float32(hidden_TD.dtype))
-    kept_T = labels_T != ignore_index
+    logits_TV = logits_TV.to(_at_least_float32(logits_TV.dtype))
+    if softcap != 0:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
     log_probability_TV = logits_TV.log_softmax(-1)
     chosen_T = log_probability_TV.gather(1, labels_T.clamp(min=0)[:, None]).squeeze(1)
-    return -chosen_T.masked_fill(~kept_T, 0.0).sum()
+    entropy_T = -(log_probability_TV.exp() * log_probability_TV).sum(-1)
+    found = (-chosen_T, entropy_T, logits_TV.logsumexp(-1))
+    nll_T, entropy_T, lse_T = (x.masked_fill(~kept_T, 0.0) for x in found)
+    return nll_T, entropy_T, lse_T
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -11,11 +11,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 
 from hermes_core.loss import linear_cross_entropy
+from hermes_core.loss_head import local_hidden, local_share
 
 
 class KeptTokenLoss(ChunkedLossWrapper):
@@ -43,18 +44,17 @@ class KeptTokenLoss(ChunkedLossWrapper):
         **_: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         weight_VD, group = self._head()
-        hidden_TD = _local(pred, sharded=group is not None).flatten(0, 1)
+        hidden_TD = local_hidden(pred, sharded=group is not None).flatten(0, 1)
         loss = linear_cross_entropy(
             hidden_TD,
             weight_VD.to(hidden_TD.dtype),
             labels.flatten(),
+            denominator=None if global_valid_tokens is None else global_valid_tokens.clamp(min=1),
             kept=kept,
             group=group,
             vocab_size=self.vocab_size,
         )
-        if global_valid_tokens is not None:
-            loss = loss / global_valid_tokens.clamp(min=1)
-        return loss, {}
+        return loss.total, {}
 
     def _head(self) -> tuple[Tensor, dist.ProcessGroup | None]:
         """The output head's weight on this rank, and the group that shares its vocabulary."""
@@ -63,23 +63,9 @@ class KeptTokenLoss(ChunkedLossWrapper):
         if isinstance(head, FSDPModule):
             head.unshard()  # a no-op where the norm beside it has done so
         weight = head.weight
-        if isinstance(weight, DTensor):
-            mesh = weight.device_mesh
-            if mesh.size() == 1 or weight.placements == (Replicate(),):
-                return weight.to_local(), None
-            assert weight.placements == (Shard(0),), f"head sharded as {weight.placements}"
-            return weight.to_local(), mesh.get_group()
-        if spmd_mesh_size("tp") > 1:
+        if not isinstance(weight, DTensor) and spmd_mesh_size("tp") > 1:
             # torchtitan's spmd_types backend keeps this rank's share as a plain tensor.
             mesh = current_spmd_mesh()
             assert mesh is not None
             return weight, mesh.get_group("tp")
-        return weight, None
-
-
-def _local(hidden: Tensor, *, sharded: bool) -> Tensor:
-    """Hidden states as a plain tensor, whose gradient is partial where the head is sharded."""
-    if not isinstance(hidden, DTensor):
-        return hidden
-    assert all(isinstance(placement, Replicate) for placement in hidden.placements)
-    return hidden.to_local(grad_placements=[Partial()] if sharded else None)
+        return local_share(weight, None)

@@ -1,0 +1,233 @@
+"""The masked loss against what a user would otherwise run: time and memory, forward + backward.
+
+Shapes: T positions, M kept, D model size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import Result, Timing, measure
+from hermes_core.loss import linear_cross_entropy
+
+POSITIONS = 2048
+SHAPES = ((32_768, 1_024), (128_256, 512))
+KEPT = (0.1, 0.3, 0.6, 1.0)
+IGNORE = -100
+
+Call = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # hidden, weight, labels, M -> mean loss
+
+
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+    return linear_cross_entropy(hidden, weight, labels, denominator=max(kept, 1)).total
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+    return F.cross_entropy(hidden @ weight.T, labels, reduction="sum") / kept
+
+
+def chunked_by_torch(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    loss = F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
+    return loss / kept
+
+
+def compacted(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+    """torchtune's way: kept rows by hand, then eight chunks by autograd."""
+    at = (labels != IGNORE).nonzero().squeeze(1)
+    chunks = zip(hidden[at].chunk(8), labels[at].chunk(8), strict=True)
+    parts = [F.cross_entropy((h @ weight.T).float(), y, reduction="sum") for h, y in chunks]
+    return torch.stack(parts).sum() / kept
+
+
+def compacted_whole(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+    at = (labels != IGNORE).nonzero().squeeze(1)
+    return F.cross_entropy(hidden[at] @ weight.T, labels[at], reduction="sum") / kept
+
+
+def chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+    """TRL's way: kept rows, 256 at a time, products in fp32, computed again in backward."""
+    at = (labels != IGNORE).nonzero().squeeze(1)
+
+    def part(h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(h.float() @ weight.float().T, y, reduction="sum")
+
+    chunks = zip(hidden[at].split(256), labels[at].split(256), strict=True)
+    parts = [torch.utils.checkpoint.checkpoint(part, h, y, use_reentrant=False) for h, y in chunks]
+    return torch.stack(parts).sum() / kept
+
+
+class LigerInTorch(torch.autograd.Function):
+    """Liger's algorithm: every row, chunks of about T * D / V, gradients in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, kept):  # type: ignore[no-untyped-def]
+        rows = 1 << (max(1, hidden.numel() // len(weight)) - 1).bit_length()
+        d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        total = torch.zeros(())
+        for at in range(0, len(hidden), rows):
+            part, targets = hidden[at : at + rows], labels[at : at + rows]
+            logits = part @ weight.T
+            with torch.enable_grad():
+                leaf = logits.detach().requires_grad_()
+                loss = F.cross_entropy(leaf.float(), targets, reduction="sum") / kept
+                (gradient,) = torch.autograd.grad(loss, leaf)
+            total += loss.detach()
+            d_hidden[at : at + rows] = gradient @ weight
+            d_weight += gradient.T @ part  # in the weight's dtype, its default
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None
+
+
+def liger_in_torch(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+    return LigerInTorch.apply(hidden, weight, labels, kept)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    name: str
+    call: Call
+    compacts: bool  # its time depends on the kept share
+
+
+def peers() -> list[Peer]:
+    return [
+        Peer("F.cross_entropy", eager, False),
+        Peer("F.cross_entropy, torch.compile", torch.compile(eager), False),
+        Peer("F.linear_cross_entropy, chunked", chunked_by_torch, False),
+        Peer("Liger's algorithm in PyTorch", liger_in_torch, False),
+        Peer("kept rows, F.cross_entropy", compacted_whole, True),
+        Peer("kept rows, 8 chunks (torchtune)", compacted, True),
+        Peer("kept rows, 256 a chunk (TRL)", chunked_nll, True),
+    ]
+
+
+def problem(
+    tokens: int, vocabulary: int, size: int, share: float, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, size, generator=generator).to(device, dtype)
+    weight = (0.02 * torch.randn(vocabulary, size, generator=generator)).to(device, dtype)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) >= share] = IGNORE
+    kept = int((labels != IGNORE).sum())
+    return hidden.requires_grad_(), weight.requires_grad_(), labels.to(device), kept
+
+
+def run() -> Iterator[Result | str]:
+    """The GPU's table where there is one, else the CPU's."""
+    if torch.cuda.is_available():
+        from bench import loss_gpu
+
+        yield from loss_gpu.run()
+        return
+    everyone = peers()
+    gate(everyone)
+    yield f"gate passed: ours and {len(everyone)} peers are near float64"
+    yield f"{torch.get_num_threads()} thread(s)"
+    for vocabulary, size in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"\nV {vocabulary:,}, D {size:,}, {POSITIONS:,} positions, {dtype}"
+            yield from at_shape(vocabulary, size, dtype, everyone)
+
+
+def at_shape(
+    vocabulary: int, size: int, dtype: torch.dtype, everyone: list[Peer]
+) -> Iterator[Result | str]:
+    shape = f"V {vocabulary}, D {size}, {POSITIONS} positions"
+    whole: dict[str, tuple[Timing, float]] = {}
+    for share in KEPT:
+        given = problem(POSITIONS, vocabulary, size, share, dtype)
+        mine = timed(ours, given, runs=5)
+        yield told("hermes_core", shape, share, dtype, mine, "")
+        for peer in everyone:
+            if peer.compacts or peer.name not in whole:
+                whole[peer.name] = timed(peer.call, given, runs=3)
+            theirs = whole[peer.name]
+            ratio = theirs[0].cpu_s / mine[0].cpu_s
+            note = f"{ratio:.2f} x our time, {theirs[1] / max(mine[1], 1.0):.1f} x our memory"
+            yield told(peer.name, shape, share, dtype, theirs, note)
+
+
+def timed(
+    call: Call, given: tuple[Tensor, Tensor, Tensor, int], *, runs: int
+) -> tuple[Timing, float]:
+    """CPU time of forward + backward, and peak memory in MB beyond inputs and gradients."""
+    hidden, weight, labels, kept = given
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        call(hidden, weight, labels, kept).backward()  # type: ignore[no-untyped-call]
+
+    timing = measure(step, runs=runs)
+    hidden.grad = weight.grad = None
+    before = _resident_mb("VmRSS", forget=True)
+    step()
+    gradients = (hidden.nbytes + weight.nbytes) / 1e6
+    peak = _resident_mb("VmHWM") - before - gradients
+    hidden.grad = weight.grad = None
+    return timing, peak
+
+
+def _resident_mb(key: str, *, forget: bool = False) -> float:
+    """Resident memory now or at its peak; ``forget`` what was freed, and the peak so far."""
+    if forget:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(key)) * 1.024e-3
+
+
+def told(
+    name: str, shape: str, share: float, dtype: torch.dtype, found: tuple[Timing, float], note: str
+) -> Result:
+    timing, peak = found
+    return Result(
+        op="loss",
+        shape=f"{shape}, {share:.0%} kept",
+        dtype=str(dtype).removeprefix("torch."),
+        backend=name,
+        unit="ms",
+        value=1e3 * timing.cpu_s,
+        spread=(1e3 * timing.fastest_s, 1e3 * timing.slowest_s),
+        runs=timing.runs,
+        notes=f"{share:.0%} kept; {peak:,.0f} MB beyond gradients" + (f"; {note}" if note else ""),
+    )
+
+
+def gate(everyone: list[Peer], device: str = "cpu") -> None:
+    """Stop unless every loss and gradient is near float64's, ours no further off than eager's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        given = problem(200, 1_001, 64, 0.6, dtype, device)
+        hidden, weight, labels, kept = given
+        wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+        right = torch.autograd.grad(eager(*wide, labels, kept), wide)
+        bound = [2 * error + 1e-5 for error in errors(eager, given, right)]
+        for peer in (Peer("hermes_core", ours, True), *everyone):
+            found = errors(peer.call, given, right)
+            slack = 1.0 if peer.call is ours else 4.0  # Liger adds up in bf16
+            if any(error > slack * most for error, most in zip(found, bound, strict=True)):
+                raise SystemExit(
+                    f"{peer.name} is wrong in {dtype}: errors {found}, at most {bound}"
+                )
+
+
+def errors(
+    call: Call, given: tuple[Tensor, Tensor, Tensor, int], right: tuple[Tensor, ...]
+) -> list[float]:
+    """Relative error of the gradients of hidden and weight."""
+    hidden, weight, labels, kept = given
+    found = torch.autograd.grad(call(hidden, weight, labels, kept), (hidden, weight))
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]

@@ -1,0 +1,158 @@
+"""What the loss's kernels become on GPUs that are not here, and what its work must cost there.
+
+Shapes: N positions, M kept, D model size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.harness import Result
+from bench.machine_code import TARGETS, MachineCode, compile_kernel
+
+# Most registers a thread, capped or not, on either version of Triton: at 8 warps, 64 leave room
+# for 4 blocks on a multiprocessor, which hide one another's loads.
+REGISTERS = {"loss_and_gradient_kernel": 64, "statistics_kernel": 80, "gradient_kernel": 48}
+LOAD, STORE = "LDG.E.128", "STG.E.128"
+POINTERS = {
+    "loss_and_gradient_kernel": ("columns", "weights", "lse_out", "target_out"),
+    "statistics_kernel": ("columns", "lse_out", "target_out", "expected_out"),
+    "gradient_kernel": ("columns", "lses", "scales", "tilts", "targets"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """Datasheet: bf16 products and fp32 products, FLOP/s, and memory, bytes/s."""
+
+    name: str
+    half: float
+    single: float
+    memory: float
+
+
+CHIPS = (
+    Chip("H100", 989e12, 67e12, 3.35e12),
+    Chip("H200", 989e12, 67e12, 4.8e12),
+    Chip("B200", 2250e12, 80e12, 8.0e12),
+)
+MATMUL_SHARE = 0.8  # of the datasheet's rate: 790 TFLOP/s was measured on an H200
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """How a loss goes about it, in bf16: what each counts is in `predicted_ms`."""
+
+    name: str
+    compacts: bool
+    products: int  # of 2 * rows * V * D FLOP
+    logit_bytes: int  # moved for each logit
+    chunk_rows: int | None  # None: as many as fit 1 GiB of logits, evenly
+    sum_bytes: int  # of an element of the weight's gradient while it is added up
+    single: bool = False  # products in fp32
+
+
+# write, kernel reads and writes, two products read: 10 bytes; the second read is from cache.
+ALGORITHMS = (
+    Algorithm("hermes_core", True, 3, 10, None, 4),
+    Algorithm("Liger, chunk_mem_const 1", False, 3, 10, 1024, 2),
+    Algorithm("Liger, chunk_mem_const 16", False, 3, 10, 8192, 2),
+    Algorithm("torch chunked", False, 3, 14, 4096, 2),
+    Algorithm("quack", False, 3, 10, 4096, 4),
+    Algorithm("CCE, no filter", True, 4, 0, None, 2),
+    Algorithm("TRL chunked_nll", True, 4, 28, 256, 4, single=True),
+    Algorithm("eager", False, 3, 22, 1 << 30, 2),
+)
+
+
+def run() -> Iterator[Result | str]:
+    """The gate on machine code, then the prediction; no GPU is touched."""
+    for target in TARGETS:
+        for kernel in POINTERS:
+            for capped in (False, True):
+                code = compiled(kernel, target, capped=capped)
+                wrong = faults(kernel, code)
+                if wrong:
+                    raise SystemExit(f"{kernel} on sm_{target}, cap {capped}: {'; '.join(wrong)}")
+                yield told(kernel, code, capped=capped)
+    yield "gate passed: every kernel fits, spills nothing and moves 128 bits at a time"
+    yield "\nPredicted, not measured; positions 16,384, V 128,256, D 5,120, bf16"
+    yield f"products at {MATMUL_SHARE:.0%} of the datasheet's rate, memory at all of it"
+    for chip in CHIPS:
+        for share in (0.3, 0.6, 1.0):
+            yield from predictions(chip, share)
+
+
+def compiled(kernel: str, target: int, *, capped: bool) -> MachineCode:
+    from hermes_kernels import cross_entropy
+
+    kinds = {"columns": "*i64"}
+    signature = {name: kinds.get(name, "*fp32") for name in POINTERS[kernel]}
+    signature |= {"logits": "*bf16", "size": "i32", "stride": "i32"}
+    if kernel == "loss_and_gradient_kernel":
+        signature["z_loss"] = "fp32"
+    constants = {"SOFTCAP": 30.0 if capped else 0.0, "BLOCK": cross_entropy.BLOCK}
+    return compile_kernel(
+        getattr(cross_entropy, kernel), signature, constants, target,
+        divisible=("size", "stride"), num_warps=cross_entropy.WARPS,
+    )  # fmt: skip
+
+
+def faults(kernel: str, code: MachineCode) -> list[str]:
+    """What is wrong with a kernel's machine code, in words."""
+    wrong = code.faults()
+    if code.registers > REGISTERS[kernel]:
+        wrong.append(f"{code.registers} registers a thread, at most {REGISTERS[kernel]}")
+    if code.count(LOAD) == 0:
+        wrong.append("no 128-bit load of logits")
+    if kernel != "statistics_kernel" and code.count(STORE) == 0:
+        wrong.append("no 128-bit store of gradients")
+    return wrong
+
+
+def told(kernel: str, code: MachineCode, *, capped: bool) -> Result:
+    notes = (
+        f"{code.warps} warps, {code.shared_bytes} bytes shared, {code.count('LDL', 'STL')} spills, "
+        f"{code.count(LOAD)} of {code.count('LDG')} loads and {code.count(STORE)} of "
+        f"{code.count('STG')} stores of 128 bits, {code.count('MUFU.EX2')} exp2, "
+        f"{sum(code.opcodes().values())} instructions"
+    )
+    name = f"{kernel.removesuffix('_kernel')}{', cap' if capped else ''}, sm_{code.target}"
+    registers = float(code.registers)
+    return Result(
+        "loss, static", "BLOCK columns of V", "bfloat16", name, "registers", registers,
+        (registers, registers), 1, notes,
+    )  # fmt: skip
+
+
+def predictions(chip: Chip, share: float) -> Iterator[Result]:
+    positions, vocabulary, size = 16_384, 128_256, 5_120
+    kept = round(positions * share)
+    floor = 1e3 * 6 * kept * vocabulary * size / (MATMUL_SHARE * chip.half)
+    mine = predicted_ms(ALGORITHMS[0], chip, positions, kept, vocabulary, size)
+    for algorithm in ALGORITHMS:
+        ms = predicted_ms(algorithm, chip, positions, kept, vocabulary, size)
+        yield Result(
+            "loss, predicted", f"V {vocabulary}, D {size}, {share:.0%} of {positions} kept",
+            "bfloat16", f"{chip.name}, {share:.0%}: {algorithm.name}", "ms", ms, (ms, ms), 1,
+            f"{ms / mine:.2f} x ours, {floor / ms:.2f} of the floor of the products",
+        )  # fmt: skip
+
+
+def predicted_ms(
+    algorithm: Algorithm, chip: Chip, positions: int, kept: int, vocabulary: int, size: int
+) -> float:
+    """Time of the products plus that of the memory moved beside them, as if nothing overlapped."""
+    rows = kept if algorithm.compacts else positions
+    most = algorithm.chunk_rows or 2**30 // (2 * vocabulary)
+    chunks = -(-rows // most)
+    elements = vocabulary * size
+    rate = chip.single if algorithm.single else MATMUL_SHARE * chip.half
+    flop = 2 * algorithm.products * rows * elements
+    # The first chunk writes the sum, later ones read and write it; it is rounded at the end.
+    added = algorithm.sum_bytes * elements * (2 * chunks - 1)
+    rounded = (algorithm.sum_bytes + 2) * elements if algorithm.sum_bytes == 4 and chunks > 1 else 0
+    weights = 2 * 2 * elements * chunks
+    moved = algorithm.logit_bytes * rows * vocabulary + added + rounded + weights
+    return 1e3 * (flop / rate + moved / chip.memory)

@@ -1,0 +1,7 @@
+"""The library behind Hugging Face transformers."""
+
+from __future__ import annotations
+
+from hermes_core.hf_loss import compute_loss_func
+
+__all__ = ["compute_loss_func"]

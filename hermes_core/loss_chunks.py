@@ -1,0 +1,316 @@
+"""The loss as operators that PyTorch knows: kept rows gathered, a chunk of logits at a time.
+
+Each operator is opaque to the compiler and makes its gradients in its forward pass, or, for
+`token_nll`, computes the logits once more in its backward pass.
+
+Shapes: T packed tokens, M kept tokens, C kept tokens of one chunk, D model size, V vocabulary
+(this rank's share of it where it is sharded).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
+
+from hermes_core import loss_rows
+
+# On a CPU a larger chunk gains nothing in fp32. In halves it does: the weight's gradient of a
+# single chunk is one product, where that of several takes two each to be exact enough.
+CPU_CHUNK_BYTES = {2: 2**29, 4: 2**27, 8: 2**27}  # by the size of an element
+TILE = 2**12  # rows of a product that are added while they lie in cache
+
+
+class RowFunctions(Protocol):
+    """What `loss_rows` and `hermes_kernels.cross_entropy` both offer."""
+
+    def statistics(self, logits_CV: Tensor, column_C: Tensor, softcap: float) -> Tensor: ...
+
+    def loss_and_gradient_(
+        self, logits_CV: Tensor, column_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float
+    ) -> Tensor: ...
+
+    def gradient_(
+        self, logits_CV: Tensor, column_C: Tensor, lse_C: Tensor, scale_C: Tensor, tilt_C: Tensor,
+        target_C: Tensor, softcap: float,
+    ) -> None: ...  # fmt: skip
+
+
+def rows_of(backend: str) -> RowFunctions:
+    """The module whose functions work on a chunk of logits."""
+    if backend == "triton":
+        from hermes_kernels import cross_entropy
+
+        return cross_entropy
+    return loss_rows
+
+
+class Plan:
+    """Which rows are kept, their targets and weights, and how they are cut into chunks."""
+
+    def __init__(
+        self, labels_T: Tensor, kept: Tensor | None, ignore_index: int, chunk_bytes: int,
+        shard: list[int], group: str, item_bytes: int,
+    ) -> None:  # fmt: skip
+        self.first, self.total, largest = shard
+        # An operator takes no group; torch's own collectives look it up by its name, too.
+        self.group = _resolve_process_group(c10d.GroupName(group)) if group else None
+        if kept is None:
+            kept = (labels_T != ignore_index).nonzero().squeeze(1)
+        self.kept_M = kept
+        self.labels_M = labels_T.index_select(0, kept)
+        if labels_T.device.type == "cpu":
+            chunk_bytes = min(chunk_bytes, CPU_CHUNK_BYTES[item_bytes])
+        if labels_T.device.type == "cpu" or os.environ.get("HERMES_CORE_DEBUG") == "1":
+            _check_labels(self.labels_M, kept, self.total)
+        most = max(1, chunk_bytes // (item_bytes * max(1, largest)))
+        chunks = -(-len(kept) // most)
+        self.rows = -(-len(kept) // max(1, chunks))  # even chunks
+        self.chunks = chunks
+
+    def slices(self) -> Iterator[slice]:
+        return (slice(i * self.rows, (i + 1) * self.rows) for i in range(self.chunks))
+
+    def columns(self, at: slice, columns: int) -> Tensor:
+        """Where the targets of these rows lie in this share; -1 where they lie in another."""
+        column_C = self.labels_M[at] - self.first
+        return column_C.masked_fill((column_C < 0) | (column_C >= columns), -1)
+
+    def over_group(self, statistics_3C: Tensor) -> Tensor:
+        """The statistics of the whole vocabulary out of those of every rank's share.
+
+        One collective a chunk; every rank adds the parts in the same order.
+        """
+        if self.group is None:
+            return statistics_3C
+        parts = [torch.empty_like(statistics_3C) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, statistics_3C.contiguous(), group=self.group)
+        lse_RC, target_RC, expected_RC = torch.stack(parts, 1)
+        lse_C = lse_RC.logsumexp(0)
+        share_RC = (lse_RC - lse_C).exp()
+        return torch.stack([lse_C, target_RC.sum(0), (share_RC * expected_RC).sum(0)])
+
+    def nll(self, at: slice, lse_C: Tensor, target_C: Tensor) -> Tensor:
+        """-log p; not a number where a label is outside the vocabulary: wrong, never silent."""
+        labels_C = self.labels_M[at]
+        outside_C = (labels_C < 0) | (labels_C >= self.total)
+        return (lse_C - target_C).masked_fill(outside_C, float("nan"))
+
+
+def _check_labels(labels_M: Tensor, kept_M: Tensor, vocab_size: int) -> None:
+    outside = (labels_M < 0) | (labels_M >= vocab_size)
+    if bool(outside.any()):
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"labels[{int(kept_M[at])}] is {int(labels_M[at])}, outside [0, {vocab_size})"
+        )
+
+
+class Weights:
+    """Each kept token's factor on its loss, and on its gradient."""
+
+    def __init__(
+        self, plan: Plan, token_weights: Tensor | None, denominator: Tensor | None, like: Tensor
+    ) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        one = torch.ones((), dtype=wide, device=like.device)
+        self.plain_M = (
+            one.expand(len(plan.kept_M))
+            if token_weights is None
+            else token_weights.index_select(0, plan.kept_M).to(wide)
+        )
+        self.inverse = one if denominator is None else denominator.to(wide).reciprocal()
+        # fp16 would lose a probability over a large denominator: it divides afterwards.
+        self.late = like.dtype == torch.float16 and denominator is not None
+        self.folded_M = self.plain_M if self.late else self.plain_M * self.inverse
+
+
+def chunk_loss_(
+    logits_CV: Tensor, plan: Plan, weights: Weights, at: slice, z_loss: float, softcap: float,
+    rows: RowFunctions, wants_gradient: bool,
+) -> Tensor:  # fmt: skip
+    """[nll_sum, z_sum] of a chunk, whose logits become their gradient if that is wanted."""
+    column_C = plan.columns(at, logits_CV.shape[1])
+    folded_C = weights.folded_M[at]
+    if wants_gradient and plan.group is None:
+        lse_C, target_C = rows.loss_and_gradient_(logits_CV, column_C, folded_C, z_loss, softcap)
+    else:
+        packed_3C = plan.over_group(rows.statistics(logits_CV, column_C, softcap))
+        lse_C, target_C, _ = packed_3C
+        if wants_gradient:
+            scale_C = folded_C * (1 + 2 * z_loss * lse_C)
+            flat_C = torch.zeros_like(scale_C)
+            rows.gradient_(logits_CV, column_C, lse_C, scale_C, flat_C, folded_C, softcap)
+    plain_C = weights.plain_M[at]
+    nll_C = plan.nll(at, lse_C, target_C)
+    return torch.stack([(plain_C * nll_C).sum(), z_loss * (plain_C * lse_C.square()).sum()])
+
+
+def totals(sums_2: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """The total, and [nll_sum, z_sum, tokens]."""
+    total = sums_2.sum() * weights.inverse
+    return total, torch.cat([sums_2, weights.plain_M.sum()[None]])
+
+
+class WeightGradient:
+    """The sum of the chunks' gradients of the weight, in fp32 at least."""
+
+    def __init__(self, weight_VD: Tensor, chunks: int, *, late: bool) -> None:
+        self.dtype = weight_VD.dtype
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        # One chunk is one product, which sums in fp32 and rounds once whatever it returns.
+        self.sum_dtype = weight_VD.dtype if chunks == 1 and not late else wide
+        self.sum_VD: Tensor | None = None
+        self.weight_VD = weight_VD
+
+    def add(self, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+        if self.sum_VD is None:
+            self.sum_VD = product_in(self.sum_dtype, gradient_CV.T, hidden_CD)
+        else:
+            add_product_(self.sum_VD, gradient_CV.T, hidden_CD)
+
+    def value(self, factor: Tensor | None) -> Tensor:
+        if self.sum_VD is None:
+            return torch.zeros_like(self.weight_VD)
+        if factor is not None:
+            self.sum_VD.mul_(factor)
+        return self.sum_VD.to(self.dtype)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b. On a CPU in fp32 by oneDNN, which uses AVX-512 on every make; MKL does not."""
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch._C._has_mkldnn:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        return found
+    return torch.mm(a, b, out=out)
+
+
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b summed in fp32 at least and returned in ``dtype``."""
+    if a.dtype == dtype:
+        return product(a, b)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=dtype)
+    sum_ = torch.zeros(len(a), b.shape[1], dtype=dtype)
+    add_product_(sum_, a, b)
+    return sum_
+
+
+def add_product_(sum_: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to ``sum_``, whose dtype is theirs or wider."""
+    if a.dtype == sum_.dtype:
+        sum_.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.ops.aten.addmm.dtype_out(sum_, a, b, sum_.dtype, out=sum_)
+    else:
+        for at in range(0, len(a), TILE):
+            _add_halves_(sum_[at : at + TILE], a[at : at + TILE], b)
+
+
+def _add_halves_(sum_: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b of halves on a CPU, whose product sums in fp32 but returns halves.
+
+    What the first product lost in rounding is what a second one is left with, since oneDNN takes
+    the first off before it rounds.
+    """
+    if a.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        sum_.addmm_(a.to(sum_.dtype), b.to(sum_.dtype))
+        return
+    rounded = torch.mm(a, b)
+    lost = torch.ops.mkldnn._linear_pointwise.binary(a, -rounded, b.T, None, "add")
+    sum_.add_(rounded).add_(lost)
+
+
+_SHARED = (
+    "Tensor labels, Tensor? kept, Tensor? token_weights, Tensor? denominator, float z_loss, "
+    "float softcap, int ignore_index, int chunk_bytes, str backend, int[] shard, str group"
+)
+
+
+@torch.library.custom_op(
+    "hermes::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, {_SHARED}, bool wants_hidden, bool wants_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_op(
+    hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor | None,
+    token_weights: Tensor | None, denominator: Tensor | None, z_loss: float, softcap: float,
+    ignore_index: int, chunk_bytes: int, backend: str, shard: list[int], group: str,
+    wants_hidden: bool, wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Total, sums, and the total's gradients of hidden and weight (empty where not wanted)."""
+    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden.element_size())
+    weights = Weights(plan, token_weights, denominator, hidden)
+    sums_2 = torch.zeros(2, dtype=weights.plain_M.dtype, device=hidden.device)
+    d_hidden = torch.zeros_like(hidden) if wants_hidden else hidden.new_empty(0)
+    d_weight = WeightGradient(weight, plan.chunks, late=weights.late)
+    buffer = None
+    for at in plan.slices():
+        kept_C = plan.kept_M[at]
+        hidden_CD = hidden.index_select(0, kept_C)
+        buffer = None if buffer is None else buffer[: len(kept_C)]
+        logits_CV = buffer = product(hidden_CD, weight.T, buffer)
+        sums_2 += chunk_loss_(
+            logits_CV, plan, weights, at, z_loss, softcap, rows_of(backend),
+            wants_hidden or wants_weight,
+        )  # fmt: skip
+        if wants_hidden:
+            d_hidden.index_copy_(0, kept_C, product(logits_CV, weight))
+        if wants_weight:
+            d_weight.add(logits_CV, hidden_CD)
+    del buffer
+    factor = weights.inverse if weights.late else None
+    if wants_hidden and factor is not None:
+        d_hidden.mul_(factor)
+    total, sums_3 = totals(sums_2, weights)
+    return total, sums_3, d_hidden, d_weight.value(factor) if wants_weight else weight.new_empty(0)
+
+
+@linear_op.register_fake
+def _linear_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wants_hidden, wants_weight = rest[-2:]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(3, dtype=wide),
+        torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
+    )
+
+
+def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Set up the backward pass of an operator that ends in one `wants` for each gradient."""
+    gradients = output[2:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    wants = inputs[-len(gradients) :]
+    ctx.gradients = [x.detach() if w else None for x, w in zip(gradients, wants, strict=True)]
+    ctx.inputs = len(inputs)
+
+
+def scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradients made in the forward pass, times that of the total."""
+    if ctx.gradients is None:
+        raise RuntimeError("the loss makes one backward pass only; run forward again")
+    gradients: list[Tensor | None] = ctx.gradients
+    ctx.gradients = None
+    scaled = [None if x is None else _scaled(x, grad) for x in gradients]
+    return *scaled, *[None] * (ctx.inputs - len(scaled))
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    if type(gradient) is not Tensor:  # traced: the compiler decides what is done in place
+        return gradient * factor.to(gradient.dtype)
+    if factor.device.type == "cpu" and float(factor) == 1:
+        return gradient
+    return gradient.mul_(factor.to(gradient.dtype))  # nobody else holds it
+
+
+linear_op.register_autograd(scale_gradients, setup_context=keep_gradients)

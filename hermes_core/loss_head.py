@@ -1,0 +1,67 @@
+"""The last projection as a module that gives the loss instead of logits.
+
+Shapes: T packed tokens, D model size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from hermes_core.loss import Loss, linear_cross_entropy
+
+
+class LossHead(nn.Linear):
+    """A linear layer [V, D] without bias, called with hidden states and labels.
+
+    The weight is read inside `forward`, so that FSDP2's hooks gather it before and scatter its
+    gradient afterwards; tensor parallelism over the vocabulary is recognised by the weight's
+    placement. Where a rank's share is a plain tensor (torchtitan's spmd_types), pass `group`:
+    without it the shares do not add up to `out_features`, which raises.
+    """
+
+    def __init__(self, in_features: int, out_features: int, **factory: Any) -> None:
+        super().__init__(in_features, out_features, bias=False, **factory)
+
+    def forward(self, hidden: Tensor, labels: Tensor, **options: Any) -> Loss:  # type: ignore[override]
+        """The loss of hidden [..., D] and labels [...]; ``options`` of `linear_cross_entropy`."""
+        weight_VD, group = local_share(self.weight, options.pop("group", None))
+        hidden_TD = local_hidden(hidden, sharded=group is not None).flatten(0, -2)
+        return linear_cross_entropy(
+            hidden_TD, weight_VD.to(hidden_TD.dtype), labels.flatten(), group=group,
+            vocab_size=self.out_features, **options,
+        )  # fmt: skip
+
+
+def local_share(
+    weight: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """This rank's share of a head's weight, and the group that shares the vocabulary.
+
+    Raises:
+        ValueError: the weight is sharded in some other way than over its rows.
+    """
+    if not isinstance(weight, DTensor):
+        return weight, group
+    mesh = weight.device_mesh
+    if mesh.size() == 1 or all(isinstance(p, Replicate) for p in weight.placements):
+        return weight.to_local(), None
+    if weight.placements != (Shard(0),):
+        raise ValueError(f"weight is placed as {weight.placements}; want (Shard(0),), by its rows")
+    return weight.to_local(), mesh.get_group()
+
+
+def local_hidden(hidden: Tensor, *, sharded: bool) -> Tensor:
+    """Hidden states as a plain tensor, whose gradient is partial where the head is sharded.
+
+    Raises:
+        ValueError: they are not whole on every rank.
+    """
+    if not isinstance(hidden, DTensor):
+        return hidden
+    if not all(isinstance(placement, Replicate) for placement in hidden.placements):
+        raise ValueError(f"hidden is placed as {hidden.placements}; want it whole on every rank")
+    return hidden.to_local(grad_placements=[Partial()] if sharded else None)

@@ -1,0 +1,214 @@
+"""Softmax statistics and gradients of a chunk of logits, one program for each row.
+
+A row z of logits with target y and weight w loses
+
+    w * (lse - z[y] + z_loss * lse ** 2)           lse = log sum_v exp(z[v])
+
+whose gradient, with p[v] = exp(z[v] - lse), is
+
+    w * (1 + 2 * z_loss * lse) * p[v] - w * [v = y]
+
+The first pass over the row keeps a running maximum and, in each lane, a sum of exponentials that
+is scaled down when the maximum rises; the second pass writes the gradient over the logits. The
+row is still in the second level of cache then: 4 bytes of memory traffic for each bf16 logit
+beside its product's. A soft cap replaces z by cap * tanh(z / cap) on the way in and multiplies by
+1 - tanh ** 2 on the way out.
+
+`hermes_core.loss_rows` offers the same three functions in PyTorch; the plain twin is
+`reference.token_statistics`.
+
+Shapes: C rows of the chunk, V vocabulary (this rank's share of it), B = BLOCK columns at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Columns at a time, and warps: two 128-bit loads of bf16 for each thread, few enough registers for
+# four programs on a multiprocessor. Read off the machine code (`python -m bench loss --static`),
+# not measured on a GPU; 8192 columns take 91 registers.
+BLOCK, WARPS = 4096, 8
+
+
+@triton.jit
+def _cap(z, SOFTCAP: tl.constexpr):
+    # tanh by the sigmoid: the interpreter knows no libdevice.
+    return SOFTCAP * (2 * tl.sigmoid(2 * z / SOFTCAP) - 1)
+
+
+@triton.jit
+def _load_block(row, at, size, SOFTCAP: tl.constexpr):
+    """Capped logits in fp32, -inf past the end; [B]."""
+    z = tl.load(row + at, mask=at < size, other=-float("inf")).to(tl.float32)
+    if SOFTCAP != 0:
+        z = tl.where(at < size, _cap(z, SOFTCAP), -float("inf"))
+    return z
+
+
+@triton.jit
+def _load_target(row, column, SOFTCAP: tl.constexpr):
+    """The target's capped logit; 0 where it lies in another share."""
+    z = tl.load(row + column, mask=column >= 0, other=0.0).to(tl.float32)
+    if SOFTCAP != 0:
+        z = _cap(z, SOFTCAP)
+    return z
+
+
+@triton.jit
+def _rise(largest, z):
+    """The maximum so far, 0 while there is none, so that no difference is -inf - -inf."""
+    risen = tl.maximum(largest, tl.max(z, 0))
+    return risen, tl.where(risen == -float("inf"), 0.0, risen)
+
+
+@triton.jit
+def _store_gradient(row, at, size, z, gradient, column, target, SOFTCAP: tl.constexpr):
+    """Take off the target's part, go through the cap, and round once."""
+    gradient -= tl.where(at == column, target, 0.0)
+    if SOFTCAP != 0:
+        bent = tl.where(at < size, z, 0.0) / SOFTCAP
+        gradient *= 1 - bent * bent
+    tl.store(row + at, gradient.to(row.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def loss_and_gradient_kernel(
+    logits,  # [C, V], overwritten
+    columns,  # [C] int64, -1: in another share
+    weights,  # [C] fp32
+    lse_out,  # [C] fp32
+    target_out,  # [C] fp32
+    size,  # V
+    stride,
+    z_loss,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at_row = tl.program_id(0).to(tl.int64)
+    row = logits + at_row * stride
+    column = tl.load(columns + at_row)
+    weight = tl.load(weights + at_row)
+    target = _load_target(row, column, SOFTCAP)  # before anything is overwritten
+
+    largest = -float("inf")
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, size, BLOCK):
+        z = _load_block(row, start + tl.arange(0, BLOCK), size, SOFTCAP)
+        risen, base = _rise(largest, z)
+        sums = sums * tl.exp(largest - base) + tl.exp(z - base)
+        largest = risen
+    lse = largest + tl.log(tl.sum(sums, 0))
+    tl.store(lse_out + at_row, lse)
+    tl.store(target_out + at_row, target)
+
+    scale = weight * (1 + 2 * z_loss * lse)
+    for start in tl.range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = _load_block(row, at, size, SOFTCAP)
+        _store_gradient(row, at, size, z, tl.exp(z - lse) * scale, column, weight, SOFTCAP)
+
+
+@triton.jit
+def statistics_kernel(
+    logits,  # [C, V]
+    columns,  # [C] int64, -1: in another share
+    lse_out,  # [C] fp32
+    target_out,  # [C] fp32
+    expected_out,  # [C] fp32
+    size,  # V
+    stride,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at_row = tl.program_id(0).to(tl.int64)
+    row = logits + at_row * stride
+    tl.store(target_out + at_row, _load_target(row, tl.load(columns + at_row), SOFTCAP))
+
+    largest = -float("inf")
+    sums = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, size, BLOCK):
+        z = _load_block(row, start + tl.arange(0, BLOCK), size, SOFTCAP)
+        risen, base = _rise(largest, z)
+        shrink = tl.exp(largest - base)
+        part = tl.exp(z - base)
+        sums = sums * shrink + part
+        products = products * shrink + part * tl.where(part > 0, z, 0.0)
+        largest = risen
+    total = tl.sum(sums, 0)
+    tl.store(lse_out + at_row, largest + tl.log(total))
+    tl.store(expected_out + at_row, tl.sum(products, 0) / total)
+
+
+@triton.jit
+def gradient_kernel(
+    logits,  # [C, V], overwritten
+    columns,  # [C] int64, -1: in another share
+    lses,  # [C] fp32, of the whole vocabulary
+    scales,  # [C] fp32
+    tilts,  # [C] fp32
+    targets,  # [C] fp32
+    size,  # V
+    stride,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at_row = tl.program_id(0).to(tl.int64)
+    row = logits + at_row * stride
+    column = tl.load(columns + at_row)
+    lse = tl.load(lses + at_row)
+    scale, tilt = tl.load(scales + at_row), tl.load(tilts + at_row)
+    target = tl.load(targets + at_row)
+    for start in tl.range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = _load_block(row, at, size, SOFTCAP)
+        p = tl.exp(z - lse)
+        gradient = p * (scale + tilt * tl.where(p > 0, z - lse, 0.0))
+        _store_gradient(row, at, size, z, gradient, column, target, SOFTCAP)
+
+
+def statistics(logits_CV: Tensor, column_C: Tensor, softcap: float) -> Tensor:
+    """Log-sum-exp, target logit and expected logit of each row; [3, C] fp32."""
+    out_3C = torch.empty(3, len(logits_CV), dtype=torch.float32, device=logits_CV.device)
+    statistics_kernel[(len(logits_CV),)](
+        logits_CV, column_C, *out_3C, logits_CV.shape[1], logits_CV.stride(0),
+        SOFTCAP=float(softcap), BLOCK=_block(logits_CV), num_warps=WARPS,
+    )  # fmt: skip
+    return out_3C
+
+
+def loss_and_gradient_(
+    logits_CV: Tensor, column_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float
+) -> Tensor:
+    """Overwrite logits by the loss's gradient; [2, C] fp32: log-sum-exp and target logit."""
+    out_2C = torch.empty(2, len(logits_CV), dtype=torch.float32, device=logits_CV.device)
+    loss_and_gradient_kernel[(len(logits_CV),)](
+        logits_CV, column_C, weight_C.contiguous(), *out_2C, logits_CV.shape[1],
+        logits_CV.stride(0), float(z_loss), SOFTCAP=float(softcap), BLOCK=_block(logits_CV),
+        num_warps=WARPS,
+    )  # fmt: skip
+    return out_2C
+
+
+def gradient_(
+    logits_CV: Tensor,
+    column_C: Tensor,
+    lse_C: Tensor,
+    scale_C: Tensor,
+    tilt_C: Tensor,
+    target_C: Tensor,
+    softcap: float,
+) -> None:
+    """Overwrite logits by ``p * (scale + tilt * log p) - target * [column]``, through the cap."""
+    rows = (lse_C, scale_C, tilt_C, target_C)
+    gradient_kernel[(len(logits_CV),)](
+        logits_CV, column_C, *(x.contiguous() for x in rows), logits_CV.shape[1],
+        logits_CV.stride(0), SOFTCAP=float(softcap), BLOCK=_block(logits_CV), num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _block(logits_CV: Tensor) -> int:
+    return min(BLOCK, 1 << (logits_CV.shape[1] - 1).bit_length())

@@ -1,0 +1,81 @@
+"""The loss's benchmark: its gates can fail, and its kernels pass the one on machine code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import loss, loss_static
+from bench.machine_code import MachineCode
+
+GOOD = MachineCode(
+    target=90, ptx="", ttgir="", registers=48, stack_bytes=0, shared_bytes=64,
+    tensor_memory_columns=0, warps=8,
+    sass="  /*0000*/  LDG.E.128 R4 ;\n  /*0010*/  STG.E.128 R4 ;\n",
+)  # fmt: skip
+
+
+def test_machine_code_of_every_kernel_passes_its_gate(repository: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", "loss", "--static", "--json"]
+    done = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    compiled = [r for r in results if r["op"] == "loss, static"]
+    assert len(compiled) == len(loss_static.POINTERS) * len(loss_static.TARGETS) * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"registers": 91}, "91 registers a thread, at most 64"),
+        ({"sass": GOOD.sass.replace("LDG.E.128", "LDG.E.U16")}, "no 128-bit load of logits"),
+        ({"sass": GOOD.sass.replace("STG.E.128", "STG.E")}, "no 128-bit store of gradients"),
+        ({"sass": GOOD.sass + "  /*0020*/  STL [R1] ;\n"}, "1 spill instructions"),
+    ],
+)
+def test_machine_code_that_got_worse_is_named(change: dict[str, object], fault: str) -> None:
+    kernel = "loss_and_gradient_kernel"
+    assert loss_static.faults(kernel, GOOD) == []
+    assert loss_static.faults(kernel, replace(GOOD, **change)) == [fault]  # type: ignore[arg-type]
+
+
+def test_prediction_of_the_whole_is_worked_out_by_hand() -> None:
+    """One chunk of 1,000 rows, V 2,000, D 100: 1.2 GFLOP; 20 MB of logits, 2 MB of weights."""
+    chip = loss_static.Chip("round", half=1.25e12, single=1e12, memory=1e12)
+    algorithm = loss_static.ALGORITHMS[0]
+    ms = loss_static.predicted_ms(algorithm, chip, 4_000, 1_000, 2_000, 100)
+    assert ms == pytest.approx(1.2 + (20e6 + 4 * 0.2e6 + 4 * 0.2e6) / 1e9)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own
+def test_every_peer_passes_the_gate() -> None:
+    loss.gate([peer for peer in loss.peers() if "compile" not in peer.name])
+
+
+def test_a_wrong_peer_is_given_no_time() -> None:
+    def half(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+        return loss.eager(hidden, weight[:1_001], labels, 2 * kept)
+
+    with pytest.raises(SystemExit, match=r"half is wrong in torch\.float32"):
+        loss.gate([loss.Peer("half", half, compacts=False)])
+
+
+def test_peak_memory_counts_what_was_freed_again() -> None:
+    def wasteful(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+        torch.ones(50_000_000)  # 200 MB for a moment
+        return loss.ours(hidden, weight, labels, kept)
+
+    given = loss.problem(64, 301, 8, 0.5, torch.float32)
+    assert loss.timed(wasteful, given, runs=1)[1] > 190
+    assert loss.timed(loss.ours, given, runs=1)[1] < 20

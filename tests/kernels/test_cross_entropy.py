@@ -1,0 +1,143 @@
+"""The loss's kernels, in the interpreter where there is no GPU, against their plain twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hermes_core import loss_rows
+from hermes_core.loss import linear_cross_entropy, masked_cross_entropy, token_nll
+from hermes_kernels import cross_entropy
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IGNORE = -100
+ODD = [1, 2, 63, 1001, 4096, 9000]  # one column; under, at and over a block
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def chunk(rows: int, columns: int, dtype: torch.dtype, spread: float = 3.0) -> tuple[Tensor, ...]:
+    """Logits inside a buffer of NaN, targets of which some are elsewhere, and weights."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    buffer = torch.full((rows + 1, columns + 5), float("nan"), dtype=dtype)
+    buffer[:rows, :columns] = spread * torch.randn(rows, columns, generator=generator)
+    column = torch.randint(0, columns, (rows,), generator=generator)
+    column[::3] = -1
+    weight = torch.rand(rows, generator=generator)
+    return buffer.to(DEVICE)[:rows, :columns], column.to(DEVICE), weight.to(DEVICE)
+
+
+def truth(logits: Tensor, column: Tensor, weight: Tensor, z: float, cap: float) -> list[Tensor]:
+    """Statistics and the loss's gradient by float64 and autograd."""
+    raw = logits.double().detach().requires_grad_()
+    capped = cap * torch.tanh(raw / cap) if cap else raw
+    lse = capped.logsumexp(1)
+    picked = capped.gather(1, column.clamp(min=0)[:, None]).squeeze(1) * (column >= 0)
+    (weight * (lse - picked + z * lse**2)).sum().backward()
+    expected = (capped.softmax(1) * capped).sum(1)
+    assert raw.grad is not None
+    return [x.detach() for x in (lse, picked, expected, raw.grad)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", ODD)
+@pytest.mark.parametrize(("z", "cap"), [(0.0, 0.0), (1e-3, 20.0)])
+def test_one_pass_equals_float64(columns: int, dtype: torch.dtype, z: float, cap: float) -> None:
+    logits, column, weight = chunk(5, columns, dtype)
+    lse, picked, _, gradient = truth(logits, column, weight, z, cap)
+    found = cross_entropy.loss_and_gradient_(logits, column, weight, z, cap)
+    torch.testing.assert_close(found.double(), torch.stack([lse, picked]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, gradient.to(dtype), rtol=1e-2, atol=2e-6)
+
+
+@pytest.mark.parametrize("columns", ODD)
+@pytest.mark.parametrize("cap", [0.0, 20.0])
+def test_statistics_equal_float64(columns: int, cap: float) -> None:
+    logits, column, weight = chunk(5, columns, torch.bfloat16)
+    wanted = torch.stack(truth(logits, column, weight, 0.0, cap)[:3])
+    before = logits.clone()
+    found = cross_entropy.statistics(logits, column, cap)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("cap", [0.0, 20.0])
+def test_gradient_from_statistics_equals_the_one_of_pytorch(cap: float) -> None:
+    logits, column, weight = chunk(5, 1001, torch.float32)
+    lse = loss_rows.statistics(logits, column, cap)[0] + 0.5
+    plain = logits.clone()
+    arguments = (column, lse, weight, -weight.flip(0), weight.sqrt(), cap)
+    cross_entropy.gradient_(logits, *arguments)
+    loss_rows.gradient_(plain, *arguments)
+    torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_outside_the_logits_is_read_or_written() -> None:
+    logits, column, weight = chunk(4, 63, torch.float32)
+    buffer = logits._base
+    assert buffer is not None
+    cross_entropy.loss_and_gradient_(logits, column, weight, 0.0, 0.0)
+    assert bool(logits.isfinite().all())
+    assert bool(buffer[:4, 63:].isnan().all())
+    assert bool(buffer[4].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits_give_finite_gradients(dtype: torch.dtype) -> None:
+    logits, column, weight = chunk(6, 1001, dtype, spread=1e4)
+    logits[0, 1:] = -float("inf")  # what fp16 overflows to
+    logits[1, :900] = -float("inf")
+    found = cross_entropy.loss_and_gradient_(logits, column.clamp(max=0), weight, 0.0, 0.0)
+    assert bool(logits.isfinite().all())
+    assert bool(found[0].isfinite().all())
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(40, 16, generator=generator).to(dtype).to(DEVICE).requires_grad_()
+    weight = (torch.randn(301, 16, generator=generator) / 4).to(dtype).to(DEVICE).requires_grad_()
+    labels = torch.randint(0, 301, (40,), generator=generator)
+    labels[torch.rand(40, generator=generator) < 0.5] = IGNORE
+    return hidden, weight, labels.to(DEVICE), torch.rand(40, generator=generator).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_whole_loss_errs_no_more_than_in_pytorch(dtype: torch.dtype) -> None:
+    hidden, weight, labels, token_weights = problem(dtype)
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        total = linear_cross_entropy(
+            *leaves, labels, token_weights_T=token_weights, denominator=7.5, z_loss=1e-3,
+            softcap=5.0, chunk_bytes=301 * 4 * 9, backend=backend,  # type: ignore[arg-type]
+        ).total  # fmt: skip
+        total.backward()
+        return [x.double() for x in (total.detach(), leaves[0].grad, leaves[1].grad)]  # type: ignore[union-attr]
+
+    right, plain = run(torch.float64, "reference"), run(dtype, "torch")
+    for ours, theirs, true in zip(run(dtype, "triton"), plain, right, strict=True):
+        assert (ours - true).norm() <= 1.05 * (theirs - true).norm() + 2e-6 * true.norm()
+
+
+def test_token_statistics_and_their_gradients_equal_those_of_pytorch() -> None:
+    hidden, weight, labels, token_weights = problem(torch.float32)
+
+    def run(backend: str) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        nll, entropy = token_nll(*leaves, labels, softcap=5.0, backend=backend)  # type: ignore[arg-type]
+        ((nll - 0.3 * entropy) * token_weights).sum().backward()
+        return [nll.detach(), entropy.detach(), leaves[0].grad, leaves[1].grad]  # type: ignore[list-item]
+
+    for ours, plain in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_given_logits_lose_the_same() -> None:
+    hidden, weight, labels, _ = problem(torch.float32)
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    masked_cross_entropy(logits, labels, backend="triton").total.backward()
+    (wanted,) = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), logits
+    )
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, wanted, rtol=1e-4, atol=1e-6)
