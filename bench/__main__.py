@@ -1,13 +1,14 @@
-"""`python -m bench packing | rows [--json]`."""
+"""`python -m bench packing | rows | attention [--static] [--json]`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 
-from bench import packing, rows
 from bench.harness import tell
 
-BENCHMARKS = {"packing": packing.run, "rows": rows.run}
+BENCHMARKS = ("packing", "rows", "attention")
+STATIC = {"attention": "attention_static"}  # what the machine code tells where no GPU is
 
 
 def main() -> None:
@@ -15,8 +16,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each result")
+    parser.add_argument(
+        "--static", action="store_true", help="read the machine code; no GPU needed"
+    )
     arguments = parser.parse_args()
-    tell(BENCHMARKS[arguments.benchmark](), as_json=arguments.json)
+    name = arguments.benchmark
+    if arguments.static and name not in STATIC:
+        parser.error(f"{name} has no machine code to read; --static is for {', '.join(STATIC)}")
+    module = importlib.import_module(f"bench.{STATIC[name] if arguments.static else name}")
+    tell(module.run(), as_json=arguments.json)
 
 
 if __name__ == "__main__":

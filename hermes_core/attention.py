@@ -130,8 +130,8 @@ def _op(
     if q.numel() == 0:
         return torch.empty_like(q), _room_for_lse(q, query_order)
     if backend == "cpu":
-        out, lse = attention_cpu.forward(q, k, v, starts, scale)
-        return out, pad(lse, (0, query_order.numel() * TILE - lse.shape[1]))
+        lse = _room_for_lse(q, query_order)
+        return attention_cpu.forward(q, k, v, starts, lse, scale), lse
     from hermes_kernels import varlen_attention as kernels
 
     return kernels.forward(q, k, v, starts, query_order, scale)

@@ -4,8 +4,8 @@ Long segments are slices of q, k and v as they lie. A call for each short one wo
 its arithmetic, so those of like length are gathered into lines of one width. Slicing one output in
 a loop under autograd would also copy the whole gradient once a slice: here it is written by hand.
 
-Shapes: T packed tokens, N query heads, K key heads, H head size, U room for log-sum-exps; P slots
-of a bucket, its lines side by side.
+Shapes: T packed tokens, N query heads, K key heads, H head size, U room for T rounded up; P slots of
+a bucket, its lines side by side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hermes_core.segments import lengths_of
 
-LONGEST_GATHERED = 256  # tokens; beyond, a call's own cost no longer shows
+LONGEST_GATHERED = 32  # tokens; beyond, a call costs less than gathering and padding
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -44,20 +44,27 @@ class Bucket:
     real: Tensor | None = None  # [P, 1, 1] bool; None: every slot is a token
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Output [T, N, H] and log-sum-exp of the scaled scores [N, T], natural, at least fp32."""
-    tokens, heads, _ = q.shape
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lse_NU: Tensor, scale: float
+) -> Tensor:
+    """Output [T, N, H]; the natural log-sum-exps of the scaled scores go to ``lse_NU``."""
+    tokens = len(q)
+    lse_NU[:, tokens:] = 0
     buckets = _buckets_of(starts)
     if len(buckets) == 1 and buckets[0].source is None:
         out, lse = _forward(*_lines(buckets[0], q, k, v), 0.0, True, scale=scale)
-        return out[0].transpose(0, 1).contiguous(), lse[0].contiguous()
+        lse_NU[:, :tokens] = lse[0]
+        return out[0].transpose(0, 1).contiguous()
     out_T1 = q.new_empty(tokens + 1, *q.shape[1:])
-    lse_T1 = q.new_empty(tokens + 1, heads, dtype=torch.promote_types(q.dtype, torch.float32))
     for bucket in buckets:
         out, lse = _forward(*_lines(bucket, q, k, v), 0.0, True, scale=scale)
         _write(bucket, out, out_T1)
-        _write(bucket, lse, lse_T1)
-    return out_T1[:tokens], lse_T1[:tokens].T.contiguous()
+        if bucket.target is None:
+            lse_NU[:, bucket.first : bucket.first + bucket.width] = lse[0]
+        else:  # a padded slot repeats a token that is written too, but not its statistics
+            real = bucket.target < tokens
+            lse_NU[:, bucket.target[real]] = lse.transpose(0, 1).flatten(1)[:, real]
+    return out_T1[:tokens]
 
 
 def backward(
@@ -126,15 +133,9 @@ def _cached_buckets(starts: bytes) -> tuple[Bucket, ...]:
 
 
 def padded_width(length: int) -> int:
-    """The width a segment is padded to, so that few widths serve many lengths.
-
-    Attention costs the square of the width: short segments share powers of two, since their cost
-    is that of the call; middle ones share multiples of 32; long ones are never padded.
-    """
+    """The width a segment is padded to, so that few widths serve many short ones: powers of two."""
     if length > LONGEST_GATHERED:
         return length
-    if length > 64:
-        return -(-length // 32) * 32
     return max(8, 1 << (length - 1).bit_length())
 
 
