@@ -54,7 +54,8 @@ def forward(
     if len(buckets) == 1 and buckets[0].source is None:
         out, lse = _forward(*_lines(buckets[0], q, k, v), 0.0, True, scale=scale)
         lse_NU[:, :tokens] = lse[0]
-        return out[0].transpose(0, 1).contiguous()
+        whole: Tensor = out[0].transpose(0, 1).contiguous()
+        return whole
     out_T1 = q.new_empty(tokens + 1, *q.shape[1:])
     for bucket in buckets:
         out, lse = _forward(*_lines(bucket, q, k, v), 0.0, True, scale=scale)

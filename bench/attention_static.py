@@ -1,0 +1,169 @@
+"""The attention kernels as machine code, for every entry of their table: what can be proven here.
+
+That each compiles, fits and multiplies on the tensor cores by the widest instruction, loads by TMA,
+is specialised where the table says so, spills nothing in a loop, and keeps its budget. A rate is
+predicted from the same loops, and is a prediction: none of these kernels has run on a GPU.
+
+Triton must not interpret in this process. For another Triton, put it first on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from bench.attention import gpu_shapes
+from bench.attention_model import Turn, predict
+from bench.harness import Result
+from bench.machine_code import MachineCode, compile_kernel
+from hermes_kernels import varlen_attention as kernels
+from hermes_kernels.launch import TABLE, Kernel, Launch
+
+TARGETS = (90, 100)
+MATRIX = {90: "HGMMA", 100: "UTCHMMA"}
+SPILLS = ("LDL", "STL")
+# On sm_100 Triton 3.7 keeps the thread's number in one slot of the stack, which each group of
+# warps reads when it starts; 3.6 reads one in dq. No loop of a group touches it.
+SPILLS_OUTSIDE_LOOPS = {90: 0, 100: 12}
+
+# Instructions that a warp issues in one turn of the softmax loop, as Triton 3.7.1 or 3.6.0 compiles
+# it, whichever is more; a twentieth more is a regression.
+BUDGET: dict[tuple[int, Kernel, int], int] = {
+    (90, "forward", 64): 696, (90, "forward", 128): 737, (90, "forward", 256): 584,
+    (90, "dq", 64): 354, (90, "dq", 128): 383, (90, "dq", 256): 484,
+    (90, "dkdv", 64): 454, (90, "dkdv", 128): 491, (90, "dkdv", 256): 626,
+    (100, "forward", 64): 630, (100, "forward", 128): 636, (100, "forward", 256): 638,
+    (100, "dq", 64): 309, (100, "dq", 128): 309, (100, "dq", 256): 690,
+    (100, "dkdv", 64): 417, (100, "dkdv", 128): 417, (100, "dkdv", 256): 845,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table and what the compiler makes of it."""
+
+    target: int
+    kernel: Kernel
+    size: int
+    launch: Launch
+    code: MachineCode
+
+    @property
+    def loop(self) -> Counter[str]:
+        """The loop that does the softmax: the shortest that has most of the exponentials."""
+        loops = self.code.hot_loops()
+        most = max((body["MUFU.EX2"] for body in loops), default=0)
+        softmax = [body for body in loops if 2 * body["MUFU.EX2"] >= most]
+        return min(softmax, key=Counter.total, default=Counter())
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions of that loop by the beginning of their names."""
+        return sum(n for name, n in self.loop.items() if name.startswith(prefixes))
+
+    def faults(self) -> list[str]:
+        """What is wrong; empty where nothing is."""
+        code, matrix = self.code, MATRIX[self.target]
+        in_loops = sum(
+            n for loop in code.hot_loops() for name, n in loop.items() if name.startswith(SPILLS)
+        )
+        budget = BUDGET.get((self.target, self.kernel, self.size), 0)
+        checks = {
+            f"{in_loops} spills in a loop": in_loops > 0,
+            f"{code.count(*SPILLS)} spills": code.count(*SPILLS)
+            > SPILLS_OUTSIDE_LOOPS[self.target],
+            f"no {matrix}": code.count(matrix) == 0,
+            "no TMA loads": code.count("UTMALDG") == 0,
+            "warps are not specialised": self.launch.specialize and code.warps <= self.launch.warps,
+            f"{self.loop.total()} instructions a turn, budget {budget}": (
+                not 0 < self.loop.total() <= 1.05 * budget
+            ),
+        }
+        limits = [text for text in code.faults() if "spill" not in text]
+        return limits + [text for text, wrong in checks.items() if wrong]
+
+
+def entries() -> Iterator[Entry]:
+    """Every entry of the table for the two targets, compiled."""
+    for (target, kernel, size), launch in TABLE.items():
+        if target in TARGETS:
+            yield Entry(target, kernel, size, launch, compile_entry(target, kernel, size, launch))
+
+
+def compile_entry(target: int, kernel: Kernel, size: int, launch: Launch) -> MachineCode:
+    """One kernel as the recipes call it: bf16, 64 query heads on 8."""
+    queries = f"tensordesc<bf16[{launch.queries},{size}]>"
+    keys = f"tensordesc<bf16[{launch.keys},{size}]>"
+    vector = f"tensordesc<fp32[{launch.queries}]>"
+    special = {
+        "forward": {"k_desc": keys, "v_desc": keys},
+        "dq": {"k_desc": keys, "v_desc": keys},
+        "dkdv": {"q_desc": queries, "dout_desc": queries, "lse_desc": vector, "delta_desc": vector},
+    }[kernel]
+    integers, floats = ("starts", "ends", "order"), ("lse_ptr", "delta_ptr")
+    function: Any = getattr(kernels, f"{kernel}_kernel")
+    constants = {
+        "N": 64, "K": 8, "G": 8, "H": size, "M": launch.queries, "J": launch.keys,
+        "SPECIALIZE": launch.specialize,
+    }  # fmt: skip
+    signature = {"scale": "fp32", "T": "i32", "U": "i32"} | special
+    for name in function.arg_names:
+        if name in integers:
+            signature[name] = "*i32"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in floats else "*bf16"
+    return compile_kernel(
+        function,
+        {name: signature[name] for name in function.arg_names if name in signature},
+        {name: value for name, value in constants.items() if name in function.arg_names},
+        target,
+        divisible=("T", "U"),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def run() -> Iterator[Result | str]:
+    """A line for each entry, then the predictions; an entry with a fault ends the run."""
+    yield f"Triton {triton.__version__}; compiled, not run: no figure here was measured on a GPU\n"
+    wrong, turns = [], {}
+    for entry in entries():
+        faults = entry.faults()
+        wrong += [f"sm_{entry.target} {entry.kernel} {entry.size}: {fault}" for fault in faults]
+        yield line(entry) + (f"  FAULT: {'; '.join(faults)}" if faults else "")
+        turns[entry.target, entry.kernel, entry.size] = turn_of(entry)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+    yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA, spills nothing in a loop"
+    yield from predict(turns, gpu_shapes())
+
+
+def line(entry: Entry) -> str:
+    how, code = entry.launch, entry.code
+    special = f"{code.warps} warps by role" if how.specialize else f"{code.warps} warps"
+    return (
+        f"sm_{entry.target:<3} {entry.kernel:7} {entry.size:3}  {how.queries:3} x {how.keys:<3} "
+        f"{special:16} {code.registers:3} registers  {code.shared_bytes:7,} B shared  "
+        f"{code.tensor_memory_columns:3} tensor columns  "
+        f"{code.count(MATRIX[entry.target]):3} {MATRIX[entry.target]}, "
+        f"{entry.loop.total():3} instructions a turn of {entry.loop['MUFU.EX2']} MUFU.EX2, "
+        f"{code.count(*SPILLS)} spills, none in a loop"
+    )
+
+
+def turn_of(entry: Entry) -> Turn:
+    """One turn of the softmax loop, as `attention_model` wants it."""
+    how = entry.launch
+    # On sm_90 the warps asked for stand twice, as two groups that share a tile.
+    computing = how.warps * (2 if how.specialize and entry.target == 90 else 1)
+    products = {"forward": 2, "dq": 3, "dkdv": 4}[entry.kernel]
+    return Turn(
+        queries=how.queries,
+        keys=how.keys,
+        flops=2 * products * how.queries * how.keys * entry.size,
+        instructions=entry.loop.total(),
+        warps=computing,
+    )
