@@ -4,8 +4,8 @@ Long segments are slices of q, k and v as they lie. A call for each short one wo
 its arithmetic, so those of like length are gathered into lines of one width. Slicing one output in
 a loop under autograd would also copy the whole gradient once a slice: here it is written by hand.
 
-Shapes: T packed tokens, N query heads, K key heads, H head size, U room for T rounded up; P slots of
-a bucket, its lines side by side.
+Shapes: T packed tokens, N query heads, K key heads, H head size, U room for T rounded up; P slots
+of a bucket, its lines side by side.
 """
 
 from __future__ import annotations

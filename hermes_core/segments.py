@@ -20,13 +20,8 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Segments:
-    """Segments of a flat batch, as every backend wants them; shapes follow from T alone.
+    """Segments of a flat batch, as every backend wants them; shapes follow from T alone."""
 
-    Segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1]; a token after the last is a segment of
-    its own, so that padding costs next to nothing.
-    """
-
-    cu_seqlens: Tensor  # [S + 1] int32, on the device of the batch, as are the others
     starts: Tensor = field(repr=False)  # [T] int32, first token of each token's segment
     ends: Tensor = field(repr=False)  # [T] int32, one past its last
     query_order: Tensor = field(repr=False)  # [ceil(T / TILE)] int32, longest reach first
@@ -53,7 +48,7 @@ class Segments:
 
     def to(self, device: torch.device | str) -> Segments:
         """The same segments for tensors on ``device``."""
-        names = ("cu_seqlens", "starts", "ends", "query_order", "key_order")
+        names = ("starts", "ends", "query_order", "key_order")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         return replace(self, **moved)
 
@@ -69,7 +64,8 @@ def segments(
     Args:
         cu_seqlens: [S + 1], integer, rising from 0; segments of no token are allowed. On a CUDA
             device nothing waits for it and its values are taken on trust.
-        tokens: T; where ``cu_seqlens`` ends if None, which waits for the device it is on.
+        tokens: T; where ``cu_seqlens`` ends if None, which waits for the device it is on. A token
+            after the last segment is one of its own, so that padding costs next to nothing.
         device: where q, k and v will be; the device of ``cu_seqlens`` if None.
 
     Raises:
@@ -110,23 +106,50 @@ def _check(bounds: NDArray[np.integer], tokens: int | None) -> NDArray[np.int64]
     return np.concatenate([lengths[lengths > 0], np.ones(tail, np.int64)])
 
 
+def segments_of_positions(positions_BL: Tensor, mask_BL: Tensor | None = None) -> Segments:
+    """Segments of B rows laid end to end: one begins where positions do not go on by one.
+
+    Args:
+        positions_BL: integer; 0, 1, 2 ... in each segment, as collators that pack give them.
+        mask_BL: False at padding, which never shares a segment with tokens.
+
+    Nothing waits for the device.
+    """
+    goes_on = positions_BL[:, 1:] == positions_BL[:, :-1] + 1
+    if mask_BL is not None:
+        goes_on &= mask_BL[:, 1:].bool() == mask_BL[:, :-1].bool()
+    begins = torch.nn.functional.pad(~goes_on, (1, 0), value=True).flatten()
+    tokens = begins.shape[0]
+    t = torch.arange(tokens, dtype=torch.int32, device=begins.device)
+    starts = torch.where(begins, t, 0).cummax(0).values
+    next_begin = torch.where(begins, t, tokens).flip(0).cummin(0).values.flip(0)
+    ends = torch.nn.functional.pad(next_begin[1:], (0, 1), value=tokens)
+    return _ordered(starts, ends, None)
+
+
 def _of(cu_seqlens: Tensor, tokens: int, known: NDArray[np.int64] | None) -> Segments:
-    """Bounds of each token and the orders of tiles, by operations that no host waits for."""
+    """Bounds of each token, by operations that no host waits for."""
     t = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
     owner = torch.searchsorted(cu_seqlens, t, right=True)  # 1 for the first segment
     last = cu_seqlens.shape[0] - 1
     after = owner > last
     starts = torch.where(after, t, cu_seqlens[owner - 1])
     ends = torch.where(after, t + 1, cu_seqlens[owner.clamp(max=last)])
-    # A query tile reaches back to its first token's start, a key tile on to its last token's end.
-    tile_starts = t[::TILE]
+    return _ordered(starts, ends, known)
+
+
+def _ordered(starts: Tensor, ends: Tensor, known: NDArray[np.int64] | None) -> Segments:
+    """With the orders of tiles: a query tile reaches back to its first token's start, a key tile
+    on to its last token's end."""
+    tokens = starts.shape[0]
+    tile_starts = torch.arange(0, tokens, TILE, dtype=torch.int32, device=starts.device)
     tile_ends = (tile_starts + TILE).clamp(max=tokens)
     reach_back = tile_ends - starts[::TILE]
     reach_on = ends[(tile_ends - 1).long()] - tile_starts
     query_order, key_order = (
         reach.argsort(descending=True, stable=True).int() for reach in (reach_back, reach_on)
     )
-    return Segments(cu_seqlens, starts, ends, query_order, key_order, known)
+    return Segments(starts.int(), ends.int(), query_order, key_order, known)
 
 
 def lengths_of(starts_T: Tensor) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_core.segments import segments
+from hermes_core.segments import segments, segments_of_positions
 from hermes_kernels.launch import TILE
 
 
@@ -16,8 +16,7 @@ def test_lengths_and_the_longest_follow_from_cu_seqlens() -> None:
     where = segments(np.array([0, 3, 3, 10, 11], dtype=np.int32))
     assert where.lengths.tolist() == [3, 7, 1]  # the segment of no token is left out
     assert (where.max_length, where.tokens) == (7, 11)
-    assert where.cu_seqlens.dtype == torch.int32
-    assert where.cu_seqlens.tolist() == [0, 3, 3, 10, 11]
+    assert where.starts.dtype == where.ends.dtype == torch.int32
 
 
 def test_tensor_and_array_give_the_same_segments() -> None:
@@ -92,3 +91,32 @@ def test_bounds_on_the_device_are_never_read_by_the_host() -> None:
     where = segments(torch.empty(9, dtype=torch.int32, device="meta"), 300)
     assert where.starts.shape == (300,)
     assert where.query_order.shape == (3,)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.integers(0, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_positions_tell_the_segments_of_rows(rows: list[list[int]], padding: int) -> None:
+    width = max(map(sum, rows)) + padding
+    lengths = [n for row in rows for n in (*row, width - sum(row)) if n]
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(len(rows), width)
+    where = segments_of_positions(positions)
+    wanted = segments(np.concatenate([[0], np.cumsum(lengths)]))
+    for name in ("starts", "ends", "query_order", "key_order"):
+        assert torch.equal(getattr(where, name), getattr(wanted, name))
+    assert where.lengths.tolist() == lengths
+
+
+def test_rows_of_one_segment_each_do_not_join() -> None:
+    where = segments_of_positions(torch.arange(4).expand(3, 4))
+    assert where.lengths.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths"), [([0, 0, 1, 1, 1], [2, 3]), ([1, 1, 1, 0, 0], [3, 2])]
+)
+def test_padding_is_a_segment_of_its_own(mask: list[int], lengths: list[int]) -> None:
+    where = segments_of_positions(torch.arange(5)[None], torch.tensor([mask]))
+    assert where.lengths.tolist() == lengths
