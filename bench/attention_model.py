@@ -36,8 +36,7 @@ class Chip:
 
 # Clocks: those at which the sheets' dense bf16 rates hold (989 TFLOP/s; 2,250 for B200).
 CHIPS = (
-    Chip("H100", 90, 132, 1.83e9, 4096),
-    Chip("H200", 90, 132, 1.83e9, 4096),
+    Chip("H100 and H200", 90, 132, 1.83e9, 4096),
     Chip("B200", 100, 148, 1.86e9, 8192),
 )
 
@@ -71,13 +70,18 @@ class Published:
     source: str
 
 
-# Instructions: the interior block of FlashAttention-4's own machine code, 128 x 128, H 128, read as
-# ours is. Rates: FlashAttention's pull requests 1893 (FA3, H100) and 2150 (FA4, sm_100), and the
-# bars of MagiAttention's benchmark of packed rows, +- 5.
+# Instructions: the interior block of FlashAttention-4's own machine code (flash-attn-4 4.0.0b36,
+# compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: on sm_90a two groups
+# of four warps share a tile, on sm_100a each has its own. Rates: FlashAttention's PRs 1893
+# and 2150, and the bars of MagiAttention's benchmark of packed rows, +- 5.
 CALIBRATION = (
     Published(
-        90, Turn(128, 128, 4 * 128 * 128 * 128, 494, 8), 660, 545,
-        "FA4's code for sm_90a; FA3's rates on H100",
+        90, Turn(128, 128, 4 * 128**3, 494, 8), 660, 545,
+        "FA4's code for sm_90a, FA3's rates on H100",
+    ),
+    Published(
+        100, Turn(128, 128, 4 * 128**3, 520, 4), 1388, 1022,
+        "FA4's code for sm_100a and its rates on B200",
     ),
 )  # fmt: skip
 
@@ -118,18 +122,15 @@ def fit(chip: Chip, known: Published, shape: Shape) -> float:
 def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape]) -> Iterator[str]:
     """Predictions for ours and for the calibration kernel at each shape, with the model's error."""
     for chip in CHIPS:
-        known = next((k for k in CALIBRATION if k.target == chip.target), None)
-        if known is None:
-            yield f"\n{chip.name}: no prediction, nothing of sm_{chip.target} to calibrate on"
-            continue
+        known = next(k for k in CALIBRATION if k.target == chip.target)
         like = shapes[0]
         dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
         packed = Shape("packed", lengths_of_magi(), like.heads, like.size, like.dtype)
         overlap = fit(chip, known, dense)
         error = tflops(known.turn, chip, overlap, packed) / known.packed_tflops - 1
         yield (
-            f"\n{chip.name}, PREDICTED, not measured; {known.source}: share of issue slots not "
-            f"hidden {overlap:.2f}, error of the model on packed rows {error:+.0%}"
+            f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
+            f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
         )
         for shape in shapes:
             ours = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hermes_core.backends import HALF
 from hermes_core.segments import lengths_of
 
 LONGEST_GATHERED = 32  # tokens; beyond, a call costs less than gathering and padding
@@ -78,10 +79,12 @@ def backward(
     buckets = _buckets_of(starts)
     grads = [x.new_empty(tokens + 1, *x.shape[1:]) for x in (q, k, v)]
     for bucket in buckets:
-        grad_b, *others = _lines(bucket, grad, q, k, v, out, lse_TN)
+        lines = list(_lines(bucket, grad, q, k, v, out, lse_TN))
         if bucket.real is not None:  # a copy of ours: it was gathered
-            grad_b.transpose(1, 2).flatten(0, 1).mul_(bucket.real)
-        for values, whole in zip(_gradients(grad_b, *others, scale=scale), grads, strict=True):
+            lines[0].transpose(1, 2).flatten(0, 1).mul_(bucket.real)
+        if bucket.source is not None and q.dtype in HALF:  # small products are faster in fp32
+            lines = [x.float() for x in lines]
+        for values, whole in zip(_gradients(*lines, scale=scale), grads, strict=True):
             _write(bucket, values, whole)
     dq, dk, dv = (whole[:tokens] for whole in grads)
     return dq, dk, dv
@@ -96,7 +99,7 @@ def _gradients(
     costs a bit of k's and v's gradient, so there each head gets its own and we sum in fp32.
     """
     group = q.shape[1] // k.shape[1]
-    if group == 1 or q.dtype not in (torch.bfloat16, torch.float16):
+    if group == 1 or q.dtype not in HALF:
         return _backward(grad, q, k, v, out, lse, 0.0, True, scale=scale)  # type: ignore[no-any-return]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, True, scale=scale)
