@@ -57,9 +57,9 @@ def attention_forward(
     where = _segments_of(
         query, attention_mask, kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     )
-    flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = varlen_attention(*flat, where, scale=scaling)
-    return out.unflatten(0, (query.shape[0], query.shape[2])), None  # type: ignore[no-untyped-call]
+    q_TNH, k_TKH, v_TKH = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = varlen_attention(q_TNH, k_TKH, v_TKH, where, scale=scaling)
+    return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
 
 
 def _check(
