@@ -93,10 +93,11 @@ def _segments_of(
         raise ValueError(f"position_ids must be [rows, tokens], got {tuple(positions.shape)}")
     teller = positions if bounds is None else bounds
     made_from = (rows, length, teller._version)
-    kept: tuple[tuple[int, ...], Tensor | None, Segments] | None
     kept = getattr(teller, "_hermes_segments", None)
+    where: Segments
     if kept is not None and kept[0] == made_from and kept[1] is mask:
-        return kept[2]
+        where = kept[2]
+        return where
     if bounds is not None:
         where = segments(bounds, rows * length, device=query.device)
     else:
