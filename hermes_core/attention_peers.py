@@ -28,7 +28,7 @@ def flash() -> str:
         try:
             if find_spec(name) is not None:
                 return name
-        except ModuleNotFoundError:  # the parent package is missing
+        except ImportError:  # its parent package is missing or broken
             continue
     return ""
 

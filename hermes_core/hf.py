@@ -92,8 +92,9 @@ def _segments_of(
     if positions.ndim != 2:
         raise ValueError(f"position_ids must be [rows, tokens], got {tuple(positions.shape)}")
     teller = positions if bounds is None else bounds
-    made_from = (rows, length, teller._version)
-    kept = getattr(teller, "_hermes_segments", None)
+    compiling = torch.compiler.is_compiling()  # a graph cannot keep a thing with its input
+    kept = None if compiling else getattr(teller, "_hermes_segments", None)
+    made_from = (rows, length, None if compiling else teller._version)
     where: Segments
     if kept is not None and kept[0] == made_from and kept[1] is mask:
         where = kept[2]
@@ -102,7 +103,8 @@ def _segments_of(
         where = segments(bounds, rows * length, device=query.device)
     else:
         where = segments_of_positions(positions.expand(rows, length), mask)
-    teller._hermes_segments = (made_from, mask, where)  # type: ignore[attr-defined]
+    if not compiling:
+        teller._hermes_segments = (made_from, mask, where)  # type: ignore[attr-defined]
     return where
 
 

@@ -120,6 +120,16 @@ def test_segments_are_made_once_a_batch(model: nn.Module, monkeypatch: pytest.Mo
     assert len(made) == 2
 
 
+def test_a_compiled_model_gives_the_same(model: nn.Module) -> None:
+    ids = torch.cat(samples())[None]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    plain = run(model, "hermes", input_ids=ids, position_ids=positions)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = compiled(input_ids=ids, position_ids=positions, use_cache=False).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(logits, plain)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
