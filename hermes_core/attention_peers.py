@@ -53,12 +53,10 @@ def flash_varlen(
     """flash-attn's variable-length attention; its backward adds with atomics."""
     module: ModuleType = importlib.import_module(flash())
     bounds, longest = _bounds(segments)
-    extra = {"return_attn_probs": True} if module.__name__ == "flash_attn" else {"return_lse": True}
-    if module.__name__ == "flash_attn_interface":
-        extra = {"return_attn_probs": True}
+    statistics = "return_lse" if module.__name__ == "flash_attn.cute" else "return_attn_probs"
     out, lse, *_ = module.flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest,
-        max_seqlen_k=longest, softmax_scale=scale, causal=True, **extra,
+        max_seqlen_k=longest, softmax_scale=scale, causal=True, **{statistics: True},
     )  # fmt: skip
     return out, lse
 
