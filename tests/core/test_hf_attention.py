@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hermes_core import hf
+from hermes_core import hf, hf_attention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -110,8 +110,10 @@ def test_generation_with_a_cache_equals_sdpa(model: Any) -> None:
 
 def test_segments_are_made_once_a_batch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    original = hf.segments_of_positions
-    monkeypatch.setattr(hf, "segments_of_positions", lambda *a: made.append(1) or original(*a))
+    original = hf_attention.segments_of_positions
+    monkeypatch.setattr(
+        hf_attention, "segments_of_positions", lambda *a: made.append(1) or original(*a)
+    )
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     run(model, "hermes", input_ids=torch.cat(samples())[None], position_ids=positions)
     assert len(made) == 1
@@ -142,4 +144,4 @@ def test_a_compiled_model_gives_the_same(model: nn.Module) -> None:
 def test_what_is_not_computed_is_refused(options: dict[str, Any], words: str) -> None:
     q = torch.zeros(1, 2, 8, 16)
     with pytest.raises(ValueError, match=words):
-        hf.attention_forward(nn.Module(), q, q, q, None, **options)
+        hf_attention.attention_forward(nn.Module(), q, q, q, None, **options)
