@@ -111,13 +111,13 @@ def segments_of_positions(positions_BL: Tensor, mask_BL: Tensor | None = None) -
 
     Args:
         positions_BL: integer; 0, 1, 2 ... in each segment, as collators that pack give them.
-        mask_BL: False at padding, which never shares a segment with tokens.
+        mask_BL: False at padding, each token of which is then a segment, and costs nothing.
 
     Nothing waits for the device.
     """
     goes_on = positions_BL[:, 1:] == positions_BL[:, :-1] + 1
     if mask_BL is not None:
-        goes_on &= mask_BL[:, 1:].bool() == mask_BL[:, :-1].bool()
+        goes_on &= mask_BL[:, 1:].bool() & mask_BL[:, :-1].bool()
     begins = torch.nn.functional.pad(~goes_on, (1, 0), value=True).flatten()
     tokens = begins.shape[0]
     t = torch.arange(tokens, dtype=torch.int32, device=begins.device)

@@ -115,8 +115,8 @@ def test_rows_of_one_segment_each_do_not_join() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "lengths"), [([0, 0, 1, 1, 1], [2, 3]), ([1, 1, 1, 0, 0], [3, 2])]
+    ("mask", "lengths"), [([0, 0, 1, 1, 1], [1, 1, 3]), ([1, 1, 1, 0, 0], [3, 1, 1])]
 )
-def test_padding_is_a_segment_of_its_own(mask: list[int], lengths: list[int]) -> None:
+def test_each_token_of_padding_is_a_segment_of_its_own(mask: list[int], lengths: list[int]) -> None:
     where = segments_of_positions(torch.arange(5)[None], torch.tensor([mask]))
     assert where.lengths.tolist() == lengths
