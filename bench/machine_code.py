@@ -25,6 +25,15 @@ OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", re.MU
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)(.*)$", re.MULTILINE)
+JUMP = re.compile(r"\b(0x[0-9a-f]+)")
+HOT = ("HGMMA", "UTCHMMA", "HMMA", "MUFU.EX2")
+
+
+def _count(opcodes: Counter[str], *prefixes: str) -> int:
+    return sum(n for name, n in opcodes.items() if name.startswith(prefixes))
+
+
 @dataclass(frozen=True, slots=True)
 class MachineCode:
     """A kernel as one target runs it; ``warps`` counts those that specialisation added too."""
@@ -45,7 +54,31 @@ class MachineCode:
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose name starts with one of ``prefixes``: "HGMMA", "LDG.E.128"."""
-        return sum(n for name, n in self.opcodes().items() if name.startswith(prefixes))
+        return _count(self.opcodes(), *prefixes)
+
+    def hot_loops(self) -> list[Counter[str]]:
+        """The instructions of each innermost loop that multiplies matrices or exponentiates.
+
+        Waits for a barrier stand at the end and jump back into the middle: no loop is innermost
+        around such an instruction because of them, and one that re-divides registers is none.
+        """
+        code = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(self.sass)]
+        spans = []
+        for at, name, rest in code:
+            target = JUMP.search(rest) if name.startswith("BRA") else None
+            if target and (start := int(target[1], 16)) < at:
+                spans.append((start, at))
+        dividing = [at for at, name, _ in code if name.startswith("USETMAXREG")]
+        spans = [s for s in spans if not any(s[0] <= at <= s[1] for at in dividing)]
+        innermost = set()
+        for at, name, _ in code:
+            around = [s for s in spans if s[0] <= at <= s[1]]
+            if name.startswith(HOT) and around:
+                innermost.add(min(around, key=lambda s: s[1] - s[0]))
+        return [
+            Counter(name for at, name, _ in code if start <= at <= end)
+            for start, end in sorted(innermost)
+        ]
 
     def faults(self) -> list[str]:
         """What would stop a launch or spill; empty where nothing does."""

@@ -1,22 +1,37 @@
 """Causal attention inside each segment: no token sees another sample of its row.
 
-Shapes: T packed tokens, N query heads, K key and value heads, H head size; P slots (segments.py).
+Shapes: T packed tokens, N query heads, K key and value heads, H head size, U room for T rounded up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
-from hermes_core.backends import HALF, choose
-from hermes_core.segments import BucketPlan, Segments
+from hermes_core import attention_cpu, attention_peers
+from hermes_core.backends import choose
+from hermes_core.segments import Segments
 from hermes_kernels import reference
+from hermes_kernels.launch import TILE, padded_size
 
-Backend = Literal["auto", "torch", "cpu", "reference"]
+Backend = Literal["auto", "triton", "flash", "torch", "cpu", "reference"]
+
+
+@overload
+def varlen_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, *,
+    scale: float | None = None, return_lse: Literal[False] = False, backend: Backend = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def varlen_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments, *,
+    scale: float | None = None, return_lse: Literal[True], backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def varlen_attention(
@@ -26,35 +41,49 @@ def varlen_attention(
     segments: Segments,
     *,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention inside each segment; no token sees another segment.
+
+    Equal inputs give equal bits with "triton", "cpu" and "reference". What stands beside a segment
+    changes none of its bits: with "triton" as long as it keeps its place modulo 128.
 
     Args:
         q_TNH, k_TKH, v_TKH: one floating dtype and device; N a multiple of K (grouped queries).
         segments: made once per batch by `segments(cu_seqlens)`; covers all T tokens.
-        scale: factor on q @ k; 1 / sqrt(H) if None.
-        backend: "torch" (varlen_attn, CUDA, half precision), "cpu" (segments of like length
-            batched into fused calls), "reference" (plain, any device, float64 too), or "auto".
+        scale: positive factor on q @ k; 1 / sqrt(H) if None.
+        return_lse: give the log-sum-exp of each query's scaled scores too; it has no gradient.
+        backend: "triton" (ours, CUDA), "flash" (the flash-attn that is installed), "torch"
+            (PyTorch's varlen_attn), "cpu" (segments of like length batched into fused calls),
+            "reference" (plain, any device, float64 too), or "auto", the table in `backends`.
 
     Returns:
-        [T, N, H] in q's dtype.
+        [T, N, H] in q's dtype; with ``return_lse`` also [N, T], natural logarithm, at least fp32.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; unknown backend.
+        ValueError: shapes, dtypes or devices disagree; unknown backend; scale not positive.
         BackendError: ``backend`` cannot run here; the message says why.
 
     Source: Hermes 4 report (arXiv 2508.18255), section 3.
     """
     _check(q_TNH, k_TKH, v_TKH, segments)
-    scale = q_TNH.shape[-1] ** -0.5 if scale is None else scale
-    name = choose("attention", backend, q_TNH.device, q_TNH.dtype)
-    if name == "cpu":
-        out: Tensor = _Bucketed.apply(q_TNH, k_TKH, v_TKH, segments.bucket_plan, scale)
-        return out
-    if name == "torch":
-        return _torch_varlen(q_TNH, k_TKH, v_TKH, segments, scale)
-    return reference.varlen_attention(q_TNH, k_TKH, v_TKH, segments.lengths.tolist(), scale)
+    size = q_TNH.shape[-1]
+    scale = size**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    name = choose("attention", backend, q_TNH.device, q_TNH.dtype, size=size)
+    if name in ("triton", "cpu"):
+        out, lse = _run_op(name, q_TNH, k_TKH, v_TKH, segments, scale)
+    elif name == "reference":
+        lengths = segments.lengths.tolist()
+        out = reference.varlen_attention(q_TNH, k_TKH, v_TKH, lengths, scale)
+        if return_lse:
+            lse = reference.varlen_lse(q_TNH, k_TKH, lengths, scale)
+    else:
+        run = getattr(attention_peers, f"{name}_varlen")
+        out, lse = run(q_TNH, k_TKH, v_TKH, segments, scale)
+    return (out, lse[:, : segments.tokens].detach()) if return_lse else out
 
 
 def _check(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> None:
@@ -74,96 +103,85 @@ def _check(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> N
         raise ValueError(f"q has {heads} heads, not a multiple of the {k_TKH.shape[1]} of k and v")
     if segments.tokens != tokens:
         raise ValueError(f"cu_seqlens ends at {segments.tokens} but q has {tokens} tokens")
+    if segments.starts.device != q_TNH.device:
+        raise ValueError(
+            f"segments are on {segments.starts.device} but q is on {q_TNH.device}; "
+            "make them with device=q.device"
+        )
 
 
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    """PyTorch's own variable-length attention, for CUDA; not run on a GPU by us yet."""
-    from torch.nn.attention.varlen import varlen_attn
+def _run_op(
+    name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
+) -> tuple[Tensor, Tensor]:
+    size = q.shape[-1]
+    if name == "triton" and (room := padded_size(size) - size):
+        q, k, v = (pad(x, (0, room)) for x in (q, k, v))
+    places = (segments.starts, segments.ends, segments.query_order, segments.key_order)
+    out, lse = _op(q.contiguous(), k.contiguous(), v.contiguous(), *places, scale, name)
+    return out[..., :size], lse
 
-    bounds, longest = segments.cu_seqlens, segments.max_length
-    out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest,
-        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+
+@torch.library.custom_op("hermes::varlen_attention", mutates_args=())
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, query_order: Tensor,
+    key_order: Tensor, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Opaque to torch.compile, which so sees shapes that follow from T alone."""
+    if q.numel() == 0:
+        return torch.empty_like(q), _room_for_lse(q, query_order)
+    if backend == "cpu":
+        lse = _room_for_lse(q, query_order)
+        return attention_cpu.forward(q, k, v, starts, lse, scale), lse
+    from hermes_kernels import varlen_attention as kernels
+
+    return kernels.forward(q, k, v, starts, query_order, scale)
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, query_order: Tensor,
+      key_order: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(q), _room_for_lse(q, query_order)
+
+
+def _room_for_lse(q: Tensor, query_order: Tensor) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape[1], query_order.shape[0] * TILE, dtype=wide)
+
+
+@torch.library.custom_op("hermes::varlen_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor,
+    ends: Tensor, query_order: Tensor, key_order: Tensor, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if q.numel() == 0:
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if backend == "cpu":
+        return attention_cpu.backward(grad, q, k, v, out, lse, starts, scale)
+    from hermes_kernels import varlen_attention as kernels
+
+    return kernels.backward(grad, q, k, v, out, lse, starts, ends, query_order, key_order, scale)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor,
+      ends: Tensor, query_order: Tensor, key_order: Tensor, scale: float, backend: str,
+      ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, starts, ends, query_order, key_order, out, lse = ctx.saved_tensors
+    grads = _backward_op(
+        grad.contiguous(), q, k, v, out, lse, starts, ends, query_order, key_order,
+        ctx.scale, ctx.backend,
     )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out
+    return *grads, None, None, None, None, None, None
 
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class _Bucketed(torch.autograd.Function):
-    """One fused call for each bucket of like segments, on a padded copy of q, k and v.
-
-    A call for each segment would cost more than the arithmetic of short ones, and slicing one
-    output in a loop makes its backward quadratic in the number of segments.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: BucketPlan, scale: float
-    ) -> Tensor:
-        q_P, k_P, v_P = (_to_slots(x, plan) for x in (q, k, v))
-        out_P = torch.empty_like(q_P)
-        statistics = []
-        for q_b, k_b, v_b, out_b in _lines(plan, q_P, k_P, v_P, out_P):
-            out, lse = _forward(q_b, k_b, v_b, 0.0, True, scale=scale)
-            out_b.copy_(out)
-            statistics.append(lse)
-        ctx.save_for_backward(q_P, k_P, v_P, out_P, *statistics)
-        ctx.plan, ctx.scale = plan, scale
-        return out_P if plan.slot_of_token is None else out_P.index_select(0, plan.slot_of_token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        plan: BucketPlan = ctx.plan
-        q_P, k_P, v_P, out_P, *statistics = ctx.saved_tensors
-        grad_P = _to_slots(grad, plan)
-        if plan.real_slots is not None:
-            grad_P.mul_(plan.real_slots)  # a copy of ours: _to_slots gathered it
-        dq_P, dk_P, dv_P = (torch.empty_like(x) for x in (q_P, k_P, v_P))
-        tensors = (grad_P, q_P, k_P, v_P, out_P, dq_P, dk_P, dv_P)
-        for lse, (g, q, k, v, out, dq, dk, dv) in zip(
-            statistics, _lines(plan, *tensors), strict=True
-        ):
-            grads = _gradients(g, q, k, v, out, lse, ctx.scale)
-            for target, value in zip((dq, dk, dv), grads, strict=True):
-                target.copy_(value)
-        if plan.slot_of_token is None:
-            return dq_P, dk_P, dv_P, None, None
-        dq, dk, dv = (x.index_select(0, plan.slot_of_token) for x in (dq_P, dk_P, dv_P))
-        return dq, dk, dv, None, None
-
-
-def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v of one bucket, all [lines, heads, width, H].
-
-    Torch's kernel sums the heads that share a key in the inputs' dtype; in half precision that
-    costs a bit of k's and v's gradient, so there each head gets its own and we sum in fp32.
-    """
-    group = q.shape[1] // k.shape[1]
-    if group == 1 or q.dtype not in HALF:
-        return _backward(grad, q, k, v, out, lse, 0.0, True, scale=scale)  # type: ignore[no-any-return]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, True, scale=scale)
-    dk, dv = (x.unflatten(1, (-1, group)).sum(2, dtype=torch.float32) for x in (dk, dv))
-    return dq, dk, dv
-
-
-def _to_slots(x_TNH: Tensor, plan: BucketPlan) -> Tensor:
-    """[T, N, H] to the padded layout [P, N, H], contiguous."""
-    if plan.token_of_slot is None:
-        return x_TNH.contiguous()
-    return x_TNH.index_select(0, plan.token_of_slot)
-
-
-def _lines(plan: BucketPlan, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """For each bucket, the view [lines, heads, width, H] of every tensor [P, heads, H]."""
-    for bucket in plan.buckets:
-        slots = slice(bucket.start, bucket.start + bucket.count * bucket.width)
-        shape = (bucket.count, bucket.width)
-        yield [x[slots].unflatten(0, shape).transpose(1, 2) for x in tensors]
+_op.register_autograd(_differentiate, setup_context=_save)

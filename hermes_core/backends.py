@@ -1,80 +1,140 @@
-"""Who computes what: the backends of attention and of the loss, and why one cannot run here.
-
-Attention's Triton kernels are not here yet; a CUDA device goes through PyTorch.
-"""
+"""Who computes what: the backends of attention and of the loss, and why one cannot run here."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
+from hermes_kernels.launch import TABLE, architecture, padded_size
+
 Operation = Literal["attention", "loss"]
 
-# What each operation can be computed with, best first; `auto` takes the first that runs.
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "attention": ("torch", "cpu", "reference"),
+    "attention": ("triton", "flash", "torch", "cpu", "reference"),
     "loss": ("triton", "torch", "reference"),
 }
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `auto` takes on a device, best first: the first that can run; and why in this order."""
+
+    backends: tuple[str, ...]
+    source: str
+
+
+# By device ("sm_80" stands for every GPU that is not named), operation and head size (0: any).
+AUTO: dict[tuple[str, Operation, int], Choice] = {
+    ("sm_100", "attention", 0): Choice(
+        ("flash", "triton", "torch", "reference"),
+        "published: FA4 2.1 to 2.7 x stock Triton on B200 (arXiv 2603.05451)",
+    ),
+    ("sm_90", "attention", 0): Choice(
+        ("triton", "flash", "torch", "reference"),
+        "deterministic, no host synchronisation; machine code checked, not run on a GPU by us",
+    ),
+    # Hopper's 256 columns leave no room for warps that only load.
+    ("sm_90", "attention", 256): Choice(
+        ("flash", "triton", "torch", "reference"),
+        "machine code: head sizes above 128 are not warp-specialised",
+    ),
+    ("sm_80", "attention", 0): Choice(
+        ("triton", "torch", "flash", "reference"),
+        "deterministic, no host synchronisation; not run on a GPU by us",
+    ),
+    ("cpu", "attention", 0): Choice(("cpu", "reference"), "python -m bench attention"),
+    ("sm_80", "loss", 0): Choice(
+        ("triton", "torch", "reference"),
+        "one pass over a chunk of logits; machine code checked, not run on a GPU by us",
+    ),
+    ("cpu", "loss", 0): Choice(("torch", "reference"), "python -m bench loss"),
+}
+
+
 class BackendError(RuntimeError):
     """The backend asked for cannot run here; the message says why and what can."""
 
 
-def obstacle(operation: Operation, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why ``backend`` cannot run ``operation`` on this device and dtype; "" where it can."""
+def obstacle(
+    operation: Operation, backend: str, device: torch.device, dtype: torch.dtype, size: int = 128
+) -> str:
+    """Why ``backend`` cannot run ``operation`` on this device, dtype, head size; "" if it can."""
     if dtype not in FLOATS:
         return f"dtype {dtype} is not a float32, float64, bfloat16 or float16"
-    if backend == "triton":
-        return _obstacle_of_triton(device, dtype)
-    if operation == "loss" or backend == "reference":
+    if operation == "loss":
+        return _obstacle_of_loss(device, dtype) if backend == "triton" else ""
+    if backend == "reference":
         return ""
     if backend == "cpu":
         return "" if device.type == "cpu" else f"the tensors are on {device}"
-    if device.type != "cuda":
-        return f"torch's varlen_attn needs CUDA tensors, these are on {device}"
+    owner = {"triton": "Triton", "flash": "flash-attn", "torch": "torch's varlen_attn"}[backend]
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"{owner} needs CUDA tensors, these are on {device}"
     if dtype not in HALF:
-        return f"torch's varlen_attn takes bfloat16 or float16, not {dtype}"
+        return f"{owner} takes bfloat16 or float16, not {dtype}"
+    if not padded_size(size):
+        return f"{owner} takes head sizes to 256, not {size}"
+    if backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
+    if backend == "triton" and (architecture(device), "forward", padded_size(size)) not in TABLE:
+        return f"no tiles for head size {size} on this GPU"
+    if backend == "flash":
+        from hermes_core.attention_peers import flash
+
+        return "" if flash() else "no flash-attn is installed"
     return ""
 
 
-def _obstacle_of_triton(device: torch.device, dtype: torch.dtype) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+def _obstacle_of_loss(device: torch.device, dtype: torch.dtype) -> str:
+    """Why Triton's kernels of the loss cannot run; "" if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton needs CUDA tensors, these are on {device}"
     return "the kernels sum in float32" if dtype == torch.float64 else ""
 
 
-def choose(operation: Operation, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to run: ``backend`` itself, or the best one that can where it is "auto".
+def choose(
+    operation: Operation, backend: str, device: torch.device, dtype: torch.dtype, *, size: int = 128
+) -> str:
+    """The backend to run: ``backend`` itself, or what `AUTO` says where it is "auto".
 
     Raises:
         ValueError: no such backend.
-        BackendError: it cannot run on this device and dtype.
+        BackendError: it cannot run on this device, dtype and head size.
     """
     known = BACKENDS[operation]
-    reasons = {name: obstacle(operation, name, device, dtype) for name in known}
-    able = [name for name in known if not reasons[name]]
-    if device.type != "cuda":  # Triton's interpreter is slow: it runs where it is asked for
-        able = [name for name in able if name != "triton"]
-    if backend == "auto":
-        if able:
-            return able[0]
-        raise BackendError(f"no backend can run {operation} here: {reasons[known[-1]]}")
-    if backend not in known:
+    if backend != "auto" and backend not in known:
         raise ValueError(
             f"backend {backend!r} is not one of {operation}'s: auto, {', '.join(known)}"
         )
-    if reasons[backend]:
-        way_out = f"; use backend={able[0]!r}" if able else ""
-        raise BackendError(f"backend {backend!r} cannot run here: {reasons[backend]}{way_out}")
-    return backend
+    order = choice(operation, device, size).backends
+    if torch.are_deterministic_algorithms_enabled():
+        order = tuple(name for name in order if name not in ("flash", "torch")) + order
+    wanted = order if backend == "auto" else (backend,)
+    for name in wanted:
+        if not obstacle(operation, name, device, dtype, size):
+            return name
+    reason = obstacle(operation, wanted[-1], device, dtype, size)
+    if backend == "auto":
+        raise BackendError(f"no backend can run {operation} here: {reason}")
+    able = [name for name in order if not obstacle(operation, name, device, dtype, size)]
+    way_out = f"; use backend={able[0]!r}" if able else ""
+    raise BackendError(f"backend {backend!r} cannot run here: {reason}{way_out}")
+
+
+def choice(operation: Operation, device: torch.device, size: int) -> Choice:
+    """The line of `AUTO` for a device and a head size."""
+    name = f"sm_{architecture(device)}" if device.type == "cuda" else "cpu"
+    keys = [(name, padded_size(size)), (name, 0), ("sm_80", 0)]
+    return next(AUTO[at, operation, h] for at, h in keys if (at, operation, h) in AUTO)
 
 
 def explain() -> list[str]:
@@ -88,4 +148,6 @@ def explain() -> list[str]:
             reason = obstacle(operation, name, device, dtype)  # type: ignore[arg-type]
             state = f"no: {reason}" if reason else "yes" + (" (auto)" if name == first else "")
             lines.append(f"{operation:9} {name:9} {state}")
+        why = choice(operation, device, 128).source  # type: ignore[arg-type]
+        lines.append(f"{operation:9} auto      {first}: {why}")
     return lines

@@ -1,11 +1,11 @@
 """Where each sample's segment lies in a batch of packed rows: made once, shared by all layers.
 
-Shapes: T packed tokens, S segments, P slots of the padded layout.
+Shapes: T packed tokens, S segments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,85 +13,86 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hermes_kernels.launch import TILE
+
 INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Segments of like length, side by side in the padded layout: ``count`` lines of ``width``."""
-
-    start: int  # first slot
-    count: int
-    width: int
-
-
-@dataclass(frozen=True)
-class BucketPlan:
-    """A layout in which segments of like length are padded to one width.
-
-    Causal attention lets nothing look at what comes later, so trailing slots harm nobody; they
-    repeat their segment's last token and their gradient is taken as zero.
-    """
-
-    buckets: tuple[Bucket, ...]
-    token_of_slot: Tensor | None  # [P] int64; None: slots are the tokens in their order
-    slot_of_token: Tensor | None  # [T] int64
-    real_slots: Tensor | None  # [P, 1, 1] bool; None: every slot is a token
-
-
-@dataclass(frozen=True)
 class Segments:
-    """Segments of a flat batch; segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1]."""
+    """Segments of a flat batch, as every backend wants them; shapes follow from T alone."""
 
-    cu_seqlens: Tensor  # [S + 1] int32, on the device of the batch
-    lengths: NDArray[np.int64] = field(repr=False)  # [S], on the host
+    starts: Tensor = field(repr=False)  # [T] int32, first token of each token's segment
+    ends: Tensor = field(repr=False)  # [T] int32, one past its last
+    query_order: Tensor = field(repr=False)  # [ceil(T / TILE)] int32, longest reach first
+    key_order: Tensor = field(repr=False)  # the same of key tiles
+    known_lengths: NDArray[np.int64] | None = field(default=None, repr=False)  # see `lengths`
 
     @property
     def tokens(self) -> int:
-        """T, where the last segment ends."""
-        return int(self.lengths.sum())
+        """T."""
+        return self.starts.shape[0]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[S] of the segments that hold a token, on the host.
+
+        Waits for the device, unless the segments were made from a ``cu_seqlens`` on the host.
+        """
+        return lengths_of(self.starts) if self.known_lengths is None else self.known_lengths
 
     @cached_property
     def max_length(self) -> int:
-        """Tokens of the longest segment."""
+        """Tokens of the longest segment; waits as `lengths` does."""
         return int(self.lengths.max(initial=0))
-
-    @cached_property
-    def bucket_plan(self) -> BucketPlan:
-        """The padded layout of the CPU backend; made at its first use."""
-        return plan_buckets(self.lengths)
 
     def to(self, device: torch.device | str) -> Segments:
         """The same segments for tensors on ``device``."""
-        return Segments(self.cu_seqlens.to(device, non_blocking=True), self.lengths)
+        names = ("starts", "ends", "query_order", "key_order")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
 
 
 def segments(
-    cu_seqlens: Tensor | NDArray[np.integer], *, device: torch.device | str | None = None
+    cu_seqlens: Tensor | NDArray[np.integer],
+    tokens: int | None = None,
+    *,
+    device: torch.device | str | None = None,
 ) -> Segments:
     """Segments of a batch from ``cu_seqlens``, as `build_rows` gives it.
 
     Args:
-        cu_seqlens: [S + 1], integer, rising from 0. Segments of no token are left out. Pass it
-            from the host: a CUDA tensor is copied back, which waits for the device.
+        cu_seqlens: [S + 1], integer, rising from 0; segments of no token are allowed. On a CUDA
+            device nothing waits for it and its values are taken on trust.
+        tokens: T; where ``cu_seqlens`` ends if None, which waits for the device it is on. A token
+            after the last segment is one of its own, so that padding costs next to nothing.
         device: where q, k and v will be; the device of ``cu_seqlens`` if None.
 
     Raises:
-        TypeError: not integers. ValueError: not 1-D, does not start at 0, falls, or passes 2^31.
+        TypeError: not integers.
+        ValueError: not 1-D, does not start at 0, falls, ends beyond ``tokens``, or passes 2^31.
     """
-    if isinstance(cu_seqlens, Tensor):
-        device = cu_seqlens.device if device is None else device
-        bounds = cu_seqlens.detach().cpu().numpy()
-    else:
-        bounds = np.asarray(cu_seqlens)
-    if not np.issubdtype(bounds.dtype, np.integer):
+    bounds = torch.as_tensor(cu_seqlens).detach()
+    if bounds.dtype.is_floating_point or bounds.dtype.is_complex or bounds.dtype == torch.bool:
         raise TypeError(f"cu_seqlens must hold integers, got {bounds.dtype}")
     if bounds.ndim != 1 or len(bounds) < 1:
-        raise ValueError(f"cu_seqlens must be 1-D with at least one entry, got {bounds.shape}")
-    bounds = bounds.astype(np.int64)
-    lengths = np.diff(bounds)
+        raise ValueError(
+            f"cu_seqlens must be 1-D with at least one entry, got {tuple(bounds.shape)}"
+        )
+    known = None
+    if bounds.device.type == "cpu":
+        known = _check(bounds.numpy(), tokens)
+    if tokens is None:
+        tokens = int(bounds[-1])
+    bounds = bounds.to(device or bounds.device, torch.int32, non_blocking=True)
+    return _of(bounds, tokens, known)
+
+
+def _check(bounds: NDArray[np.integer], tokens: int | None) -> NDArray[np.int64]:
+    """Lengths of the segments that hold a token."""
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
+    lengths = np.diff(bounds.astype(np.int64))
     if len(lengths) and lengths.min() < 0:
         at = int(lengths.argmin())
         raise ValueError(
@@ -99,48 +100,60 @@ def segments(
         )
     if bounds[-1] > INT32_MAX:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]}, beyond int32; use fewer rows a batch")
-    lengths = lengths[lengths > 0]
-    kept = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return Segments(torch.from_numpy(kept).to(device or "cpu", non_blocking=True), lengths)
+    if tokens is not None and bounds[-1] > tokens:
+        raise ValueError(f"cu_seqlens ends at {bounds[-1]}, beyond the {tokens} tokens")
+    tail = 0 if tokens is None else tokens - int(bounds[-1])
+    return np.concatenate([lengths[lengths > 0], np.ones(tail, np.int64)])
 
 
-def padded_width(length: int) -> int:
-    """The width a segment is padded to, so that few widths serve many lengths.
+def segments_of_positions(positions_BL: Tensor, mask_BL: Tensor | None = None) -> Segments:
+    """Segments of B rows laid end to end: one begins where positions do not go on by one.
 
-    Attention costs the square of the width: short segments share powers of two, since their cost
-    is that of the call; middle ones share multiples of 32; long ones are never padded.
+    Args:
+        positions_BL: integer; 0, 1, 2 ... in each segment, as collators that pack give them.
+        mask_BL: False at padding, each token of which is then a segment, and costs nothing.
+
+    Nothing waits for the device.
     """
-    if length > 256:
-        return length
-    if length > 64:
-        return -(-length // 32) * 32
-    return max(8, 1 << (length - 1).bit_length())
+    goes_on = positions_BL[:, 1:] == positions_BL[:, :-1] + 1
+    if mask_BL is not None:
+        goes_on &= mask_BL[:, 1:].bool() & mask_BL[:, :-1].bool()
+    begins = torch.nn.functional.pad(~goes_on, (1, 0), value=True).flatten()
+    tokens = begins.shape[0]
+    t = torch.arange(tokens, dtype=torch.int32, device=begins.device)
+    starts = torch.where(begins, t, 0).cummax(0).values
+    next_begin = torch.where(begins, t, tokens).flip(0).cummin(0).values.flip(0)
+    ends = torch.nn.functional.pad(next_begin[1:], (0, 1), value=tokens)
+    return _ordered(starts, ends, None)
 
 
-def plan_buckets(lengths: NDArray[np.int64]) -> BucketPlan:
-    """The padded layout for segments of these lengths, [S], all at least 1."""
-    starts = np.cumsum(lengths) - lengths
-    widths = np.array([padded_width(int(n)) for n in lengths], dtype=np.int64)
-    buckets, tokens, real, slot = [], [], [], 0
-    for width in np.unique(widths).tolist():
-        members = np.flatnonzero(widths == width)
-        width = int(lengths[members].max())  # no wider than its longest
-        place = np.arange(width)
-        inside = place < lengths[members, None]
-        last = starts[members, None] + lengths[members, None] - 1
-        tokens.append(np.where(inside, starts[members, None] + place, last).ravel())
-        real.append(inside.ravel())
-        buckets.append(Bucket(slot, len(members), width))
-        slot += len(members) * width
-    if not buckets:
-        return BucketPlan((), None, None, None)
-    token_of_slot, is_real = np.concatenate(tokens), np.concatenate(real)
-    total = int(lengths.sum())
-    if slot == total and bool((token_of_slot == np.arange(total)).all()):
-        return BucketPlan(tuple(buckets), None, None, None)
-    slot_of_token = np.empty(total, dtype=np.int64)
-    slot_of_token[token_of_slot[is_real]] = np.flatnonzero(is_real)
-    mask = None if is_real.all() else torch.from_numpy(is_real)[:, None, None]
-    return BucketPlan(
-        tuple(buckets), torch.from_numpy(token_of_slot), torch.from_numpy(slot_of_token), mask
+def _of(cu_seqlens: Tensor, tokens: int, known: NDArray[np.int64] | None) -> Segments:
+    """Bounds of each token, by operations that no host waits for."""
+    t = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
+    owner = torch.searchsorted(cu_seqlens, t, right=True)  # 1 for the first segment
+    last = cu_seqlens.shape[0] - 1
+    after = owner > last
+    starts = torch.where(after, t, cu_seqlens[owner - 1])
+    ends = torch.where(after, t + 1, cu_seqlens[owner.clamp(max=last)])
+    return _ordered(starts, ends, known)
+
+
+def _ordered(starts: Tensor, ends: Tensor, known: NDArray[np.int64] | None) -> Segments:
+    """With the orders of tiles: a query tile reaches back to its first token's start, a key tile
+    on to its last token's end."""
+    tokens = starts.shape[0]
+    tile_starts = torch.arange(0, tokens, TILE, dtype=torch.int32, device=starts.device)
+    tile_ends = (tile_starts + TILE).clamp(max=tokens)
+    reach_back = tile_ends - starts[::TILE]
+    reach_on = ends[(tile_ends - 1).long()] - tile_starts
+    query_order, key_order = (
+        reach.argsort(descending=True, stable=True).int() for reach in (reach_back, reach_on)
     )
+    return Segments(starts.int(), ends.int(), query_order, key_order, known)
+
+
+def lengths_of(starts_T: Tensor) -> NDArray[np.int64]:
+    """[S], the lengths of the segments whose first tokens ``starts_T`` tells."""
+    starts = starts_T.detach().cpu().numpy()
+    firsts = np.flatnonzero(starts == np.arange(len(starts)))
+    return np.diff(firsts, append=len(starts)).astype(np.int64)

@@ -30,6 +30,18 @@ def varlen_attention(
     return torch.cat(parts) if parts else q_TNH.clone()
 
 
+def varlen_lse(q_TNH: Tensor, k_TKH: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    """Natural log-sum-exp of the scaled scores that each query sees, [N, T], at least fp32."""
+    group = q_TNH.shape[1] // k_TKH.shape[1]
+    parts = [q_TNH.new_empty(q_TNH.shape[1], 0, dtype=_at_least_float32(q_TNH.dtype))]
+    for q, k in zip(*(x.split(list(lengths)) for x in (q_TNH, k_TKH)), strict=True):
+        k = k.repeat_interleave(group, dim=1)
+        scores = torch.einsum("qnh,knh->nqk", q, k).to(parts[0].dtype) * scale
+        later = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
+        parts.append(scores.masked_fill(later, float("-inf")).logsumexp(-1))
+    return torch.cat(parts, dim=1)
+
+
 def token_statistics(
     logits_TV: Tensor, labels_T: Tensor, kept_T: Tensor, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -159,7 +159,7 @@ def test_a_backend_that_cannot_run_says_why_and_what_can() -> None:
     q, k, v = qkv(8, 2, 2, 16, torch.float32)
     with pytest.raises(BackendError, match=r"needs CUDA tensors.*use backend='cpu'"):
         varlen_attention(q, k, v, where([8]), backend="torch")
-    with pytest.raises(ValueError, match="'fast' is not one of attention's: auto, torch"):
+    with pytest.raises(ValueError, match="'fast' is not one of attention's: auto, triton"):
         varlen_attention(q, k, v, where([8]), backend="fast")  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="int32"):
         varlen_attention(*(x.detach().int() for x in (q, k, v)), where([8]))

@@ -1,4 +1,4 @@
-"""Segments: lengths and the padded layout of the CPU backend."""
+"""Segments: bounds of each token and the orders of tiles."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_core.segments import padded_width, plan_buckets, segments
+from hermes_core.segments import segments, segments_of_positions
+from hermes_kernels.launch import TILE
 
 
 def test_lengths_and_the_longest_follow_from_cu_seqlens() -> None:
     where = segments(np.array([0, 3, 3, 10, 11], dtype=np.int32))
     assert where.lengths.tolist() == [3, 7, 1]  # the segment of no token is left out
     assert (where.max_length, where.tokens) == (7, 11)
-    assert where.cu_seqlens.dtype == torch.int32
-    assert where.cu_seqlens.tolist() == [0, 3, 10, 11]
+    assert where.starts.dtype == where.ends.dtype == torch.int32
 
 
 def test_tensor_and_array_give_the_same_segments() -> None:
@@ -41,31 +41,82 @@ def test_bad_cu_seqlens_are_refused(bounds: np.ndarray, error: type[Exception], 
         segments(bounds)
 
 
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=40))
+def test_more_tokens_than_cu_seqlens_covers_are_segments_of_their_own() -> None:
+    where = segments(np.array([0, 2]), 5)
+    assert where.tokens == 5
+    assert where.lengths.tolist() == [2, 1, 1, 1]
+    assert where.starts.tolist() == [0, 0, 2, 3, 4]
+    assert where.ends.tolist() == [2, 2, 3, 4, 5]
+
+
+def test_fewer_tokens_than_cu_seqlens_covers_are_refused() -> None:
+    with pytest.raises(ValueError, match="ends at 9, beyond the 8 tokens"):
+        segments(np.array([0, 9]), 8)
+
+
+@given(st.lists(st.integers(0, 300), max_size=30), st.integers(0, 200))
 @settings(max_examples=100, deadline=None)
-def test_every_token_has_one_real_slot_in_a_line_of_its_segment(lengths: list[int]) -> None:
-    plan = plan_buckets(np.array(lengths, dtype=np.int64))
-    total = sum(lengths)
-    slots = sum(b.count * b.width for b in plan.buckets)
-    tokens = torch.arange(total) if plan.token_of_slot is None else plan.token_of_slot
-    places = torch.arange(total) if plan.slot_of_token is None else plan.slot_of_token
-    assert len(tokens) == slots
-    assert tokens[places].tolist() == list(range(total))
-    real = torch.ones(slots) if plan.real_slots is None else plan.real_slots.flatten()
-    assert int(real.sum()) == total
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    for bucket in plan.buckets:
-        line = tokens[bucket.start : bucket.start + bucket.count * bucket.width]
-        for row in line.view(bucket.count, bucket.width):
-            assert len(set(owner[row.numpy()])) == 1  # one segment a line
-            assert (row.diff() >= 0).all()
+def test_each_token_knows_its_segment(lengths: list[int], tail: int) -> None:
+    where = segments(
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), sum(lengths) + tail
+    )
+    wanted = [n for n in lengths if n] + [1] * tail
+    ends = np.cumsum(wanted, dtype=np.int64)
+    assert where.starts.tolist() == np.repeat(ends - wanted, wanted).tolist()
+    assert where.ends.tolist() == np.repeat(ends, wanted).tolist()
+    assert where.lengths.tolist() == wanted
 
 
-def test_long_segments_are_never_padded() -> None:
-    assert [padded_width(n) for n in (1, 8, 9, 64, 65, 256, 257, 1001)] == [
-        8, 8, 16, 64, 96, 256, 257, 1001,
-    ]  # fmt: skip
+@given(st.lists(st.integers(1, 700), min_size=1, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_every_tile_is_ordered_once_by_its_falling_reach(lengths: list[int]) -> None:
+    where = segments(np.concatenate([[0], np.cumsum(lengths)]))
+    tiles = [range(a, min(a + TILE, where.tokens)) for a in range(0, where.tokens, TILE)]
+    back = [tile[-1] + 1 - int(where.starts[tile[0]]) for tile in tiles]
+    on = [int(where.ends[tile[-1]]) - tile[0] for tile in tiles]
+    for order, reach in ((where.query_order.tolist(), back), (where.key_order.tolist(), on)):
+        assert sorted(order) == list(range(len(tiles)))
+        assert [reach[i] for i in order] == sorted(reach, reverse=True)
 
 
-def test_one_segment_needs_no_copy() -> None:
-    assert plan_buckets(np.array([300])).token_of_slot is None
+def test_shapes_follow_from_the_tokens_alone() -> None:
+    one, many = segments(np.array([0, 500])), segments(np.arange(501))
+    for name in ("starts", "ends", "query_order", "key_order"):
+        a, b = getattr(one, name), getattr(many, name)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_bounds_on_the_device_are_never_read_by_the_host() -> None:
+    """On "meta" there is nothing to read: any look at a value would fail."""
+    where = segments(torch.empty(9, dtype=torch.int32, device="meta"), 300)
+    assert where.starts.shape == (300,)
+    assert where.query_order.shape == (3,)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=4),
+    st.integers(0, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_positions_tell_the_segments_of_rows(rows: list[list[int]], padding: int) -> None:
+    width = max(map(sum, rows)) + padding
+    lengths = [n for row in rows for n in (*row, width - sum(row)) if n]
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(len(rows), width)
+    where = segments_of_positions(positions)
+    wanted = segments(np.concatenate([[0], np.cumsum(lengths)]))
+    for name in ("starts", "ends", "query_order", "key_order"):
+        assert torch.equal(getattr(where, name), getattr(wanted, name))
+    assert where.lengths.tolist() == lengths
+
+
+def test_rows_of_one_segment_each_do_not_join() -> None:
+    where = segments_of_positions(torch.arange(4).expand(3, 4))
+    assert where.lengths.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("mask", "lengths"), [([0, 0, 1, 1, 1], [1, 1, 3]), ([1, 1, 1, 0, 0], [3, 1, 1])]
+)
+def test_each_token_of_padding_is_a_segment_of_its_own(mask: list[int], lengths: list[int]) -> None:
+    where = segments_of_positions(torch.arange(5)[None], torch.tensor([mask]))
+    assert where.lengths.tolist() == lengths

@@ -1,0 +1,141 @@
+"""A rate predicted from machine code, calibrated on kernels whose rate is published.
+
+One turn of the softmax loop on one multiprocessor takes
+
+    cycles = tensor + overlap * issue
+
+where ``tensor`` are the cycles of its matrix products at the chip's rate, ``issue`` those in which
+the four schedulers issue what the computing warps execute, and ``overlap`` the share of these that
+does not hide behind the products: the one free number, fitted for each architecture on a dense
+causal rate of FlashAttention and tried on its rate for packed rows. Turns are counted as the tiles
+lie, masked corners included, and dealt to multiprocessors longest first. Everything told here is a
+prediction.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench.attention import Shape
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a multiprocessor does in a cycle, how many there are, and at which clock under load."""
+
+    name: str
+    target: int
+    multiprocessors: int
+    clock_hz: float
+    flops: int  # dense bf16, a cycle and multiprocessor
+
+
+# Clocks: those at which the sheets' dense bf16 rates hold (989 TFLOP/s; 2,250 for B200).
+CHIPS = (
+    Chip("H100 and H200", 90, 132, 1.83e9, 4096),
+    Chip("B200", 100, 148, 1.86e9, 8192),
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a kernel's loop: a block of queries against a block of keys."""
+
+    queries: int
+    keys: int
+    flops: float
+    instructions: int  # that each computing warp issues
+    warps: int  # that compute
+
+    def cycles(self, chip: Chip, overlap: float) -> float:
+        return self.flops / chip.flops + overlap * self.issue
+
+    @property
+    def issue(self) -> float:
+        return self.instructions * self.warps / 4
+
+
+@dataclass(frozen=True)
+class Published:
+    """FlashAttention as its machine code is and as somebody measured it."""
+
+    target: int
+    turn: Turn
+    dense_tflops: float  # forward, one causal segment of 8,192
+    packed_tflops: float  # forward, a packed row of 16,384
+    source: str
+
+
+# Instructions: the interior block of FlashAttention-4's own machine code (flash-attn-4 4.0.0b36,
+# compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: on sm_90a two groups
+# of four warps share a tile, on sm_100a each has its own. Rates: FlashAttention's PRs 1893
+# and 2150, and the bars of MagiAttention's benchmark of packed rows, +- 5.
+CALIBRATION = (
+    Published(
+        90, Turn(128, 128, 4 * 128**3, 494, 8), 660, 545,
+        "FA4's code for sm_90a, FA3's rates on H100",
+    ),
+    Published(
+        100, Turn(128, 128, 4 * 128**3, 520, 4), 1388, 1022,
+        "FA4's code for sm_100a and its rates on B200",
+    ),
+)  # fmt: skip
+
+
+def lengths_of_magi() -> tuple[int, ...]:
+    """Packed rows as MagiAttention's: 16,384 tokens in segments of at most a quarter."""
+    drawn = np.random.default_rng(0).lognormal(np.log(2048) - 0.5, 1.0, 64)
+    ends = np.minimum(np.cumsum(np.clip(drawn, 16, 4096).astype(int)), 16_384)
+    return tuple(int(n) for n in np.diff(np.unique(ends), prepend=0))
+
+
+def tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
+    """Rate by exact causal area, of a forward whose every tile is dealt longest first."""
+    lengths = np.array(shape.lengths)
+    ends = np.cumsum(lengths)
+    starts = np.repeat(ends - lengths, lengths)[:: turn.queries]
+    tiles = np.arange(0, shape.tokens, turn.queries)
+    turns = np.ceil((tiles + turn.queries - starts // turn.keys * turn.keys) / turn.keys)
+    costs = np.repeat(np.sort(turns)[::-1], shape.heads[0]) * turn.cycles(chip, overlap)
+    return shape.flops / (makespan(costs, chip.multiprocessors) / chip.clock_hz) / 1e12
+
+
+def makespan(costs: np.ndarray, workers: int) -> float:
+    """When the last worker ends, each taking the next cost as it comes free."""
+    free = [0.0] * workers
+    for cost in costs:
+        heapq.heappush(free, heapq.heappop(free) + float(cost))
+    return max(free)
+
+
+def fit(chip: Chip, known: Published, shape: Shape) -> float:
+    """The overlap with which the model gives the published dense rate."""
+    ideal = tflops(known.turn, chip, 0.0, shape)
+    tensor = known.turn.flops / chip.flops
+    return (ideal / known.dense_tflops - 1) * tensor / known.turn.issue
+
+
+def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape]) -> Iterator[str]:
+    """Predictions for ours and for the calibration kernel at each shape, with the model's error."""
+    for chip in CHIPS:
+        known = next(k for k in CALIBRATION if k.target == chip.target)
+        like = shapes[0]
+        dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
+        packed = Shape("packed", lengths_of_magi(), like.heads, like.size, like.dtype)
+        overlap = fit(chip, known, dense)
+        error = tflops(known.turn, chip, overlap, packed) / known.packed_tflops - 1
+        yield (
+            f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
+            f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
+        )
+        for shape in shapes:
+            ours = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
+            theirs = tflops(known.turn, chip, overlap, shape)
+            yield (
+                f"{shape!s:58} forward {ours:5,.0f} TFLOP/s predicted, "
+                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f})"
+            )

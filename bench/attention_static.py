@@ -1,0 +1,215 @@
+"""The attention kernels as machine code, for every entry of their table: what can be proven here.
+
+That each compiles, fits and multiplies on the tensor cores by the widest instruction, loads by TMA,
+is specialised where the table says so, spills nothing in a loop, and keeps its budget. A rate is
+predicted from the same loops, and is a prediction: none of these kernels has run on a GPU.
+
+Triton must not interpret in this process. For another Triton, put it first on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from bench.attention import gpu_shapes
+from bench.attention_model import Turn, predict
+from bench.harness import Result
+from bench.machine_code import MachineCode, compile_kernel
+from hermes_kernels import varlen_attention as kernels
+from hermes_kernels.launch import TABLE, Kernel, Launch, launch_of
+
+TARGETS = (90, 100)
+MATRIX = {90: "HGMMA", 100: "UTCHMMA"}
+SPILLS = ("LDL", "STL")
+# On sm_100 Triton 3.7 keeps the thread's number in one slot of the stack, which each group of
+# warps reads when it starts; 3.6 reads one in dq. No loop of a group touches it.
+SPILLS_OUTSIDE_LOOPS = {90: 0, 100: 12}
+
+# Instructions that a warp issues in one turn of the softmax loop, by class, with Triton 3.7.1 or
+# 3.6.0, whichever is more. A regression is more than a twentieth and four above that.
+BUDGET_FILE = Path(__file__).with_name("attention_budget.json")
+CLASSES = {
+    "matrix": ("HGMMA", "UTCHMMA", "HMMA"),
+    "special": ("MUFU",),
+    "float": ("FFMA", "FADD", "FMUL", "FMNMX", "FSEL", "FSETP", "F2FP"),
+    "integer": (
+        "IADD", "IMAD", "LOP3", "ISETP", "SEL", "SHF", "LEA", "VIADD", "PLOP", "R2P", "PRMT", "MOV",
+    ),
+    "memory": ("LD", "ST", "UTMA", "SYNCS", "UBLK"),
+}  # fmt: skip
+
+
+def budget() -> dict[str, dict[str, int]]:
+    """The budget of each entry, by class."""
+    known: dict[str, dict[str, int]] = json.loads(BUDGET_FILE.read_text())
+    return known
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table and what the compiler makes of it."""
+
+    target: int
+    kernel: Kernel
+    size: int
+    launch: Launch
+    code: MachineCode
+
+    @property
+    def loop(self) -> Counter[str]:
+        """The loop that does the softmax: the shortest that has most of the exponentials."""
+        loops = self.code.hot_loops()
+        most = max((body["MUFU.EX2"] for body in loops), default=0)
+        softmax = [body for body in loops if 2 * body["MUFU.EX2"] >= most]
+        return min(softmax, key=Counter.total, default=Counter())
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions of that loop by the beginning of their names."""
+        return sum(n for name, n in self.loop.items() if name.startswith(prefixes))
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.target} {self.kernel} {self.size}"
+
+    def classes(self) -> dict[str, int]:
+        """Instructions of that loop by class; "other" are what no class names."""
+        counts = {name: self.count(*prefixes) for name, prefixes in CLASSES.items()}
+        return counts | {"other": self.loop.total() - sum(counts.values())}
+
+    def overspent(self) -> list[str]:
+        """Classes that are over their budget."""
+        allowed = budget()[self.name]
+        return [
+            f"{count} {name} instructions a turn, budget {allowed[name]}"
+            for name, count in self.classes().items()
+            if count > 1.05 * allowed[name] + 4
+        ]
+
+    def faults(self) -> list[str]:
+        """What is wrong; empty where nothing is."""
+        code, matrix = self.code, MATRIX[self.target]
+        in_loops = sum(
+            n for loop in code.hot_loops() for name, n in loop.items() if name.startswith(SPILLS)
+        )
+        checks = {
+            f"{in_loops} spills in a loop": in_loops > 0,
+            f"{code.count(*SPILLS)} spills": code.count(*SPILLS)
+            > SPILLS_OUTSIDE_LOOPS[self.target],
+            f"no {matrix}": code.count(matrix) == 0,
+            "no TMA loads": code.count("UTMALDG") == 0,
+            "warps are not specialised": self.launch.specialize and code.warps <= self.launch.warps,
+            "no loop that exponentiates": not self.loop,
+        }
+        limits = [text for text in code.faults() if "spill" not in text]
+        return limits + [text for text, wrong in checks.items() if wrong] + self.overspent()
+
+
+def entries() -> Iterator[Entry]:
+    """Every entry of the table for the two targets, compiled."""
+    for (target, kernel, size), launch in TABLE.items():
+        if target in TARGETS:
+            yield Entry(target, kernel, size, launch, compile_entry(target, kernel, size, launch))
+
+
+def compile_entry(target: int, kernel: Kernel, size: int, launch: Launch) -> MachineCode:
+    """One kernel as the recipes call it: bf16, 64 query heads on 8."""
+    queries = f"tensordesc<bf16[{launch.queries},{size}]>"
+    keys = f"tensordesc<bf16[{launch.keys},{size}]>"
+    vector = f"tensordesc<fp32[{launch.queries}]>"
+    special = {
+        "forward": {"k_desc": keys, "v_desc": keys},
+        "dq": {"k_desc": keys, "v_desc": keys},
+        "dkdv": {"q_desc": queries, "dout_desc": queries, "lse_desc": vector, "delta_desc": vector},
+    }[kernel]
+    integers, floats = ("starts", "ends", "order"), ("lse_ptr", "delta_ptr")
+    function: Any = getattr(kernels, f"{kernel}_kernel")
+    constants = {
+        "N": 64, "K": 8, "G": 8, "H": size, "M": launch.queries, "J": launch.keys,
+        "SPECIALIZE": launch.specialize,
+    }  # fmt: skip
+    signature = {"scale": "fp32", "T": "i32", "U": "i32"} | special
+    for name in function.arg_names:
+        if name in integers:
+            signature[name] = "*i32"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in floats else "*bf16"
+    return compile_kernel(
+        function,
+        {name: signature[name] for name in function.arg_names if name in signature},
+        {name: value for name, value in constants.items() if name in function.arg_names},
+        target,
+        divisible=("T", "U"),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def delta_faults() -> list[str]:
+    """What is wrong with the one kernel that multiplies no matrices, and is in no table."""
+    pointers = {"out_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32"}
+    wrong = []
+    for target, size in sorted({(target, size) for target, _, size in TABLE if target in TARGETS}):
+        how = launch_of(target, "delta", size)
+        code = compile_kernel(
+            kernels.delta_kernel,
+            pointers | {"T": "i32", "U": "i32"},
+            {"N": 64, "H": size, "M": how.queries},
+            target,
+            divisible=("T", "U"),
+            num_warps=how.warps,
+        )
+        faults = code.faults() + ([] if code.count("LDG.E.128") else ["no 128-bit loads"])
+        wrong += [f"sm_{target} delta {size}: {fault}" for fault in faults]
+    return wrong
+
+
+def run() -> Iterator[Result | str]:
+    """A line for each entry, then the predictions; an entry with a fault ends the run."""
+    yield f"Triton {triton.__version__}; compiled, not run: no figure here was measured on a GPU\n"
+    wrong, turns = [], {}
+    for entry in entries():
+        faults = entry.faults()
+        wrong += [f"{entry.name}: {fault}" for fault in faults]
+        yield line(entry) + (f"  FAULT: {'; '.join(faults)}" if faults else "")
+        turns[entry.target, entry.kernel, entry.size] = turn_of(entry)
+    wrong += delta_faults()
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+    yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA, spills nothing in a loop"
+    yield from predict(turns, gpu_shapes())
+
+
+def line(entry: Entry) -> str:
+    how, code = entry.launch, entry.code
+    by_class = ", ".join(f"{count} {name}" for name, count in entry.classes().items() if count)
+    special = f"{code.warps} warps by role" if how.specialize else f"{code.warps} warps"
+    return (
+        f"sm_{entry.target:<3} {entry.kernel:7} {entry.size:3}  {how.queries:3} x {how.keys:<3} "
+        f"{special:16} {code.registers:3} registers  {code.shared_bytes:7,} B shared  "
+        f"{code.tensor_memory_columns:3} tensor columns  "
+        f"{code.count(MATRIX[entry.target]):3} {MATRIX[entry.target]}, "
+        f"{entry.loop.total():3} instructions a turn ({by_class}), "
+        f"{code.count(*SPILLS)} spills, none in a loop"
+    )
+
+
+def turn_of(entry: Entry) -> Turn:
+    """One turn of the softmax loop, as `attention_model` wants it."""
+    how = entry.launch
+    # On sm_90 the warps asked for stand twice, as two groups that share a tile.
+    computing = how.warps * (2 if how.specialize and entry.target == 90 else 1)
+    products = {"forward": 2, "dq": 3, "dkdv": 4}[entry.kernel]
+    return Turn(
+        queries=how.queries,
+        keys=how.keys,
+        flops=2 * products * how.queries * how.keys * entry.size,
+        instructions=entry.loop.total(),
+        warps=computing,
+    )

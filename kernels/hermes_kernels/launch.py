@@ -1,0 +1,82 @@
+"""Tiles, warps and stages of each attention kernel, by architecture and head size: one table.
+
+No kernel is tuned at a user's first step: a choice is made here, once, and written down with where
+it comes from. Loads no Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kernel = Literal["forward", "delta", "dq", "dkdv"]
+
+TILE = 128  # the tiles that are ranked by length; every tile size divides it
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How one kernel is compiled and launched."""
+
+    queries: int  # tokens of a query tile
+    keys: int  # tokens of a key tile
+    warps: int
+    stages: int
+    specialize: bool = False  # warps that only load, beside those that compute
+
+
+# No entry was timed: none of these kernels has run on a GPU. For 90 and 100 each is the largest
+# tile that the machine code shows to fit: shared memory, tensor memory, registers, nothing spilled
+# in a loop (`python -m bench attention --static`); where warps can be specialised they are, as
+# FlashAttention-3 and 4 do with the same tiles. 80 stands for every other GPU, only compiled.
+TABLE: dict[tuple[int, Kernel, int], Launch] = {
+    (90, "forward", 64): Launch(128, 128, 4, 2, specialize=True),
+    (90, "forward", 128): Launch(128, 128, 4, 2, specialize=True),
+    (90, "forward", 256): Launch(128, 64, 8, 2),
+    (90, "dq", 64): Launch(128, 64, 4, 2, specialize=True),
+    (90, "dq", 128): Launch(128, 64, 4, 2, specialize=True),
+    (90, "dq", 256): Launch(64, 64, 4, 2),
+    (90, "dkdv", 64): Launch(64, 128, 4, 2, specialize=True),
+    (90, "dkdv", 128): Launch(64, 128, 4, 2, specialize=True),
+    (90, "dkdv", 256): Launch(32, 64, 8, 2),
+    (100, "forward", 64): Launch(128, 128, 8, 2, specialize=True),
+    (100, "forward", 128): Launch(128, 128, 8, 2, specialize=True),
+    (100, "forward", 256): Launch(128, 64, 8, 2),
+    (100, "dq", 64): Launch(128, 64, 8, 2, specialize=True),
+    (100, "dq", 128): Launch(128, 64, 8, 2, specialize=True),
+    (100, "dq", 256): Launch(64, 64, 4, 2),
+    (100, "dkdv", 64): Launch(128, 64, 8, 2, specialize=True),
+    (100, "dkdv", 128): Launch(128, 64, 8, 2, specialize=True),
+    (100, "dkdv", 256): Launch(64, 64, 4, 1),
+    (80, "forward", 64): Launch(128, 64, 8, 2),
+    (80, "forward", 128): Launch(64, 64, 4, 2),
+    (80, "dq", 64): Launch(128, 64, 8, 2),
+    (80, "dq", 128): Launch(64, 64, 4, 2),
+    (80, "dkdv", 64): Launch(32, 64, 4, 2),
+    (80, "dkdv", 128): Launch(32, 64, 8, 1),
+}
+
+
+def architecture(device: torch.device) -> int:
+    """The row of the table for ``device``: 100 or 90, or 80 for whatever has no entry."""
+    if device.type != "cuda":
+        return 90  # the interpreter runs what a Hopper would
+    major, minor = torch.cuda.get_device_capability(device)
+    return {(9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 80)
+
+
+def launch_of(architecture: int, kernel: Kernel, size: int) -> Launch:
+    """The entry for a kernel and a head size that `padded_size` gave."""
+    if kernel == "delta":
+        return Launch(32, 0, 4, 1)  # bound by memory: small enough to keep a tile in registers
+    return TABLE[architecture, kernel, size]
+
+
+def padded_size(size: int) -> int:
+    """The head size whose kernels compute heads of ``size``; 0 where there are none.
+
+    96 and 192 run as 128 and 256 with zeros: Triton's tiles are powers of two.
+    """
+    return next((known for known in (64, 128, 256) if size <= known), 0)

@@ -1,0 +1,253 @@
+"""Causal attention inside segments of packed rows, forward and backward, in Triton.
+
+Shapes: T packed tokens, N query heads, K key heads, G = N / K, H head size, U = T rounded up to
+TILE, M queries and J keys of a tile.
+
+Tiles are aligned to the flat batch, not to segments: query tile i holds tokens i*M to (i+1)*M,
+whatever segments cross it, and walks over the keys from the first token that its first query sees
+to its own last. So the grid follows from shapes alone, loads and stores are whole boxes (TMA), and
+what a packing costs beyond its own area is a few masked corners. With scores s = scale * q @ k:
+
+    forward    p = exp(s - lse)                          out = p @ v
+    delta      delta = rowsum(out * dout)
+    dq         ds = p * (dout @ v' - delta)              dq = scale * ds @ k
+    dkdv       dv = p' @ dout                            dk = scale * ds' @ q
+
+Each output has one writer: the G query heads of a key head are summed by the program of that key
+head, in order. No atomics, so equal inputs give equal bits. A masked weight is exactly 0, so other
+segments change no bit either, as long as a segment keeps its place modulo TILE.
+
+Every kernel is one loop over descriptor loads, with the segment bounds loaded through a descriptor
+too: the only form that Triton 3.6 and 3.7 warp-specialise on Hopper. There a tile is split between
+two groups of warps, so what belongs to the tile comes through descriptors made in the kernel, which
+the compiler can split; what the loop walks over comes through the host's, which cost nothing. Those
+of outputs are made after the loop: before it they cost registers. A head size that is no power of
+two is padded with zeros by the caller.
+
+Sources: FlashAttention-2 (arXiv 2307.08691); the tiling and its cost are counted in
+docs/numbers.md. Twin: `reference.varlen_attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hermes_kernels.launch import TILE, architecture, launch_of
+
+INT32_MAX = 2**31 - 1  # statistics of all heads are one vector, whose places are int32
+ORDERED = tl.constexpr(TILE)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+MASKED = tl.constexpr(float("-inf"))
+# A first maximum that is finite, so that a block masked whole adds exp2(-inf) = 0 and no NaN.
+LEAST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _tile(order, SIZE: tl.constexpr):
+    """First token of this program's tile: the longest tiles of TILE tokens start first."""
+    parts: tl.constexpr = ORDERED // SIZE
+    i = tl.program_id(1)
+    return (tl.load(order + i // parts) * parts + i % parts) * SIZE
+
+
+@triton.jit
+def _heads(x, T, HEADS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr):
+    """Descriptor of a contiguous [T, HEADS, H] tensor in boxes [ROWS, H] of one head."""
+    return tl.make_tensor_descriptor(x, [T, HEADS * H], [HEADS * H, 1], [ROWS, H])
+
+
+@triton.jit
+def _vector(x, LENGTH, ROWS: tl.constexpr):
+    return tl.make_tensor_descriptor(x, [LENGTH], [1], [ROWS])
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, starts, order, scale, T, U,
+    N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """out and lse (natural logarithm) of one query tile of one head. Grid (N, U / M)."""
+    row, head = _tile(order, M), tl.program_id(0)
+    t = row + tl.arange(0, M)
+    first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
+    start = _vector(starts, T, M).load([row])  # [M]
+    q = _heads(q_ptr, T, N, H, M).load([row, head * H])
+    acc = tl.zeros((M, H), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    top = tl.zeros((M,), tl.float32) + LEAST
+    for n in tl.range(first, row + M, J, warp_specialize=SPECIALIZE):
+        k = k_desc.load([n, head // G * H])
+        s = tl.dot(q, k.T)  # [M, J]
+        j = n + tl.arange(0, J)
+        seen = (j[None, :] <= t[:, None]) & (j[None, :] >= start[:, None])
+        s = tl.where(seen, s, MASKED)
+        new_top = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
+        p = tl.math.exp2(s * (scale * LOG2E) - new_top[:, None])
+        shrink = tl.math.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v = v_desc.load([n, head // G * H])
+        acc = tl.dot(p.to(v.dtype), v, acc)
+        top = new_top
+    out = (acc / total[:, None]).to(q.dtype)
+    _heads(out_ptr, T, N, H, M).store([row, head * H], out)
+    tl.store(lse_ptr + head.to(tl.int64) * U + t, (top + tl.math.log2(total)) * LN2)
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr, dout_ptr, delta_ptr, T, U, N: tl.constexpr, H: tl.constexpr,
+    M: tl.constexpr,
+):  # fmt: skip
+    """rowsum(out * dout) of one tile of one head. Grid (N, U / M)."""
+    head, row = tl.program_id(0), tl.program_id(1) * M
+    t, h = row + tl.arange(0, M), tl.arange(0, H)
+    at = (t.to(tl.int64) * (N * H) + head * H)[:, None] + h[None, :]  # [M, H]
+    inside = (t < T)[:, None]
+    out = tl.load(out_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(delta_ptr + head.to(tl.int64) * U + t, tl.sum(out * dout, 1))
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr, k_desc, v_desc, dout_ptr, dq_ptr, lse_ptr, delta_ptr, starts, order, scale, T, U,
+    N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """dq of one query tile of one head. Grid (N, U / M)."""
+    row, head = _tile(order, M), tl.program_id(0)
+    t = row + tl.arange(0, M)
+    first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
+    start = _vector(starts, T, M).load([row])  # [M]
+    lse = _vector(lse_ptr + head.to(tl.int64) * U, U, M).load([row]) * LOG2E  # [M]
+    delta = _vector(delta_ptr + head.to(tl.int64) * U, U, M).load([row])  # [M]
+    q = _heads(q_ptr, T, N, H, M).load([row, head * H])
+    dout = _heads(dout_ptr, T, N, H, M).load([row, head * H])
+    dq = tl.zeros((M, H), tl.float32)
+    for n in tl.range(first, row + M, J, warp_specialize=SPECIALIZE):
+        k, v = k_desc.load([n, head // G * H]), v_desc.load([n, head // G * H])
+        j = n + tl.arange(0, J)
+        seen = (j[None, :] <= t[:, None]) & (j[None, :] >= start[:, None])
+        s = tl.dot(q, k.T) * (scale * LOG2E) - lse[:, None]  # [M, J]
+        p = tl.math.exp2(tl.where(seen, s, MASKED))
+        ds = p * (tl.dot(dout, v.T) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq)
+    _heads(dq_ptr, T, N, H, M).store([row, head * H], (dq * scale).to(q.dtype))
+
+
+@triton.jit
+def dkdv_kernel(
+    q_desc, k_ptr, v_ptr, dout_desc, dk_ptr, dv_ptr, lse_desc, delta_desc, ends, order,
+    scale, T, U,
+    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one key tile of one key head, over its G query heads. Grid (K, U / J)."""
+    row, head = _tile(order, J), tl.program_id(0)
+    j = row + tl.arange(0, J)
+    end = _vector(ends, T, J).load([row])  # [J]
+    last = tl.load(ends + tl.minimum(row + J, T) - 1)  # one past the last query that sees the tile
+    blocks = tl.maximum(tl.cdiv(last - row, M), 0)
+    k = _heads(k_ptr, T, K, H, J).load([row, head * H])
+    v = _heads(v_ptr, T, K, H, J).load([row, head * H])
+    dk = tl.zeros((J, H), tl.float32)
+    dv = tl.zeros((J, H), tl.float32)
+    for i in tl.range(0, G * blocks, warp_specialize=SPECIALIZE):
+        query_head, n = head * G + i // blocks, row + i % blocks * M
+        q, dout = q_desc.load([n, query_head * H]), dout_desc.load([n, query_head * H])
+        lse = lse_desc.load([query_head * U + n]) * LOG2E  # [M]
+        delta = delta_desc.load([query_head * U + n])
+        t = n + tl.arange(0, M)
+        seen = (j[:, None] <= t[None, :]) & (t[None, :] < end[:, None])
+        s = tl.dot(k, q.T) * (scale * LOG2E) - lse[None, :]  # [J, M]
+        p = tl.math.exp2(tl.where(seen, s, MASKED))
+        dv = tl.dot(p.to(dout.dtype), dout, dv)
+        ds = p * (tl.dot(v, dout.T) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk)
+    _heads(dv_ptr, T, K, H, J).store([row, head * H], dv.to(v.dtype))
+    _heads(dk_ptr, T, K, H, J).store([row, head * H], (dk * scale).to(k.dtype))
+
+
+def forward(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_T: Tensor, order: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [T, N, H] and log-sum-exp of the scaled scores [N, U], fp32, natural logarithm.
+
+    Args:
+        q_TNH, k_TKH, v_TKH: contiguous, bf16 or fp16; H a power of two of at least 16.
+        starts_T: int32, the first token of each token's segment.
+        order: [U / TILE] int32, the query tiles, the one that is to start first first.
+    """
+    tokens, heads, size = q_TNH.shape
+    room = order.numel() * TILE
+    if heads * room > INT32_MAX:
+        raise ValueError(f"{heads} heads x {tokens} tokens pass 2^31; use fewer rows a batch")
+    out, lse = torch.empty_like(q_TNH), q_TNH.new_empty(heads, room, dtype=torch.float32)
+    how = launch_of(architecture(q_TNH.device), "forward", size)
+    boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
+    with _on(q_TNH.device):
+        forward_kernel[heads, room // how.queries](
+            q_TNH, *boxes, out, lse, starts_T, order, scale, tokens, room,
+            heads, heads // k_TKH.shape[1], size, how.queries, how.keys, how.specialize,
+            num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NU: Tensor,
+    starts_T: Tensor, ends_T: Tensor, query_order: Tensor, key_order: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv; arguments as in `forward`, which gave ``out_TNH`` and ``lse_NU``.
+
+    Args:
+        ends_T: int32, one past the last token of each token's segment.
+        key_order: [U / TILE] int32, the key tiles, the one that is to start first first.
+    """
+    tokens, heads, size = q_TNH.shape
+    kv_heads, room = k_TKH.shape[1], lse_NU.shape[1]
+    group, device = heads // kv_heads, q_TNH.device
+    delta = torch.empty_like(lse_NU)
+    dq, dk, dv = (torch.empty_like(x) for x in (q_TNH, k_TKH, v_TKH))
+    with _on(device):
+        how = launch_of(architecture(device), "delta", size)
+        delta_kernel[heads, room // how.queries](
+            out_TNH, dout_TNH, delta, tokens, room, heads, size, how.queries, num_warps=how.warps
+        )
+        how = launch_of(architecture(device), "dq", size)
+        boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
+        dq_kernel[heads, room // how.queries](
+            q_TNH, *boxes, dout_TNH, dq, lse_NU, delta, starts_T, query_order, scale, tokens, room,
+            heads, group, size, how.queries, how.keys, how.specialize,
+            num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+        how = launch_of(architecture(device), "dkdv", size)
+        vectors = (TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (lse_NU, delta))
+        dkdv_kernel[kv_heads, room // how.keys](
+            _boxes(q_TNH, how.queries), k_TKH, v_TKH, _boxes(dout_TNH, how.queries), dk, dv,
+            *vectors, ends_T, key_order, scale, tokens, room,
+            kv_heads, group, size, how.queries, how.keys, how.specialize,
+            num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x_TNH.flatten(1), [rows, x_TNH.shape[2]])
+
+
+def _on(device: torch.device) -> torch.device | torch.cuda.device:
+    """The device current, as Triton wants it, and memory for the descriptors kernels make."""
+    if device.type != "cuda":
+        return device  # the interpreter's
+    triton.set_allocator(
+        lambda size, _alignment, _stream: torch.empty(size, device=device, dtype=torch.int8)
+    )
+    return torch.cuda.device(device)

@@ -1,0 +1,39 @@
+"""The throughput model, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bench.attention import Shape
+from bench.attention_model import CALIBRATION, CHIPS, Turn, fit, makespan, tflops
+
+SHAPE = Shape("one", (256,), (1, 1), 64, torch.bfloat16)
+TURN = Turn(128, 128, 4 * 128 * 128 * 64, 100, 8)
+
+
+def test_costs_go_to_whoever_is_free_first() -> None:
+    assert makespan(np.array([5, 4, 3, 3]), 2) == 8
+    assert makespan(np.array([3, 3, 4, 5]), 2) == 8
+    assert makespan(np.array([4, 1, 1, 1, 1]), 2) == 4
+
+
+def test_a_turn_takes_its_products_and_what_does_not_hide() -> None:
+    assert TURN.issue == 200
+    assert TURN.cycles(CHIPS[0], 0) == 1024
+    assert TURN.cycles(CHIPS[0], 0.5) == 1124
+
+
+def test_the_rate_counts_the_exact_area_over_the_longest_worker() -> None:
+    chip = CHIPS[0]  # two tiles of one and two turns, on two of its multiprocessors
+    seconds = 2 * 1024 / chip.clock_hz
+    area = 256 * 257 / 2
+    assert tflops(TURN, chip, 0, SHAPE) == pytest.approx(4 * area * 64 / seconds / 1e12)
+
+
+def test_the_fit_gives_the_rate_that_it_was_fitted_to() -> None:
+    chip, known = CHIPS[0], CALIBRATION[0]
+    dense = Shape("dense", (8192,), (64, 8), 128, torch.bfloat16)
+    overlap = fit(chip, known, dense)
+    assert tflops(known.turn, chip, overlap, dense) == pytest.approx(known.dense_tflops)

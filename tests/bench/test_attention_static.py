@@ -1,0 +1,85 @@
+"""The gate on the attention kernels' machine code, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.attention_static import CLASSES, TARGETS, Entry, budget
+from bench.machine_code import MachineCode
+from hermes_kernels.launch import TABLE
+
+LOOP = """
+        /*0000*/                   UTMALDG.2D [UR12], [UR8] ;
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8] ;
+        /*0020*/                   MUFU.EX2 R8, R2 ;
+        /*0030*/              @!P1 BRA 0x60 ;
+        /*0040*/               @P0 BRA 0x10 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3] ;
+        /*0070*/                   BRA 0x20 ;
+"""
+CODE = MachineCode(
+    target=90, ptx="", sass=LOOP, ttgir="", registers=168, stack_bytes=0, shared_bytes=1024,
+    tensor_memory_columns=0, warps=12,
+)  # fmt: skip
+ENTRY = Entry(90, "forward", 128, TABLE[90, "forward", 128], CODE)
+
+
+def test_every_entry_of_the_table_passes(repository: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [repository, repository / "kernels", os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, "-m", "bench", "attention", "--static"]
+    told = subprocess.run(
+        command, env=environment, cwd=repository, capture_output=True, text=True, timeout=280
+    )
+    assert told.returncode == 0, told.stderr
+    assert "gate passed" in told.stdout
+    for target, kernel, size in TABLE:
+        assert target not in TARGETS or f"sm_{target:<3} {kernel:7} {size:3}" in told.stdout
+
+
+def test_each_entry_has_a_budget() -> None:
+    known = budget()
+    assert set(known) == {f"sm_{t} {kernel} {h}" for t, kernel, h in TABLE if t in TARGETS}
+    assert all(set(spent) == {*CLASSES, "other"} for spent in known.values())
+
+
+def test_waits_that_jump_back_are_no_loops() -> None:
+    (loop,) = CODE.hot_loops()
+    assert loop.total() == 4
+    assert loop["MUFU.EX2"] == 1
+
+
+def test_code_that_fits_has_no_faults() -> None:
+    assert ENTRY.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"shared_bytes": 240_000}, "240000 bytes of shared memory"),
+        ({"registers": 255}, "255 registers x 384 threads"),
+        ({"warps": 4}, "warps are not specialised"),
+        ({"sass": LOOP.replace("HGMMA", "HMMA")}, "no HGMMA"),
+        ({"sass": LOOP.replace("UTMALDG.2D", "LDG")}, "no TMA loads"),
+        ({"sass": LOOP.replace("MUFU.EX2 R8, R2", "STL [R1], R8")}, "1 spills in a loop"),
+        ({"sass": LOOP.replace("EXIT", "STL")}, "1 spills"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, object], fault: str) -> None:
+    entry = replace(ENTRY, code=replace(CODE, **change))  # type: ignore[arg-type]
+    assert fault in entry.faults()
+
+
+def test_a_longer_loop_breaks_the_budget() -> None:
+    more = "        /*0015*/                   FADD R1, R1, R1 ;\n" * 800
+    longer = LOOP.replace("        /*0020*/", more + "        /*0020*/")
+    (fault,) = replace(ENTRY, code=replace(CODE, sass=longer)).faults()
+    assert fault == "800 float instructions a turn, budget 428"

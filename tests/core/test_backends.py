@@ -1,0 +1,89 @@
+"""Which backend runs, and why another cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hermes_core import backends
+from hermes_core.backends import AUTO, BACKENDS, BackendError, choose, explain, obstacle
+from hermes_kernels.launch import TABLE, padded_size
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if tensors lay on a Hopper, with no flash-attn."""
+    monkeypatch.setattr(backends, "architecture", lambda device: 90)
+    monkeypatch.setattr("hermes_core.attention_peers.flash", lambda: "")
+
+
+def test_the_table_names_backends_that_are_there() -> None:
+    for (_, operation, _), line in AUTO.items():
+        assert set(line.backends) <= set(BACKENDS[operation])
+        assert line.backends[-1] == "reference"  # runs everywhere
+        assert line.source
+
+
+def test_a_cpu_takes_the_cpu_backend() -> None:
+    assert choose("attention", "auto", CPU, torch.bfloat16) == "cpu"
+
+
+@pytest.mark.usefixtures("on")
+def test_a_hopper_takes_triton_where_dtype_and_head_size_allow() -> None:
+    assert choose("attention", "auto", CUDA, torch.bfloat16, size=128) == "triton"
+    assert choose("attention", "auto", CUDA, torch.bfloat16, size=256) == "triton"
+    assert choose("attention", "auto", CUDA, torch.float32, size=128) == "reference"
+    assert choose("attention", "auto", CUDA, torch.bfloat16, size=320) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "chosen"), [(False, "flash"), (True, "triton")], ids=["fast", "same bits"]
+)
+def test_a_blackwell_takes_flash_unless_determinism_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(backends, "architecture", lambda device: 100)
+    monkeypatch.setattr("hermes_core.attention_peers.flash", lambda: "flash_attn.cute")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert choose("attention", "auto", CUDA, torch.bfloat16) == chosen
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "size", "words"),
+    [
+        ("triton", CPU, torch.bfloat16, 128, "Triton needs CUDA tensors, these are on cpu"),
+        ("flash", CPU, torch.bfloat16, 128, "flash-attn needs CUDA tensors"),
+        ("triton", CUDA, torch.float32, 128, "bfloat16 or float16, not torch.float32"),
+        ("triton", CUDA, torch.bfloat16, 512, "head sizes to 256, not 512"),
+        ("flash", CUDA, torch.bfloat16, 128, "no flash-attn is installed"),
+        ("cpu", CUDA, torch.float32, 128, "the tensors are on cuda"),
+    ],
+)
+@pytest.mark.usefixtures("on")
+def test_an_obstacle_is_named(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: torch.device, dtype: torch.dtype,
+    size: int, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert words in obstacle("attention", backend, device, dtype, size)
+    with pytest.raises(BackendError, match=f"backend '{backend}' cannot run here"):
+        choose("attention", backend, device, dtype, size=size)
+
+
+def test_every_backend_of_each_operation_is_explained() -> None:
+    lines = explain()
+    for operation, names in BACKENDS.items():
+        for name in (*names, "auto"):
+            assert any(line.split()[:2] == [operation, name] for line in lines)
+
+
+def test_every_head_size_of_the_table_has_all_kernels() -> None:
+    for architecture, _, size in TABLE:
+        assert padded_size(size) == size
+        for kernel in ("forward", "dq", "dkdv"):
+            assert (architecture, kernel, size) in TABLE

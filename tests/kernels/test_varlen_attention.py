@@ -1,0 +1,196 @@
+"""The Triton kernels of attention, interpreted on the CPU, against float64.
+
+Shapes: T packed tokens, N query heads, K key heads, H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreter import cure
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from triton.runtime.interpreter import GridExecutor
+
+from hermes_core.segments import Segments, segments
+from hermes_kernels import reference
+from hermes_kernels import varlen_attention as kernels
+from hermes_kernels.launch import TILE
+
+NAMES = ("out", "dq", "dk", "dv")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def honest_machine() -> Iterator[None]:
+    """The interpreter cured, and memory that nothing was written to full of NaN."""
+    cure()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def where(lengths: list[int]) -> Segments:
+    return segments(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def inputs(tokens: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(tokens, n, size) for n in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def run(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
+    """Output and gradients by the kernels."""
+    q, k, v, grad = tensors
+    out, lse = kernels.forward(q, k, v, at.starts, at.query_order, scale)
+    orders = (at.query_order, at.key_order)
+    return [out, *kernels.backward(grad, q, k, v, out, lse, at.starts, at.ends, *orders, scale)]
+
+
+def truth(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
+    q, k, v = (x.double().requires_grad_() for x in tensors[:3])
+    out = reference.varlen_attention(q, k, v, at.lengths.tolist(), scale)
+    out.backward(tensors[3].double())
+    return [out.detach(), *(x.grad for x in (q, k, v))]  # type: ignore[list-item]
+
+
+def torch_itself(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
+    """PyTorch's fused attention in the inputs' dtype, one segment after the other."""
+    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+    parts = [
+        scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in one), is_causal=True, scale=scale, enable_gqa=True
+        )[0].transpose(0, 1)
+        for one in zip(*(x.split(at.lengths.tolist()) for x in (q, k, v)), strict=True)
+    ]
+    out = torch.cat(parts)
+    out.backward(tensors[3])
+    return [out.detach(), *(x.grad for x in (q, k, v))]  # type: ignore[list-item]
+
+
+def check(tensors: list[Tensor], lengths: list[int]) -> None:
+    """Every value is written, and errs no more than 1.5 times what PyTorch errs."""
+    at, scale = where(lengths), tensors[0].shape[-1] ** -0.5
+    for name, ours, theirs, right in zip(
+        NAMES, run(tensors, at, scale), torch_itself(tensors, at, scale),
+        truth(tensors, at, scale), strict=True,
+    ):  # fmt: skip
+        assert ours.isfinite().all(), name
+        error, allowed = ((x.double() - right).norm() for x in (ours, theirs))
+        # What is 0 in truth, as dq of a segment of one token, is off by rounding in fp32.
+        assert error <= 1.5 * allowed + 1e-6 * tensors[3].norm(), (name, error, allowed)
+
+
+LENGTHS = [
+    [1],
+    [TILE - 1],
+    [TILE, 1],
+    [TILE + 1],
+    [127, 1, 129, 128],
+    [1] * 256,
+    [384],
+    [5, 250, 1, 3],
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: f"{len(x)}-of-{sum(x)}")
+def test_every_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
+    check(inputs(sum(lengths), 4, 2, 64, torch.bfloat16), lengths)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6))
+@settings(max_examples=10, deadline=None)
+def test_any_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
+    check(inputs(sum(lengths), 2, 1, 64, torch.bfloat16), lengths)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+def test_query_heads_share_a_key_head(group: int) -> None:
+    check(inputs(150, 8 if group != 3 else 6, 8 // group, 64, torch.bfloat16), [70, 80])
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_sizes_and_dtypes(size: int, dtype: torch.dtype) -> None:
+    check(inputs(200, 2, 1, size, dtype), [30, 170])
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_the_tiles_of_each_architecture(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "architecture", lambda device: architecture)
+    check(inputs(300, 2, 1, 128, torch.bfloat16), [130, 1, 169])
+
+
+def test_log_sum_exp_equals_the_plain_twin() -> None:
+    lengths, (q, k, v, _) = [100, 1, 60], inputs(161, 4, 2, 64, torch.float16)
+    at = where(lengths)
+    _, lse = kernels.forward(q, k, v, at.starts, at.query_order, 0.3)
+    wanted = reference.varlen_lse(q.double(), k.double(), lengths, 0.3)
+    torch.testing.assert_close(lse[:, :161].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    tensors, at = inputs(300, 4, 2, 64, torch.bfloat16), where([100, 200])
+    for one, other in zip(run(tensors, at, 0.1), run(tensors, at, 0.1), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_stands_beside_a_segment_changes_no_bit() -> None:
+    tensors = inputs(360, 4, 2, 64, torch.bfloat16)
+    changed = [x.clone() for x in tensors]
+    mine = slice(90, 240)
+    for x in changed:
+        x[: mine.start] *= -7
+        x[mine.stop :] *= 5
+    before = run(tensors, where([90, 150, 120]), 0.1)
+    after = run(changed, where([3, 1, 86, 150, 119, 1]), 0.1)
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one[mine], other[mine])
+        assert not torch.equal(one, other)
+
+
+def test_a_segment_moved_by_whole_tiles_keeps_its_bits() -> None:
+    tensors = inputs(TILE + 190, 4, 2, 64, torch.bfloat16)
+    alone = [x[TILE:] for x in tensors]
+    packed = run(tensors, where([TILE, 190]), 0.1)
+    for one, other in zip(packed, run(alone, where([190]), 0.1), strict=True):
+        assert torch.equal(one[TILE:], other)
+
+
+def test_the_order_of_tiles_changes_no_bit() -> None:
+    tensors, at = inputs(400, 2, 1, 64, torch.bfloat16), where([150, 250])
+    turned = Segments(at.starts, at.ends, at.query_order.flip(0), at.key_order.flip(0))
+    for one, other in zip(run(tensors, at, 0.1), run(tensors, turned, 0.1), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tokens_after_the_last_segment_attend_to_themselves() -> None:
+    q, k, v, _ = inputs(200, 2, 2, 64, torch.bfloat16)
+    at = segments(np.array([0, 150]), 200)
+    out, _ = kernels.forward(q, k, v, at.starts, at.query_order, 0.1)
+    assert torch.equal(out[150:], v[150:])
+
+
+def test_addresses_past_two_to_the_31_elements_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last tile that starts after 2^31 elements, in memory of which little is ever touched."""
+    # The interpreter would copy what it ran on back to where it came from: the same 4 GB.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    size, rows = 128, 2**31 // 128 + TILE
+    q, out = (torch.from_numpy(np.zeros((rows, 1, size), np.float16)) for _ in range(2))
+    starts, lse = (torch.from_numpy(np.zeros(rows, kind)) for kind in (np.int32, np.float32))
+    q[-TILE:] = torch.randn(TILE, 1, size, generator=torch.Generator().manual_seed(0))
+    starts[-TILE:] = rows - TILE
+    box, last = kernels._boxes(q, TILE), torch.tensor([rows // TILE - 1], dtype=torch.int32)
+    kernels.forward_kernel[1, 1](
+        q, box, box, out, lse, starts, last, 0.1, rows, rows, 1, 1, size, TILE, TILE, False
+    )
+    small, at = q[-TILE:].clone(), where([TILE])
+    wanted, _ = kernels.forward(small, small, small, at.starts, at.query_order, 0.1)
+    assert torch.equal(out[-TILE:], wanted)
