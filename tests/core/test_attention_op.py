@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from interpreter import cure
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hermes_core.attention import Backend, _op, varlen_attention
 from hermes_core.segments import Segments, segments
 from hermes_kernels import reference
+from twins.interpreter import make_honest
 
 BACKENDS: list[tuple[Backend, torch.dtype]] = [("cpu", torch.float32), ("triton", torch.float16)]
 both = pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=["cpu", "triton"])
@@ -21,7 +21,7 @@ both = pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=["cpu", "trit
 
 @pytest.fixture(autouse=True)
 def forget_compilations() -> Iterator[None]:
-    cure()
+    make_honest()
     yield
     torch._dynamo.reset()
 

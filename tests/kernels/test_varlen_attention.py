@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import cure
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.interpreter import GridExecutor
@@ -21,6 +20,7 @@ from hermes_core.segments import Segments, segments
 from hermes_kernels import reference
 from hermes_kernels import varlen_attention as kernels
 from hermes_kernels.launch import TILE
+from twins.interpreter import make_honest
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -28,7 +28,7 @@ NAMES = ("out", "dq", "dk", "dv")
 @pytest.fixture(scope="module", autouse=True)
 def honest_machine() -> Iterator[None]:
     """The interpreter cured, and memory that nothing was written to full of NaN."""
-    cure()
+    make_honest()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan().all()
     yield
