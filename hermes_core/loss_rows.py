@@ -22,8 +22,8 @@ def statistics(logits_CV: Tensor, column_C: Tensor, softcap: float) -> Tensor:
     ``column_C`` is the target's column, -1 where it is in another share: its logit is then 0.
     """
     out_3C = _empty(3, logits_CV)
-    for at in _blocks(logits_CV):
-        z_BV = _capped(logits_CV[at], softcap)
+    for at, scratch_BV in _blocks(logits_CV):
+        z_BV = _capped(logits_CV[at], softcap, scratch_BV)
         largest_B1 = z_BV.amax(1, keepdim=True)
         p_BV = torch.softmax(z_BV, 1)
         out_3C[0, at] = largest_B1.squeeze(1) - p_BV.amax(1).log()  # its largest is 1 / sum
@@ -41,9 +41,9 @@ def loss_and_gradient_(
         [2, C]: log-sum-exp and target logit.
     """
     out_2C = _empty(2, logits_CV)
-    for at in _blocks(logits_CV):
+    for at, scratch_BV in _blocks(logits_CV):
         logits_BV, weight_B1 = logits_CV[at], weight_C[at, None]
-        z_BV = _capped(logits_BV, softcap)
+        z_BV = _capped(logits_BV, softcap, scratch_BV)
         slope_BV = _slope(z_BV, softcap)
         out_2C[1, at] = _pick(z_BV, column_C[at])
         largest_B1 = z_BV.amax(1, keepdim=True)
@@ -68,8 +68,8 @@ def gradient_(
 
     ``lse_C`` is that of the whole vocabulary, of which these columns may be a share.
     """
-    for at in _blocks(logits_CV):
-        z_BV = _capped(logits_CV[at], softcap)
+    for at, scratch_BV in _blocks(logits_CV):
+        z_BV = _capped(logits_CV[at], softcap, scratch_BV)
         slope_BV = _slope(z_BV, softcap)
         log_p_BV = z_BV.sub_(lse_C[at, None])
         factor_BV = (log_p_BV * tilt_C[at, None]).nan_to_num_(0.0).add_(scale_C[at, None])
@@ -77,12 +77,18 @@ def gradient_(
         _finish(logits_CV[at], p_BV, column_C[at], target_C[at, None], slope_BV)
 
 
-def _blocks(logits_CV: Tensor) -> Iterator[slice]:
+def _blocks(logits_CV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Where each block lies, and memory for it in fp32 at least, the same for all."""
     rows, columns = logits_CV.shape
     step = max(1, BLOCK_BYTES // (4 * columns), torch.get_num_threads())
     if logits_CV.device.type != "cpu":
         step = max(1, rows)  # nothing to gain, and a launch for each block to lose
-    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    held = logits_CV.dtype == wide
+    scratch = logits_CV if held else logits_CV.new_empty(min(step, rows), columns, dtype=wide)
+    for start in range(0, rows, step):
+        at = slice(start, min(start + step, rows))
+        yield at, logits_CV[at] if held else scratch[: at.stop - start]
 
 
 def _empty(count: int, logits_CV: Tensor) -> Tensor:
@@ -90,10 +96,11 @@ def _empty(count: int, logits_CV: Tensor) -> Tensor:
     return torch.empty(count, len(logits_CV), dtype=wide, device=logits_CV.device)
 
 
-def _capped(logits_BV: Tensor, softcap: float) -> Tensor:
+def _capped(logits_BV: Tensor, softcap: float, scratch_BV: Tensor) -> Tensor:
     """The logits, at least fp32, through the cap; they themselves where nothing changes."""
-    z_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-    return z_BV if softcap == 0 else torch.tanh(z_BV / softcap).mul_(softcap)
+    if softcap != 0:
+        return torch.tanh(logits_BV.to(scratch_BV.dtype) / softcap).mul_(softcap)
+    return logits_BV if logits_BV.dtype == scratch_BV.dtype else scratch_BV.copy_(logits_BV)
 
 
 def _slope(z_BV: Tensor, softcap: float) -> Tensor | None:
