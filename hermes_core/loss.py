@@ -77,7 +77,8 @@ def linear_cross_entropy(
             its *partial* gradient of hidden: summing that over the group is the caller's affair.
         vocab_size: the whole vocabulary, all shards together. Give it wherever the weight may be
             sharded: without it a softmax over one rank's share would pass in silence.
-        chunk_bytes: room for the logits of one chunk; a CPU takes no more than 128 MiB of it.
+        chunk_bytes: room for the logits of one chunk; a CPU takes no more than 128 MiB of it, in
+            half precision 512 MiB.
         backend: "triton", "torch", "reference" (every logit, one process) or "auto".
 
     Raises:
