@@ -168,7 +168,8 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
             # Opens once the command has opened it too, and is about to wait for what we write.
             with (tmp_path / "store.json").open("wb"):
                 process.send_signal(signal.SIGINT)
-                said = process.communicate(timeout=60)
+            # Closed by now: a signal that came just before the wait would not have ended it.
+            said = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (process.returncode, *said) == (130, "", "hermes4: interrupted\n")
