@@ -72,7 +72,7 @@ def fault(ours: Tokenization, record: Any) -> str:
                 return f"the call of {call['function']['name']} is not in {text!r}"
         if not message.tool_calls:
             around = text.replace(content, "", 1)
-            if not MARKERS.search(around[-20:]) or MARKERS.sub("", around).strip() not in CHANNELS:
+            if not MARKERS.search(around[-40:]) or MARKERS.sub("", around).strip() not in CHANNELS:
                 return f"beside {content!r} stands {around!r}"
     return ""
 
