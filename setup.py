@@ -13,7 +13,7 @@ from setuptools import setup
 SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "layout.cpp", "window.cpp"]
 SOURCES += ["rows.cpp", "mapping.cpp", "bindings.cpp"]
 HEADERS = ["isa.hpp", "buffer.hpp", "sorting.hpp", "packing.hpp", "layout.hpp", "rows.hpp"]
-HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp"]
+HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp", "bit_tree.hpp"]
 
 DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sanitizers
 

@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "bit_tree.hpp"
 #include "packing.hpp"
 
 namespace hermes {
@@ -21,64 +22,6 @@ constexpr int kPairs = 256;
 struct Part {  // of a row
     std::uint32_t of_class;
     std::int64_t samples;
-};
-
-// Which classes still have samples, as a set of class numbers: a tree of bits, so that the next one
-// is near however many are gone.
-class Present {
-public:
-    explicit Present(std::size_t size) : end_(size) {
-        for (std::size_t bits = size; levels_.empty() || bits > 1;) {
-            levels_.emplace_back(bits / 64 + 1, ~std::uint64_t{0});
-            levels_.back().back() = (std::uint64_t{1} << bits % 64) - 1;
-            bits = (bits + 63) / 64;
-        }
-    }
-    bool has(std::size_t i) const {
-        return levels_[0][i / 64] >> i % 64 & 1;
-    }
-    void add(std::size_t i) {
-        for (auto& level : levels_) {
-            level[i / 64] |= std::uint64_t{1} << i % 64;
-            i /= 64;
-        }
-    }
-    void remove(std::size_t i) {
-        for (auto& level : levels_) {
-            std::uint64_t& word = level[i / 64];
-            word &= ~(std::uint64_t{1} << i % 64);
-            if (word != 0) {
-                return;
-            }
-            i /= 64;
-        }
-    }
-    std::size_t next(std::size_t i) const {  // the first from i on, or the end
-        if (i >= end_) {
-            return end_;
-        }
-        std::size_t up = 0;
-        std::uint64_t word = levels_[0][i / 64] >> i % 64;
-        while (word == 0) {  // nothing in this word: look behind it, a level higher
-            if (++up == levels_.size()) {
-                return end_;
-            }
-            i = i / 64 + 1;
-            word = i / 64 < levels_[up].size() ? levels_[up][i / 64] >> i % 64 : 0;
-        }
-        i += static_cast<std::size_t>(__builtin_ctzll(word));
-        while (up > 0) {
-            i = i * 64 + static_cast<std::size_t>(__builtin_ctzll(levels_[--up][i]));
-        }
-        return i;
-    }
-    std::size_t end() const {
-        return end_;
-    }
-
-private:
-    std::vector<std::vector<std::uint64_t>> levels_;
-    std::size_t end_;
 };
 
 // Makes rows of the samples that are left, one after another.
@@ -96,13 +39,14 @@ public:
           steps_of_row_(steps_of_row),
           all_steps_(steps) {
         for (const LengthClass& c : classes) {
+            present_.add(left_.size());
             left_.push_back(c.count);
         }
     }
 
     // The class of the longest sample left, or the number of classes when there is none.
     std::size_t longest() const {
-        return present_.next(0);
+        return present_.empty() ? present_.end() : present_.first();
     }
 
     bool has(std::size_t c) const {
@@ -295,7 +239,7 @@ private:
 
     const std::vector<LengthClass>& classes_;
     FirstFitting fitting_;
-    Present present_;
+    BitTree present_;  // classes that have samples
     Limits limits_;
     std::size_t last_;  // no class behind it has samples
     std::vector<std::int64_t> left_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "bit_tree.hpp"
 #include "buffer.hpp"
 
 namespace hermes {
@@ -81,14 +82,10 @@ private:
 // Runs that fit the class at hand; take() gives the lowest-numbered, found in a tree of bits.
 class LowestFirst {
 public:
-    explicit LowestFirst(std::int64_t max_rows) : slots_(static_cast<std::size_t>(max_rows)) {
-        for (std::int64_t words = max_rows; levels_.empty() || words > 1;) {
-            words = (words + 63) / 64;
-            levels_.emplace_back(static_cast<std::size_t>(words));
-        }
-    }
+    explicit LowestFirst(std::int64_t max_rows)
+        : slots_(static_cast<std::size_t>(max_rows)), waiting_(slots_.size()) {}
     bool empty() const {
-        return levels_.back()[0] == 0;
+        return waiting_.empty();
     }
     void wake(const std::vector<Run>& runs) {
         for (const Run& run : runs) {
@@ -103,35 +100,20 @@ public:
         slots_[run.first] = free_.back();
         runs_[free_.back()] = run;
         free_.pop_back();
-        std::size_t at = run.first;
-        for (auto& level : levels_) {
-            level[at / 64] |= std::uint64_t{1} << at % 64;
-            at /= 64;
-        }
+        waiting_.add(run.first);
     }
     Run take() {
-        std::size_t at = 0;
-        for (auto level = levels_.rbegin(); level != levels_.rend(); ++level) {
-            at = at * 64 + static_cast<std::size_t>(__builtin_ctzll((*level)[at]));
-        }
-        const Run run = runs_[slots_[at]];
+        const std::size_t at = waiting_.first();
+        waiting_.remove(at);
         free_.push_back(slots_[at]);
-        for (auto& level : levels_) {
-            std::uint64_t& word = level[at / 64];
-            word &= ~(std::uint64_t{1} << at % 64);
-            if (word != 0) {
-                break;
-            }
-            at /= 64;
-        }
-        return run;
+        return runs_[slots_[at]];
     }
 
 private:
     std::vector<Run> runs_;
     std::vector<std::uint32_t> free_;  // places in runs_
-    Buffer<std::uint32_t> slots_;      // by first row, its place in runs_ where a bit is set
-    std::vector<std::vector<std::uint64_t>> levels_;
+    Buffer<std::uint32_t> slots_;      // by first row, its place in runs_ where it waits
+    BitTree waiting_;                  // first rows
 };
 
 template <class Active>
