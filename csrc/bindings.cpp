@@ -217,9 +217,7 @@ Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int
     check_range("window", window, 1, hermes::kMaxSamples);
     check_range("first_window", first_window, 0, INT64_MAX);
     for (py::ssize_t i = 0; i < lengths.size(); ++i) {
-        if (values[i] < 1 || values[i] > row_length) {
-            check_range("lengths", values[i], 1, row_length);
-        }
+        check_range("lengths", values[i], 1, row_length);
     }
     const hermes::Seed seed = seed_of(seed_words);
     hermes::Windowed made;
@@ -240,9 +238,7 @@ Int64Array shuffle(std::int64_t count, const std::vector<std::uint64_t>& seed_wo
     std::int64_t* ids = order.mutable_data();
     py::gil_scoped_release release;
     std::iota(ids, ids + count, std::int64_t{0});
-    for (std::int64_t i = count; i > 1; --i) {
-        std::swap(ids[i - 1], ids[random.below(static_cast<std::uint32_t>(i))]);
-    }
+    hermes::shuffle(ids, static_cast<std::size_t>(count), random);
     return order;
 }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
-#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -111,8 +110,8 @@ void lay_out(const Plan& plan, const Seed* seed, std::int64_t count, std::int64_
         std::memcpy(group.data(), packed + base, size * sizeof(std::uint32_t));
         Row* rows = arranged.rows.data() + arranged.first[g];
         const std::uint32_t row_count = arranged.first[g + 1] - arranged.first[g];
-        for (std::uint32_t i = row_count; seed != nullptr && i > 1; --i) {
-            std::swap(rows[i - 1], rows[random.below(i)]);
+        if (seed != nullptr) {
+            shuffle(rows, row_count, random);
         }
         const std::int64_t group_end = written + size;
         for (std::uint32_t i = 0; i < row_count; ++i) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 namespace hermes {
 
@@ -45,5 +47,13 @@ private:
     }
     Seed s_;
 };
+
+// Puts `count` elements in an order of chance, by Fisher and Yates from the last one down.
+template <class T>
+void shuffle(T* elements, std::size_t count, Xoshiro256& random) {
+    for (std::size_t i = count; i > 1; --i) {
+        std::swap(elements[i - 1], elements[random.below(static_cast<std::uint32_t>(i))]);
+    }
+}
 
 }  // namespace hermes

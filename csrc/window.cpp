@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <numeric>
-#include <utility>
 
 #include "exact_gap.hpp"
 
@@ -141,9 +140,7 @@ private:
         Xoshiro256 random(seed_for(seed_, window));
         std::vector<std::uint32_t> rows(row_ends_.size());
         std::iota(rows.begin(), rows.end(), 0U);
-        for (std::size_t i = rows.size(); i > 1; --i) {
-            std::swap(rows[i - 1], rows[random.below(static_cast<std::uint32_t>(i))]);
-        }
+        shuffle(rows.data(), rows.size(), random);
         for (const std::uint32_t row : rows) {
             const auto start = taken_.begin() + (row == 0 ? 0 : row_ends_[row - 1]);
             out_.samples.insert(out_.samples.end(), start, taken_.begin() + row_ends_[row]);
