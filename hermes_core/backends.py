@@ -74,9 +74,8 @@ def obstacle(
     if backend == "cpu":
         return "" if device.type == "cpu" else f"the tensors are on {device}"
     owner = {"triton": "Triton", "flash": "flash-attn", "torch": "torch's varlen_attn"}[backend]
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"{owner} needs CUDA tensors, these are on {device}"
+    if misplaced := _needs_cuda(owner, device):
+        return misplaced
     if dtype not in HALF:
         return f"{owner} takes bfloat16 or float16, not {dtype}"
     if not padded_size(size):
@@ -96,9 +95,17 @@ def _obstacle_of_loss(device: torch.device, dtype: torch.dtype) -> str:
     """Why Triton's kernels of the loss cannot run; "" if they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"Triton needs CUDA tensors, these are on {device}"
+    if misplaced := _needs_cuda("Triton", device):
+        return misplaced
     return "the kernels sum in float32" if dtype == torch.float64 else ""
+
+
+def _needs_cuda(owner: str, device: torch.device) -> str:
+    """Why these tensors are in the wrong place for ``owner``; "" if they are not."""
+    interpreted = owner == "Triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda" or interpreted:
+        return ""
+    return f"{owner} needs CUDA tensors, these are on {device}"
 
 
 def choose(
