@@ -138,7 +138,7 @@ def peers(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
         "hermes_core cpu": lambda: varlen_attention(q, k, v, at, backend="cpu"),
         "SDPA, dense mask": lambda: dense(q, k, v, mask),
         "SDPA, loop": lambda: loop(q, k, v, shape.lengths),
-        "flex": flex(q, k, v, owner),
+        "flex": flex(q, k, v, shape),
     }
 
 
@@ -159,22 +159,42 @@ def loop(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return out
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, owner: Tensor) -> Call:
+def flex(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Call:
     """Compiled FlexAttention, its mask prebuilt; forward alone on a CPU."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    compiled = flex_attention(block_mask(shape, "cpu"))
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return compiled(q, k, v)
+
+    return call
+
+
+def flex_attention(mask: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention with this mask, compiled at its first call."""
+    from torch.nn.attention import flex_attention as flex
+
+    compiled = torch.compile(flex.flex_attention)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+        if q.device.type == "cpu":
+            rows = (x.contiguous() for x in rows)
+        return compiled(*rows, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)  # type: ignore[no-any-return]
+
+    return call
+
+
+def block_mask(shape: Shape, device: str) -> object:
+    """FlexAttention's mask of causal segments."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    owner = torch.repeat_interleave(torch.tensor(shape.lengths, device=device))
 
     def together(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (owner[i] == owner[j]) & (i >= j)
 
-    mask = create_block_mask(together, None, None, len(owner), len(owner), device=q.device.type)
-    compiled = torch.compile(flex_attention)
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            rows = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
-            return compiled(*rows, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)  # type: ignore[no-any-return]
-
-    return call
+    return create_block_mask(together, None, None, shape.tokens, shape.tokens, device=device)
 
 
 def check(shape: Shape, calls: dict[str, Call], q: Tensor, k: Tensor, v: Tensor) -> None:

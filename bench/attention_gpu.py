@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.attention import Shape, inputs
+from bench.attention import Shape, block_mask, flex_attention, inputs
 from bench.harness import Result
 from hermes_core.attention import Backend, varlen_attention
 from hermes_core.backends import obstacle
@@ -52,31 +52,8 @@ def peers(
     for name in names:
         if not obstacle("attention", name, device, shape.dtype, shape.size):
             calls[name] = functools.partial(varlen_attention, segments=at, backend=name)
-    calls["flex, mask prebuilt"] = flex(shape, device)
+    calls["flex, mask prebuilt"] = flex_attention(block_mask(shape, str(device)))
     return calls
-
-
-def flex(shape: Shape, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    mask, compiled = block_mask(shape, device), torch.compile(flex_attention)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return compiled(*rows, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)  # type: ignore[no-any-return]
-
-    return call
-
-
-def block_mask(shape: Shape, device: torch.device) -> object:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    owner = torch.repeat_interleave(torch.tensor(shape.lengths, device=device))
-
-    def together(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (owner[i] == owner[j]) & (i >= j)
-
-    return create_block_mask(together, None, None, shape.tokens, shape.tokens, device=str(device))
 
 
 def check(
@@ -140,7 +117,7 @@ def mask_creation(shape: Shape, device: torch.device) -> Iterator[Result]:
     """What FlexAttention pays once a batch, beside what our segments cost."""
     bounds = torch.tensor([0, *np.cumsum(shape.lengths)], dtype=torch.int32, device=device)
     makers: dict[str, Callable[[], object]] = {
-        "flex, its mask": lambda: block_mask(shape, device),
+        "flex, its mask": lambda: block_mask(shape, str(device)),
         "triton, its segments": lambda: segments(bounds, shape.tokens),
     }
     for name, make in makers.items():
