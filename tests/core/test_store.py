@@ -18,6 +18,7 @@ import pytest
 
 from hermes_core import Store, StoreError, StoreWriter, open_store
 from hermes_core import store as store_module
+from running import contents
 
 META = {"tokenizer": "abc", "eos_token_ids": [1, 2]}
 
@@ -270,11 +271,6 @@ with StoreWriter(sys.argv[1], meta={"of": "kill"}, vocab_size=70000, shard_token
             time.sleep(0.01)  # a fast machine would be through before it is killed
     writer.finish()
 """
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def run_writer(folder: Path, *, kill_after: tuple[int, float] | None = None) -> tuple[int, int]:

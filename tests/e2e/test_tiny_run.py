@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from running import processes_of
+
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1500)]
 
 
@@ -22,19 +24,6 @@ def start(out: Path, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, env=environment, stdout=file, stderr=file, start_new_session=True
         )
-
-
-def left_over(out: Path) -> list[str]:
-    """Command lines of processes that speak of the demo's folder."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(out) in line:
-            lines.append(line)
-    return lines
 
 
 def kill_when(process: subprocess.Popen[bytes], path: Path, timeout_s: float) -> None:
@@ -75,4 +64,4 @@ def test_an_untrained_model_learns_the_task_through_the_whole_pipeline(tmp_path:
     steps = (out / "steps.json").read_text()
     wait(start(out, log), log, 120)  # everything is finished: nothing is made again
     assert (out / "steps.json").read_text() == steps
-    assert left_over(out) == []
+    assert processes_of(str(out)) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hermes_pipeline.chat import parse
+from hermes_pipeline.cli import main
 from hermes_pipeline.services.hub import load_template
 from hermes_pipeline.tokenization import Tokenization, TokenizerState
+from running import Ended, Hermes4
 
 SPECIAL = [
     "<|endoftext|>",
@@ -100,6 +103,23 @@ def tokenizer_folder(backend: Tokenizer, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Hermes4:
+    """Runs the command `hermes4` in this process."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
+
+    def run(*words: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["hermes4", *map(str, words)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        return Ended(code, *capsys.readouterr())
+
+    return run
 
 
 def kept_texts(tokenization: Tokenization, record: Any) -> list[str]:

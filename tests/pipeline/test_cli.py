@@ -8,45 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from hermes_core import __version__
-from hermes_pipeline.cli import main
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.stages import pack
+from running import Ended, Hermes4
 
 pytestmark = pytest.mark.timeout(100)
 
 # In the order of the flow.
 COMMANDS = ["show", "tokenize", "pack", "init", "train", "export", "serve", "evaluate", "demo"]
-
-
-class Ended(NamedTuple):
-    code: object
-    out: str
-    err: str
-
-
-Hermes4 = Callable[..., Ended]
-
-
-@pytest.fixture
-def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Hermes4:
-    """Runs the command in this process."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
-
-    def run(*words: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["hermes4", *map(str, words)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        return Ended(code, *capsys.readouterr())
-
-    return run
 
 
 def failing(error: BaseException) -> Callable[..., None]:

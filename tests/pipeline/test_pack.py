@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,39 +17,22 @@ import pytest
 from hermes_core import Packing, StoreWriter, open_store
 from hermes_core import pack as core_pack
 from hermes_core.store import read_header
-from hermes_pipeline.cli import main
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.packing import length_histogram, plan_epoch
+from running import Ended, Hermes4
 
 pytestmark = pytest.mark.timeout(60)
 
 LENGTHS = [5, 5, 3, 3, 2]  # in rows of 8: 5 + 3, 5 + 3, 2
 
 
-class Ended(NamedTuple):
-    code: object
-    out: str
-    err: str
-
-
 Pack = Callable[..., Ended]
 
 
 @pytest.fixture
-def pack(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pack:
+def pack(hermes4: Hermes4) -> Pack:
     """Runs `hermes4 pack` in this process."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
-
-    def run(*words: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["hermes4", "pack", *map(str, words)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        return Ended(code, *capsys.readouterr())
-
-    return run
+    return partial(hermes4, "pack")
 
 
 def write_store(folder: Path, lengths: Sequence[int] = LENGTHS, vocab_size: int = 99) -> Path:

@@ -8,9 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ import pytest
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.server import Server
 from hermes_pipeline.stages import demo, train
+from running import comes_true, processes_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
@@ -37,28 +36,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo.write_tokenizer(folder / "tokenizer", seed=0)
     train.init("tiny", tokenizer=str(folder / "tokenizer"), out=folder / "model", seed=0)
     return folder / "model"
-
-
-def processes_of(words: str) -> list[int]:
-    """Processes whose command line or environment speaks of ``words``."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            text = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
-        except OSError:
-            continue
-        if words.encode() in text and int(path.name) != os.getpid():
-            found.append(int(path.name))
-    return found
-
-
-def comes_true(test: Callable[[], bool], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if test():
-            return True
-        time.sleep(0.2)
-    return test()
 
 
 def ask(base_url: str, name: str) -> str:

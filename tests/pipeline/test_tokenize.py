@@ -17,25 +17,19 @@ from datetime import date
 from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from hermes_core import open_store, store_writer
-from hermes_pipeline.cli import main
 from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.stages import tokenize as stage
+from running import Ended, Hermes4, contents
 
 pytestmark = pytest.mark.timeout(200)
 
 PATIENCE_S = 120.0
 MEGABYTE = 1_000_000
-
-
-class Ended(NamedTuple):
-    code: object
-    out: str
-    err: str
 
 
 Tokenize = Callable[..., Ended]
@@ -80,21 +74,11 @@ def calm(few: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def tokenize(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path
-) -> Tokenize:
+def tokenize(hermes4: Hermes4, tokenizer_folder: Path) -> Tokenize:
     """Runs `hermes4 tokenize` in this process; the last of equal options counts."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
 
     def run(data: Path, out: Path, *more: object, workers: int = 1) -> Ended:
-        words = arguments(data, out, tokenizer_folder, workers=workers)
-        monkeypatch.setattr(sys, "argv", ["hermes4", *words, *map(str, more)])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        return Ended(code, *capsys.readouterr())
+        return hermes4(*arguments(data, out, tokenizer_folder, workers=workers), *more)
 
     return run
 
@@ -102,11 +86,6 @@ def tokenize(
 def arguments(data: Path, out: Path, tokenizer: Path, *, workers: int) -> list[str]:
     words = ["tokenize", "--data", str(data), "--out", str(out), "--workers", str(workers)]
     return [*words, "--tokenizer", str(tokenizer), "--template", "hermes_chatml"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def quarantine(out: Path) -> list[dict[str, Any]]:

@@ -17,13 +17,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.services.workers import map_in_order
 from hermes_pipeline.stages import tokenize
+from running import Ended, comes_true, contents, processes_of
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -92,17 +93,6 @@ def calm(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("calm") / "store")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 # Strikes at the n-th operation on files of that name under the store.
 COMMAND = """
 import multiprocessing, os, signal, sys
@@ -147,7 +137,7 @@ class Started:
 
     def wait_for_worker(self) -> None:
         assert comes_true(
-            lambda: any("spawn_main" in x for x in processes_of(self.mark)), PATIENCE_S
+            lambda: any("spawn_main" in x for x in processes_of(self.mark).values()), PATIENCE_S
         )
 
 
@@ -177,27 +167,6 @@ def start(data: Path, tokenizer_folder: Path, tmp_path: Path) -> Iterator[Start]
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-def processes_of(mark: str) -> list[str]:
-    """Command lines of the processes that have ``mark`` in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (path / "environ").read_bytes().split(b"\0"):
-                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
-
-
-def comes_true(test: Callable[[], bool], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if test():
-            return True
-        time.sleep(0.02)
-    return test()
 
 
 MOMENTS = [
