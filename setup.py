@@ -10,18 +10,22 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 # Listed by hand, in reading order, so that a build never picks up a stray file.
-SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "layout.cpp", "window.cpp"]
-SOURCES += ["rows.cpp", "mapping.cpp", "bindings.cpp"]
+SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "simplex.cpp", "guide.cpp"]
+SOURCES += ["guided.cpp", "choice.cpp", "layout.cpp", "window.cpp", "rows.cpp", "mapping.cpp"]
+SOURCES += ["bindings.cpp"]
 HEADERS = ["isa.hpp", "buffer.hpp", "sorting.hpp", "packing.hpp", "layout.hpp", "rows.hpp"]
 HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp", "bit_tree.hpp"]
+HEADERS += ["simplex.hpp", "knots.hpp", "knapsack.hpp", "guide.hpp", "guided.hpp", "choice.hpp"]
 
 DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sanitizers
 
 # No -march: a wheel must run on every CPU of its platform. Wider vector units are reached
 # by run-time dispatch (csrc/isa.hpp), never by a build flag.
+# -ffp-contract=off: a plan is the same on every platform, also where a CPU can multiply and add in
+# one step, rounding once.
 # -isystem: warnings are for our sources, not for pybind11's headers.
 compile_args = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wno-sign-conversion"]
-compile_args += ["-fvisibility=hidden", "-isystem", pybind11.get_include()]
+compile_args += ["-fvisibility=hidden", "-ffp-contract=off", "-isystem", pybind11.get_include()]
 link_args: list[str] = []
 if DEBUG:
     compile_args += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]

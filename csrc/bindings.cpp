@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "choice.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
 #include "mapping.hpp"
@@ -85,15 +86,20 @@ const char* name_of(hermes::Strategy strategy) {
     switch (strategy) {
         case hermes::Strategy::first_fit: return "first_fit_decreasing";
         case hermes::Strategy::best_fit: return "best_fit_decreasing";
+        case hermes::Strategy::guided: return "guided";
         default: return "exact_gap";
     }
 }
 
 // The strategies to run, cheapest first; the plan with the fewest rows is kept.
 std::vector<hermes::Strategy> strategies_of(const std::string& name) {
-    const std::vector<hermes::Strategy> all{hermes::Strategy::best_fit, hermes::Strategy::first_fit,
-                                            hermes::Strategy::exact_gap};
+    std::vector<hermes::Strategy> all{hermes::Strategy::best_fit, hermes::Strategy::first_fit,
+                                      hermes::Strategy::exact_gap};
     if (name == "best") {
+        return all;
+    }
+    if (name == "guided") {
+        all.push_back(hermes::Strategy::guided);
         return all;
     }
     for (const auto strategy : all) {
@@ -102,8 +108,8 @@ std::vector<hermes::Strategy> strategies_of(const std::string& name) {
         }
     }
     throw py::value_error("strategy is '" + name +
-                          "', want 'best', 'exact_gap', 'best_fit_decreasing' or "
-                          "'first_fit_decreasing'");
+                          "', want 'best', 'exact_gap', 'best_fit_decreasing', "
+                          "'first_fit_decreasing', 'guided' or 'windowed'");
 }
 
 [[noreturn]] void refuse_length(const hermes::Lengths& lengths, std::int64_t index, bool too_small,
@@ -159,23 +165,17 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
     auto* samples = const_cast<std::int64_t*>(all.data());
     auto* ids = reinterpret_cast<std::uint32_t*>(samples);
     hermes::Sorted sorted;
-    hermes::Plan plan;
+    hermes::Choice choice{};
     Packed packed{};
     {
         py::gil_scoped_release release;
         sorted = hermes::sort_by_length(lengths, scanned, row_length, too_long == "truncate", ids,
                                         ids + lengths.count);
-        packed.lower_bound = hermes::lower_bound(sorted.classes, limits);
-        for (const auto strategy : strategies) {
-            if (strategy == strategies.front() || plan.rows > packed.lower_bound) {
-                hermes::Plan other = hermes::make_plan(sorted.classes, limits, strategy);
-                if (strategy == strategies.front() || other.rows < plan.rows) {
-                    plan = std::move(other);
-                    packed.strategy = name_of(strategy);
-                }
-            }
-        }
+        choice = hermes::best_plan(sorted.classes, limits, strategies);
     }
+    const hermes::Plan& plan = choice.plan;
+    packed.strategy = name_of(choice.strategy);
+    packed.lower_bound = choice.lower_bound;
     for (const hermes::LengthClass& c : sorted.classes) {
         packed.tokens += c.length * c.count;
     }

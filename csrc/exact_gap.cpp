@@ -11,36 +11,41 @@ constexpr std::int64_t kSteps = 1 << 25;
 
 }  // namespace
 
-Plan plan_by_exact_gap(const std::vector<LengthClass>& classes, const Limits& limits) {
-    Plan plan;
-    if (classes.empty()) {
-        return plan;
-    }
-    std::vector<std::uint32_t> of_class;
-    std::vector<Placement> placements;
-    Search search(classes, limits, kStepsOfRow, kSteps);
-    while (search.longest() != classes.size()) {
-        const std::vector<Part>& parts = search.make_row();
-        const std::int64_t rows = search.use(parts);
-        for (const Part& part : parts) {
-            of_class.push_back(part.of_class);
-            placements.push_back({static_cast<std::uint32_t>(plan.rows),
-                                  static_cast<std::uint32_t>(rows),
-                                  static_cast<std::uint32_t>(part.samples)});
-        }
-        plan.rows += rows;
-    }
+Plan RowList::plan(std::size_t classes) const {
     // By class, and in each by row: a counting sort.
-    std::vector<std::uint32_t> starts(classes.size() + 1);
-    for (const std::uint32_t c : of_class) {
+    std::vector<std::uint32_t> starts(classes + 1);
+    for (const std::uint32_t c : of_class_) {
         ++starts[c + 1];
     }
     std::partial_sum(starts.begin(), starts.end(), starts.begin());
-    plan.placements.resize(placements.size());
-    for (std::size_t i = 0; i < placements.size(); ++i) {
-        plan.placements[starts[of_class[i]]++] = placements[i];
+    Plan plan;
+    plan.rows = rows_;
+    plan.placements.resize(placements_.size());
+    for (std::size_t i = 0; i < placements_.size(); ++i) {
+        plan.placements[starts[of_class_[i]]++] = placements_[i];
     }
     return plan;
+}
+
+void add_by_exact_gap(const std::vector<LengthClass>& classes,
+                      const std::vector<std::uint32_t>& of_class, const Limits& limits,
+                      RowList& rows) {
+    if (classes.empty()) {
+        return;
+    }
+    Search search(classes, limits, kStepsOfRow, kSteps);
+    while (search.longest() != classes.size()) {
+        const std::vector<Part>& parts = search.make_row();
+        rows.add(parts, search.use(parts), of_class);
+    }
+}
+
+Plan plan_by_exact_gap(const std::vector<LengthClass>& classes, const Limits& limits) {
+    std::vector<std::uint32_t> of_class(classes.size());
+    std::iota(of_class.begin(), of_class.end(), 0U);
+    RowList rows;
+    add_by_exact_gap(classes, of_class, limits, rows);
+    return rows.plan(classes.size());
 }
 
 }  // namespace hermes

@@ -24,6 +24,51 @@ struct Part {  // of a row
     std::int64_t samples;
 };
 
+// Sorts parts by class, and makes those of one class one.
+inline void join_parts(std::vector<Part>& parts) {
+    std::sort(parts.begin(), parts.end(),
+              [](const Part& a, const Part& b) { return a.of_class < b.of_class; });
+    std::size_t size = 0;
+    for (const Part& part : parts) {
+        if (size > 0 && parts[size - 1].of_class == part.of_class) {
+            parts[size - 1].samples += part.samples;
+        } else {
+            parts[size++] = part;
+        }
+    }
+    parts.resize(size);
+}
+
+// Rows as they are made, one kind after another.
+class RowList {
+public:
+    // `rows` rows of these parts, whose classes are numbers of `of_class`.
+    void add(const std::vector<Part>& parts, std::int64_t rows,
+             const std::vector<std::uint32_t>& of_class) {
+        for (const Part& part : parts) {
+            of_class_.push_back(of_class[part.of_class]);
+            placements_.push_back({static_cast<std::uint32_t>(rows_),
+                                   static_cast<std::uint32_t>(rows),
+                                   static_cast<std::uint32_t>(part.samples)});
+        }
+        rows_ += rows;
+    }
+    std::int64_t rows() const {
+        return rows_;
+    }
+    Plan plan(std::size_t classes) const;
+
+private:
+    std::vector<std::uint32_t> of_class_;  // of each placement
+    std::vector<Placement> placements_;
+    std::int64_t rows_ = 0;
+};
+
+// Adds rows of all these samples by exact gap.
+void add_by_exact_gap(const std::vector<LengthClass>& classes,
+                      const std::vector<std::uint32_t>& of_class, const Limits& limits,
+                      RowList& rows);
+
 // Makes rows of the samples that are left, one after another.
 class Search {
 public:
@@ -122,7 +167,7 @@ private:
         while (!row_.empty()) {
             give_back();
         }
-        join_parts();
+        join_parts(best_);
         return best_;
     }
 
@@ -220,21 +265,6 @@ private:
         }
         least_gap_ = gap;
         best_ = row_;
-    }
-
-    // Parts by class, and of one class as one.
-    void join_parts() {
-        std::sort(best_.begin(), best_.end(),
-                  [](const Part& a, const Part& b) { return a.of_class < b.of_class; });
-        std::size_t size = 0;
-        for (const Part& part : best_) {
-            if (size > 0 && best_[size - 1].of_class == part.of_class) {
-                best_[size - 1].samples += part.samples;
-            } else {
-                best_[size++] = part;
-            }
-        }
-        best_.resize(size);
     }
 
     const std::vector<LengthClass>& classes_;

@@ -14,7 +14,7 @@
 
 namespace hermes {
 
-enum class Strategy { first_fit, best_fit, exact_gap };
+enum class Strategy { first_fit, best_fit, exact_gap, guided };
 
 struct Limits {  // of a row
     std::int64_t tokens;

@@ -16,11 +16,14 @@ from hermes_core import _C
 from hermes_core.files import write_atomically
 from hermes_core.samples import check_integer
 
-Strategy = Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing", "windowed"]
+Strategy = Literal[
+    "best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing", "guided", "windowed"
+]
 TooLong = Literal["error", "drop", "truncate"]
 
 FORMAT = "hermes4 packing"
 VERSION = 2
+WORTH_GUIDING = 1e-3  # of the lower bound; a plan that has more rows above it is told so
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,10 +35,11 @@ class Packing:
         row_offsets: [rows + 1] int64, where each row starts in ``samples``, then P.
         row_length: tokens in a row.
         tokens: packed tokens; a truncated sample counts ``row_length``.
-        lower_bound: no plan of these samples has fewer rows (L2 of Martello and Toth).
+        lower_bound: no plan of these samples has fewer rows (L2 of Martello and Toth; where
+            `guided` had to look for more, the larger of that and of a linear programme).
         longest, shortest: tokens of the longest and the shortest packed sample.
         dropped, truncated: int64, ids of samples longer than a row, by ``too_long``.
-        strategy: that made the plan; where `best` was asked for, the one that won.
+        strategy: that made the plan; where `best` or `guided` was asked for, the one that won.
         max_samples: that a row may hold; None for any number.
         fingerprint: of the store that the lengths came from; empty if unknown.
     """
@@ -74,6 +78,8 @@ class Packing:
             f"fill {self.fill:.4%}; lower bound {self.lower_bound:,} rows, "
             + (f"{above:,} above it ({above / self.lower_bound:.4%})" if above else "reached"),
         ]
+        if above > WORTH_GUIDING * self.lower_bound and self.strategy not in ("guided", "windowed"):
+            lines.append(f'strategy "guided" may save up to {above:,} rows')
         if len(self.dropped):
             lines.append(f"{len(self.dropped):,} samples longer than a row dropped")
         if len(self.truncated):
@@ -178,10 +184,13 @@ def pack(
       lowest-numbered.
     - `exact_gap`: row by row, the longest sample left and those that fill the rest to the last
       token, found by a bounded search.
+    - `guided`: where the best of the others misses the lower bound, rows near the patterns of a
+      linear programme, the last two samples of each such that they fill it. For samples of which
+      none is short, or where `max_samples` is small. Tenths of a second; at most some seconds.
     - `windowed`: in the order of the samples, but for about a hundred that wait: see
       `WindowedPacker`, which packs a stream so.
     - `best`: best fit and, where it misses the lower bound, first fit and exact gap; the fewest
-      rows win.
+      rows win. Milliseconds; its report says where `guided` may save rows.
 
     Raises:
         TypeError: lengths are not integers.

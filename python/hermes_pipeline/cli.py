@@ -142,7 +142,11 @@ def pack(
     store: Annotated[Path, typer.Argument(help="A token store.")],
     row_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 16_384,
     strategy: Annotated[
-        str, typer.Option(help="best, exact_gap, best_fit_decreasing or first_fit_decreasing.")
+        str,
+        typer.Option(
+            help="best, guided (slower, fuller), exact_gap, best_fit_decreasing or "
+            "first_fit_decreasing."
+        ),
     ] = "best",
     too_long: Annotated[
         str, typer.Option(help="Samples longer than a row: error, drop or truncate.")

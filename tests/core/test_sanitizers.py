@@ -13,7 +13,8 @@ import pytest
 pytestmark = pytest.mark.heavy
 
 TESTED = (
-    "test_packing.py", "test_windows.py", "test_rows.py", "test_samples.py", "test_bindings.py",
+    "test_packing.py", "test_guided.py", "test_windows.py", "test_rows.py", "test_samples.py",
+    "test_bindings.py",
 )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class Data:
 
     row_length: Annotated[int, Range(low=2)]
     rows: Count  # of one step, over all processes
-    packing: Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing"]
+    packing: Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing", "guided"]
     too_long: Literal["error", "drop", "truncate"]
     seed: Annotated[int, Range(low=0, high=2**31 - 1)]
     local_rows: Count | None = None  # of one forward pass on one process; None: its whole share
