@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.harness import ROW_LENGTH, Result, Timing, hermes_lengths, measure
+from bench.harness import MIXTURE, ROW_LENGTH, Result, Timing, hermes_lengths, measure
 from hermes_core import pack
 from hermes_core.packing import Strategy
 
@@ -21,6 +21,9 @@ Lengths = NDArray[np.int64]
 
 STRATEGIES: tuple[Strategy, ...] = ("best_fit_decreasing", "first_fit_decreasing")
 SHARES = (0.2, 1.0)  # of Hermes 4's samples: about 1 M and 5 M
+HARD_STRATEGIES: tuple[Strategy, ...] = ("best", "guided")
+HARD_SAMPLES = 1_000_000  # of each set without short ones
+SHORTEST = 1_500
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,10 @@ PEERS = (
 
 
 def run() -> Iterator[Result | str]:
-    """Both strategies at 1 M and 5 M samples, beside the peers that are installed."""
+    """Both strategies at 1 M and 5 M samples, beside the peers that are installed.
+
+    Then sets without short samples, which leave holes that `guided` is for.
+    """
     gate()
     yield "gate passed: both strategies equal the textbook, row by row"
     for share in SHARES:
@@ -86,6 +92,8 @@ def run() -> Iterator[Result | str]:
         yield told("memcpy of the lengths", lengths, floor, "the floor")
         for strategy in STRATEGIES:
             yield ours(lengths, strategy, floor)
+    for name, lengths in hard_sets():
+        yield from guided(name, lengths)
     yield ""
     for peer in PEERS:
         yield from against(peer)
@@ -99,6 +107,38 @@ def ours(lengths: Lengths, strategy: Strategy, floor: Timing | None = None) -> R
     if floor is not None:
         notes += f", {timing.cpu_s / floor.cpu_s:.1f} x memcpy"
     return told(f"hermes_core {strategy}", lengths, timing, notes)
+
+
+def hard_sets() -> Iterator[tuple[str, Lengths]]:
+    """Sets without short samples; none longer than a row."""
+    rng = np.random.default_rng(0)
+    _, mean, sigma = MIXTURE[0]
+    reasoning = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, 3 * HARD_SAMPLES)
+    heavy = SHORTEST * (1 + rng.pareto(1.0, 3 * HARD_SAMPLES))
+    for name, drawn in (("reasoning", reasoning), ("Pareto", heavy)):
+        fitting = drawn[(drawn >= SHORTEST) & (drawn < ROW_LENGTH + 1)]
+        yield f"{name} from {SHORTEST:,} tokens on", fitting.astype(np.int64)[:HARD_SAMPLES]
+    yield (
+        "a quarter to half a row",
+        rng.integers(ROW_LENGTH // 4, ROW_LENGTH // 2 + 1, HARD_SAMPLES),
+    )
+
+
+def guided(name: str, lengths: Lengths) -> Iterator[Result | str]:
+    """What `best` and `guided` leave above the lower bound that `guided` finds."""
+    bound = pack(lengths, row_length=ROW_LENGTH, strategy="guided").lower_bound
+    yield f"\n{name}: {len(lengths):,} samples; lower bound {bound:,} rows"
+    for strategy in HARD_STRATEGIES:
+        plan = pack(lengths, row_length=ROW_LENGTH, strategy=strategy, seed=None)
+        bounds = plan.row_offsets.tolist()
+        samples = plan.samples.tolist()
+        check([samples[a:b] for a, b in pairwise(bounds)], lengths)
+        timing = measure(
+            lambda strategy=strategy: pack(lengths, row_length=ROW_LENGTH, strategy=strategy),
+            runs=5,
+        )
+        notes = f"{plan.rows / bound - 1:.4%} rows over the bound, fill {plan.fill:.4%}"
+        yield told(f"hermes_core {strategy}", lengths, timing, notes)
 
 
 def against(peer: Peer) -> Iterator[Result | str]:
