@@ -11,11 +11,12 @@ from setuptools import setup
 
 # Listed by hand, in reading order, so that a build never picks up a stray file.
 SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "simplex.cpp", "guide.cpp"]
-SOURCES += ["guided.cpp", "choice.cpp", "layout.cpp", "window.cpp", "rows.cpp", "mapping.cpp"]
-SOURCES += ["bindings.cpp"]
+SOURCES += ["guided.cpp", "choice.cpp", "layout.cpp", "window.cpp", "shards.cpp", "rows.cpp"]
+SOURCES += ["pool.cpp", "mapping.cpp", "bindings.cpp", "row_bindings.cpp"]
 HEADERS = ["isa.hpp", "buffer.hpp", "sorting.hpp", "packing.hpp", "layout.hpp", "rows.hpp"]
 HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp", "bit_tree.hpp"]
 HEADERS += ["simplex.hpp", "knots.hpp", "knapsack.hpp", "guide.hpp", "guided.hpp", "choice.hpp"]
+HEADERS += ["shards.hpp", "pool.hpp", "arrays.hpp", "write_rows.hpp"]
 
 DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sanitizers
 
@@ -25,8 +26,9 @@ DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sa
 # one step, rounding once.
 # -isystem: warnings are for our sources, not for pybind11's headers.
 compile_args = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wno-sign-conversion"]
-compile_args += ["-fvisibility=hidden", "-ffp-contract=off", "-isystem", pybind11.get_include()]
-link_args: list[str] = []
+compile_args += ["-pthread", "-fvisibility=hidden", "-ffp-contract=off"]
+compile_args += ["-isystem", pybind11.get_include()]
+link_args = ["-pthread"]
 if DEBUG:
     compile_args += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
     compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -64,6 +64,24 @@ def measure(call: Callable[[], object], *, runs: int = 20) -> Timing:
     return Timing(statistics.median(cpu), min(cpu), max(cpu), statistics.median(wall), runs)
 
 
+def row_result(
+    backend: str, call: Callable[[], object], tokens: int, notes: str, *, runs: int = 20
+) -> Result:
+    """Tokens of batches of rows, for each second of CPU time."""
+    timing = measure(call, runs=runs)
+    return Result(
+        op="rows",
+        shape=f"rows of {ROW_LENGTH}",
+        dtype="uint32 ids in",
+        backend=backend,
+        unit="M tokens/CPU-s",
+        value=tokens / timing.cpu_s / 1e6,
+        spread=(tokens / timing.slowest_s / 1e6, tokens / timing.fastest_s / 1e6),
+        runs=runs,
+        notes=f"{notes}; wall {tokens / timing.wall_s / 1e6:,.0f}".removeprefix("; "),
+    )
+
+
 def hermes_lengths(share: float) -> NDArray[np.int64]:
     """Shuffled lengths like Hermes 4's, a ``share`` of its 5.1 M samples, none over a row."""
     rng = np.random.default_rng(0)
@@ -80,7 +98,8 @@ def hermes_lengths(share: float) -> NDArray[np.int64]:
 def machine() -> dict[str, Any]:
     """Where and with what the figures of this run were measured."""
     packages = {"hermes4-core": __version__, "python": platform.python_version()}
-    for name in ("numpy", "torch", "triton", "seqpacker", "lightbinpack", "trl"):
+    peers = ("seqpacker", "lightbinpack", "trl", "transformers", "grain")
+    for name in ("numpy", "torch", "triton", *peers):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

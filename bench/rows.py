@@ -1,93 +1,98 @@
-"""Building the rows of batches, against a bare copy and against a collator in NumPy."""
+"""Building the rows of batches: against a bare copy, a collator in NumPy, peers and a cold disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from bench.harness import ROW_LENGTH, Result, hermes_lengths, measure
+from bench.harness import ROW_LENGTH, Result, hermes_lengths, row_result
+from bench.row_peers import against_peers
+from bench.row_store import from_a_cold_store
 from hermes_core import IGNORE_INDEX, Packing, Rows, Samples, Shard, build_rows, pack
 
 ROWS = 1024  # 67 MB of token ids: past every cache
 BATCH = 8
+LARGE = 64  # rows that several threads share
 SLOW_ROWS = 64  # enough for a Python loop
 VOCABULARY = 151_936  # Qwen3's: ids need 32 bits
+ARRAYS = ("input_ids", "labels", "positions", "cu_seqlens")
+
+Build = Callable[[Samples, Packing, range], Rows]
 
 
 def run() -> Iterator[Result | str]:
     """Tokens for each second of CPU time, a batch of eight rows at a time."""
     samples = hermes_samples(ROWS * ROW_LENGTH)
     packing = pack(samples.lengths, row_length=ROW_LENGTH)
-    numbers = range(packing.rows)
     gate(samples, packing)
     yield "gate passed: every array of eight rows equals the collator's"
-    yield f"{len(samples):,} samples in {packing.rows:,} rows, {BATCH} at a time; fresh outputs\n"
-
-    tokens = samples.shard(0).tokens.view(np.int32)
-    columns = (tokens, tokens.copy())
-    width = BATCH * ROW_LENGTH
-
-    def copy() -> None:
-        for start in range(0, len(tokens), width):
-            for column in columns:
-                column[start : start + width].copy()
-
-    def write() -> None:
-        for _ in range(0, len(numbers), BATCH):
-            tuple(np.full(width, value) for value in range(3))
-
-    def batches(build: Callable[[range], Rows], rows: range) -> Callable[[], None]:
-        def call() -> None:
-            for start in range(0, len(rows), BATCH):
-                build(rows[start : start + BATCH])
-
-        return call
-
-    floor = result("memcpy of two int32 columns", copy, len(tokens), "the floor")
+    yield f"{len(samples):,} samples in {packing.rows:,} rows, {BATCH} at a time\n"
+    floor = row_result("memcpy of two int32 columns", copying(samples), samples.token_count, "")
     yield floor
-    # malloc hands the floor's half megabytes back warm; a batch's outputs are new pages each time.
-    outputs = result("three int64 columns, fresh", write, len(numbers) * ROW_LENGTH, "only written")
-    yield outputs
-    of_rows = int(packing.row_offsets[SLOW_ROWS])
-    fewer = int(samples.lengths[packing.samples[:of_rows]].sum())
-    ours = result(
-        "hermes_core.build_rows",
-        batches(lambda rows: build_rows(samples, packing, rows), numbers),
-        packing.tokens,
-        "three int64 columns, cu_seqlens, kept",
-    )
-    yield ours
-    plain = result(
-        "collator in NumPy",
-        batches(lambda rows: collate(samples, packing, rows), numbers[:SLOW_ROWS]),
-        fewer,
-        f"the same arrays, {SLOW_ROWS} rows",
-        runs=5,
-    )
+    ours = {}
+    for name, build in ways().items():
+        call, tokens = batches(build, samples, packing, packing.rows)
+        ours[name] = row_result(f"build_rows {name}", call, tokens, "")
+        yield ours[name]
+    for threads in (1, 2):
+        call, tokens = batches(built(threads=threads), samples, packing, packing.rows, LARGE)
+        yield row_result(f"build_rows int64, {LARGE} rows, threads={threads}", call, tokens, "")
+    call, tokens = batches(collate, samples, packing, SLOW_ROWS)
+    plain = row_result("collator in NumPy", call, tokens, "", runs=5)
     yield plain
     yield (
-        f"\nbuild_rows: {ours.value / floor.value:.2f} of memcpy, "
-        f"{ours.value / outputs.value:.2f} of writing its outputs, "
-        f"{ours.value / plain.value:.1f} x the collator"
+        f"\nbuild_rows: int32 is {ours['int32'].value / floor.value:.2f} of memcpy, int64 "
+        f"{ours['int64'].value / floor.value:.2f}, and {ours['int64'].value / plain.value:.0f} x "
+        f"the collator\n"
     )
+    yield from against_peers(samples, packing, BATCH, ours["int64"])
+    yield ""
+    yield from from_a_cold_store(samples, packing, BATCH)
 
 
-def result(
-    backend: str, call: Callable[[], None], tokens: int, notes: str, *, runs: int = 20
-) -> Result:
-    timing = measure(call, runs=runs)
-    return Result(
-        op="rows",
-        shape=f"batches of {BATCH} x {ROW_LENGTH}",
-        dtype="uint32 ids in",
-        backend=backend,
-        unit="M tokens/CPU-s",
-        value=tokens / timing.cpu_s / 1e6,
-        spread=(tokens / timing.slowest_s / 1e6, tokens / timing.fastest_s / 1e6),
-        runs=runs,
-        notes=notes,
-    )
+def ways() -> dict[str, Build]:
+    """Three columns and cu_seqlens: in memory that is used again, or in the caller's."""
+    return {
+        "int64": built(),
+        "int64, out=": built(out=Rows.empty(BATCH, ROW_LENGTH)),
+        "int32": built(dtype=np.int32),
+        "int32, out=": built(out=Rows.empty(BATCH, ROW_LENGTH, dtype=np.int32)),
+    }
+
+
+def built(**options: Any) -> Build:
+    return lambda samples, packing, rows: build_rows(samples, packing, rows, **options)
+
+
+def batches(
+    build: Build, samples: Samples, packing: Packing, rows: int, batch: int = BATCH
+) -> tuple[Callable[[], None], int]:
+    """All whole batches of so many rows, one after another, and the tokens in them."""
+    starts = range(0, rows // batch * batch, batch)
+
+    def call() -> None:
+        for start in starts:
+            build(samples, packing, range(start, start + batch))
+
+    end = packing.row_offsets[starts[-1] + batch]
+    return call, int(samples.lengths[packing.samples[:end]].sum())
+
+
+def copying(samples: Samples) -> Callable[[], None]:
+    """Two columns, a batch at a time, each to the same place."""
+    tokens = samples.shard(0).tokens.view(np.int32)
+    width = BATCH * ROW_LENGTH
+    columns = [(tokens, np.empty(width, np.int32)), (tokens.copy(), np.empty(width, np.int32))]
+
+    def call() -> None:
+        for start in range(0, len(tokens), width):
+            for column, to in columns:
+                part = column[start : start + width]
+                np.copyto(to[: len(part)], part)
+
+    return call
 
 
 def hermes_samples(tokens: int) -> Samples:
@@ -120,14 +125,17 @@ def collate(samples: Samples, packing: Packing, rows: range) -> Rows:
             starts.append(r * packing.row_length + at)
             positions[r, at:] = np.arange(packing.row_length - at)
     cu_seqlens = np.array([*starts, input_ids.size], np.int32)
-    return Rows(input_ids, labels, positions, cu_seqlens, np.flatnonzero(labels != IGNORE_INDEX))
+    return Rows(input_ids, labels, positions, cu_seqlens)
 
 
 def gate(samples: Samples, packing: Packing) -> None:
-    """Stop unless a batch equals the collator's in every array and dtype."""
+    """Stop unless a batch equals the collator's in every array, whichever way it is built."""
     rows = range(packing.rows - BATCH, packing.rows)
-    got, want = build_rows(samples, packing, rows), collate(samples, packing, rows)
-    for name in Rows.__slots__:
-        ours, theirs = getattr(got, name), getattr(want, name)
-        if ours.dtype != theirs.dtype or not np.array_equal(ours, theirs):
-            raise SystemExit(f"build_rows differs from the collator in {name}")
+    want = collate(samples, packing, rows)
+    for way, build in ways().items():
+        got = build(samples, packing, rows)
+        for name in ARRAYS:
+            if not np.array_equal(getattr(got, name), getattr(want, name)):
+                raise SystemExit(f"build_rows {way} differs from the collator in {name}")
+        if got.kept_count != want.kept_count:
+            raise SystemExit(f"build_rows {way} counts {got.kept_count}, not {want.kept_count}")

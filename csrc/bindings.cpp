@@ -1,8 +1,5 @@
 // Python's door to csrc/: checks arguments, releases the GIL around loops, copies no input.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pybind11/typing.h>
 
 #include <algorithm>
 #include <array>
@@ -12,50 +9,18 @@
 #include <utility>
 #include <vector>
 
+#include "arrays.hpp"
 #include "choice.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
 #include "mapping.hpp"
 #include "packing.hpp"
 #include "random.hpp"
-#include "rows.hpp"
 #include "window.hpp"
 
-namespace py = pybind11;
-using namespace py::literals;
+void bind_rows(py::module_& m);  // row_bindings.cpp
 
 namespace {
-
-// Taken with noconvert(): C-contiguous arrays of exactly this dtype, or a TypeError; never a copy.
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-using Int64Array = Array<std::int64_t>;
-
-template <class T>
-const T* data_of(const Array<T>& array, int ndim, const char* name) {
-    if (array.ndim() != ndim) {
-        throw py::value_error(std::string(name) + " is " + std::to_string(array.ndim()) +
-                              "-D, want " + std::to_string(ndim) + "-D");
-    }
-    if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) {
-        throw py::value_error(std::string(name) + " is not aligned in memory; pass a copy of it");
-    }
-    return array.data();
-}
-
-void check_range(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
-    if (value < low || value > high) {
-        throw py::value_error(std::string(name) + " is " + std::to_string(value) + ", outside [" +
-                              std::to_string(low) + ", " + std::to_string(high) + "]");
-    }
-}
-
-void check_size(const char* name, std::int64_t size, std::int64_t wanted) {
-    if (size != wanted) {
-        throw py::value_error(std::string(name) + " has " + std::to_string(size) +
-                              " elements, want " + std::to_string(wanted));
-    }
-}
 
 // ---- packing ----------------------------------------------------------------------------------
 
@@ -242,99 +207,6 @@ Int64Array shuffle(std::int64_t count, const std::vector<std::uint64_t>& seed_wo
     return order;
 }
 
-// ---- rows -------------------------------------------------------------------------------------
-
-using ShardTuple = py::typing::Tuple<py::array, Int64Array, Array<std::uint32_t>, Int64Array>;
-
-template <class T>
-Array<T> exactly(const py::handle& object, const char* name, const char* wanted) {
-    if (!Array<T>::check_(object)) {
-        throw py::type_error(std::string(name) + " of a shard must be a C-contiguous array of " +
-                             wanted);
-    }
-    return py::reinterpret_borrow<Array<T>>(object);
-}
-
-hermes::Shard shard_of(const py::tuple& parts) {
-    check_size("a shard", static_cast<std::int64_t>(parts.size()), 4);
-    hermes::Shard shard{};
-    if (Array<std::uint16_t>::check_(parts[0])) {
-        const auto tokens = py::reinterpret_borrow<Array<std::uint16_t>>(parts[0]);
-        shard.tokens = data_of(tokens, 1, "tokens");
-        shard.token_bytes = 2;
-        shard.token_count = tokens.size();
-    } else {
-        const auto tokens = exactly<std::uint32_t>(parts[0], "tokens", "uint16 or uint32");
-        shard.tokens = data_of(tokens, 1, "tokens");
-        shard.token_bytes = 4;
-        shard.token_count = tokens.size();
-    }
-    const auto offsets = exactly<std::int64_t>(parts[1], "offsets", "int64");
-    const auto spans = exactly<std::uint32_t>(parts[2], "spans", "uint32");
-    const auto span_offsets = exactly<std::int64_t>(parts[3], "span_offsets", "int64");
-    shard.offsets = data_of(offsets, 1, "offsets");
-    shard.spans = data_of(spans, 2, "spans");
-    shard.span_offsets = data_of(span_offsets, 1, "span_offsets");
-    shard.samples = offsets.size() - 1;
-    shard.span_count = spans.shape(0);
-    check_range("len(offsets)", offsets.size(), 1, INT64_MAX);
-    check_size("span_offsets", span_offsets.size(), offsets.size());
-    check_size("a span", spans.shape(1), 2);
-    return shard;
-}
-
-struct RowArrays {
-    Int64Array input_ids, labels, positions;
-    Array<std::int32_t> cu_seqlens;
-    Int64Array kept;
-};
-
-RowArrays build_rows(const py::typing::List<ShardTuple>& shards, const Int64Array& shard_indices,
-                     const Int64Array& sample_indices, const Int64Array& row_starts,
-                     std::int64_t row_length, std::int64_t pad_id, bool truncate) {
-    hermes::Request request{};
-    for (const py::handle shard : shards) {
-        if (!py::isinstance<py::tuple>(shard)) {
-            throw py::type_error("a shard must be a tuple of four arrays");
-        }
-        request.shards.push_back(shard_of(py::reinterpret_borrow<py::tuple>(shard)));
-    }
-    request.shard_of = data_of(shard_indices, 1, "shard_indices");
-    request.sample_of = data_of(sample_indices, 1, "sample_indices");
-    request.row_starts = data_of(row_starts, 1, "row_starts");
-    request.places = shard_indices.size();
-    request.rows = row_starts.size() - 1;
-    request.row_length = row_length;
-    request.pad_id = pad_id;
-    request.truncate = truncate;
-    check_size("sample_indices", sample_indices.size(), request.places);
-    check_range("len(row_starts)", row_starts.size(), 1, INT32_MAX);
-    check_range("row_length", row_length, 1, hermes::kMaxRowLength);
-    check_range("rows * row_length", request.rows * row_length, 0, INT32_MAX);
-    check_range("row_starts[0]", request.row_starts[0], 0, 0);
-    for (std::int64_t row = 0; row < request.rows; ++row) {
-        check_range("row_starts", request.row_starts[row + 1], request.row_starts[row],
-                    request.places);
-    }
-    hermes::Layout layout;
-    {
-        py::gil_scoped_release release;
-        layout = hermes::lay_out_rows(request);
-    }
-    const std::array<py::ssize_t, 2> shape{request.rows, row_length};
-    RowArrays out{Int64Array(shape), Int64Array(shape), Int64Array(shape),
-                  Array<std::int32_t>(static_cast<py::ssize_t>(layout.segments.size()) + 1),
-                  Int64Array(layout.kept)};
-    const hermes::Batch batch{out.input_ids.mutable_data(), out.labels.mutable_data(),
-                              out.positions.mutable_data(), out.kept.mutable_data(),
-                              out.cu_seqlens.mutable_data()};
-    {
-        py::gil_scoped_release release;
-        hermes::fill_rows(request, layout, batch);
-    }
-    return out;
-}
-
 // ---- mapping ----------------------------------------------------------------------------------
 
 Array<std::uint8_t> map_file(const std::string& path) {
@@ -360,7 +232,6 @@ Array<std::uint8_t> map_file(const std::string& path) {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "Compiled core of hermes_core. Private: call it through hermes_core.";
-    m.attr("IGNORE_INDEX") = hermes::kIgnoreIndex;
     m.attr("MAX_ROW_LENGTH") = hermes::kMaxRowLength;
     m.attr("MAX_SAMPLES") = hermes::kMaxSamples;
 
@@ -393,16 +264,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("shuffle", &shuffle, "count"_a, py::kw_only(), "seed_words"_a,
           "The numbers below count in an order that four random words decide.");
 
-    py::class_<RowArrays>(m, "RowArrays", "What `build_rows` returns: the arrays of one batch.")
-        .def_readonly("input_ids", &RowArrays::input_ids)
-        .def_readonly("labels", &RowArrays::labels)
-        .def_readonly("positions", &RowArrays::positions)
-        .def_readonly("cu_seqlens", &RowArrays::cu_seqlens)
-        .def_readonly("kept", &RowArrays::kept);
-    m.def("build_rows", &build_rows, "shards"_a, "shard_indices"_a.noconvert(),
-          "sample_indices"_a.noconvert(), "row_starts"_a.noconvert(), py::kw_only(), "row_length"_a,
-          "pad_id"_a, "truncate"_a,
-          "Rows row_starts[r]:row_starts[r + 1] of (shard index, sample index) pairs.");
+    bind_rows(m);
 
     m.def("map_file", &map_file, "path"_a,
           "The bytes of a file, mapped read-only; holds no file descriptor.");

@@ -14,15 +14,17 @@ __all__: list[str] = [
     "IGNORE_INDEX",
     "MAX_ROW_LENGTH",
     "MAX_SAMPLES",
+    "MAX_THREADS",
+    "POOL_BLOCKS",
+    "POOL_BYTES",
     "Packed",
-    "RowArrays",
-    "Windows",
+    "Shards",
     "active_isa",
     "build_rows",
     "map_file",
     "pack",
-    "pack_windows",
-    "shuffle",
+    "pool_state",
+    "read_ahead",
 ]
 
 class Packed:
@@ -46,33 +48,13 @@ class Packed:
     @property
     def tokens(self) -> int: ...
 
-class Windows:
+class Shards:
     """
-    What `pack_windows` returns: rows, and who waits.
+    Shards in use of samples that are numbered through.
     """
-    @property
-    def ages(self) -> numpy.typing.NDArray[numpy.int64]: ...
-    @property
-    def carried(self) -> numpy.typing.NDArray[numpy.int64]: ...
-    @property
-    def row_offsets(self) -> numpy.typing.NDArray[numpy.int64]: ...
-    @property
-    def samples(self) -> numpy.typing.NDArray[numpy.int64]: ...
-
-class RowArrays:
-    """
-    What `build_rows` returns: the arrays of one batch.
-    """
-    @property
-    def cu_seqlens(self) -> numpy.typing.NDArray[numpy.int32]: ...
-    @property
-    def input_ids(self) -> numpy.typing.NDArray[numpy.int64]: ...
-    @property
-    def kept(self) -> numpy.typing.NDArray[numpy.int64]: ...
-    @property
-    def labels(self) -> numpy.typing.NDArray[numpy.int64]: ...
-    @property
-    def positions(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    def __getstate__(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    def __init__(self, first_samples: numpy.typing.NDArray[numpy.int64]) -> None: ...
+    def __setstate__(self, arg0: typing.Annotated[numpy.typing.ArrayLike, numpy.int64]) -> None: ...
 
 def active_isa() -> str:
     """
@@ -80,24 +62,26 @@ def active_isa() -> str:
     """
 
 def build_rows(
-    shards: list[
-        tuple[
-            numpy.ndarray,
-            typing.Annotated[numpy.typing.ArrayLike, numpy.int64],
-            typing.Annotated[numpy.typing.ArrayLike, numpy.uint32],
-            typing.Annotated[numpy.typing.ArrayLike, numpy.int64],
-        ]
-    ],
-    shard_indices: numpy.typing.NDArray[numpy.int64],
-    sample_indices: numpy.typing.NDArray[numpy.int64],
-    row_starts: numpy.typing.NDArray[numpy.int64],
-    *,
+    shards: Shards,
+    load: collections.abc.Callable[[int], typing.Any],
+    samples: numpy.typing.NDArray[numpy.int64],
+    row_offsets: numpy.typing.NDArray[numpy.int64],
+    rows: numpy.typing.NDArray[numpy.int64],
     row_length: typing.SupportsInt | typing.SupportsIndex,
-    pad_id: typing.SupportsInt | typing.SupportsIndex,
     truncate: bool,
-) -> RowArrays:
+    pad_id: typing.SupportsInt | typing.SupportsIndex,
+    id_bytes: typing.SupportsInt | typing.SupportsIndex,
+    out: tuple[
+        numpy.ndarray,
+        numpy.ndarray,
+        numpy.ndarray,
+        typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    ]
+    | None,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.typing.NDArray[numpy.int32], int]:
     """
-    Rows row_starts[r]:row_starts[r + 1] of (shard index, sample index) pairs.
+    Input ids, labels, positions, cu_seqlens of these rows of a plan; how many are kept.
     """
 
 def map_file(path: str) -> numpy.typing.NDArray[numpy.uint8]:
@@ -118,30 +102,26 @@ def pack(
     Plan of whole samples in rows; four random words shuffle them, none leave them.
     """
 
-def pack_windows(
-    lengths: numpy.typing.NDArray[numpy.int64],
-    ages: numpy.typing.NDArray[numpy.int64],
-    *,
-    window: typing.SupportsInt | typing.SupportsIndex,
-    row_length: typing.SupportsInt | typing.SupportsIndex,
-    max_samples: typing.SupportsInt | typing.SupportsIndex,
-    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-    first_window: typing.SupportsInt | typing.SupportsIndex,
-    finish: bool,
-) -> Windows:
+def pool_state() -> tuple[int, int]:
     """
-    Full rows, a window of samples at a time; those with ages have waited so long.
+    Blocks and bytes that wait to be used again.
     """
 
-def shuffle(
-    count: typing.SupportsInt | typing.SupportsIndex,
-    *,
-    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-) -> numpy.typing.NDArray[numpy.int64]:
+def read_ahead(
+    shards: Shards,
+    load: collections.abc.Callable[[int], typing.Any],
+    samples: numpy.typing.NDArray[numpy.int64],
+    row_offsets: numpy.typing.NDArray[numpy.int64],
+    rows: numpy.typing.NDArray[numpy.int64],
+    row_length: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
     """
-    The numbers below count in an order that four random words decide.
+    Ask the kernel to read what these rows will need, and do not wait for it.
     """
 
 IGNORE_INDEX: int = -100
 MAX_ROW_LENGTH: int = 2147483648
 MAX_SAMPLES: int = 2147483647
+MAX_THREADS: int = 1024
+POOL_BLOCKS: int = 32
+POOL_BYTES: int = 268435456

@@ -5,6 +5,7 @@ This much needs numpy alone. `hermes_core.segments`, `.attention` and `.loss` ne
 
 from hermes_core._version import __version__
 from hermes_core.dealing import Dealing, deal, row_costs
+from hermes_core.loader import RowLoader
 from hermes_core.packing import Packing, pack
 from hermes_core.rows import Rows, build_rows
 from hermes_core.samples import IGNORE_INDEX, Samples, Shard
@@ -17,6 +18,7 @@ __all__ = [
     "Dealing",
     "PackedRows",
     "Packing",
+    "RowLoader",
     "Rows",
     "Samples",
     "Shard",

@@ -4,92 +4,152 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from hermes_core import _C
 from hermes_core.packing import Packing
-from hermes_core.samples import Samples, check_integer
+from hermes_core.samples import IGNORE_INDEX, Samples, check_integer
 from hermes_core.windows import PackedRows
+
+RowNumbers = Sequence[int] | range | NDArray[np.integer]
+Column = NDArray[np.int64] | NDArray[np.int32]
+
+LARGEST_ID = {np.dtype(dtype): int(np.iinfo(dtype).max) for dtype in (np.int64, np.int32)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """R rows of L tokens, S segments (samples and padding), K kept labels.
+    """R rows of L tokens, S segments (samples and padding).
 
     Attributes:
-        input_ids: [R, L] int64.
-        labels: [R, L] int64, the next token of the same segment where it is kept, else
-            `IGNORE_INDEX`.
-        positions: [R, L] int64, 0 at each segment's first token.
+        input_ids: [R, L] int64 or int32; ``labels`` and ``positions`` are of the same dtype.
+        labels: [R, L], the next token of the same segment where it is kept, else `IGNORE_INDEX`.
+        positions: [R, L], 0 at each segment's first token.
         cu_seqlens: [S + 1] int32, where each segment starts in the flat batch, then R * L; the
             padding behind a row's last sample is a segment.
-        kept: [K] int64, flat indices of the labels that count, rising.
     """
 
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    positions: NDArray[np.int64]
+    input_ids: Column
+    labels: Column
+    positions: Column
     cu_seqlens: NDArray[np.int32]
-    kept: NDArray[np.int64]
+    _kept_count: int | None = None  # where whoever built the rows has counted
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        row_length: int,
+        *,
+        dtype: DTypeLike = np.int64,
+        segments: int | None = None,
+    ) -> Rows:
+        """Memory for `build_rows` to write in, batch after batch.
+
+        Args:
+            segments: the most that a batch may have; room for one a token if None, which is only
+                touched as far as it is used.
+        """
+        shape, ids = (rows, row_length), _id_dtype(dtype)
+        ends = (rows * row_length if segments is None else segments) + 1
+        columns = [np.empty(shape, ids) for _ in range(3)]
+        return cls(columns[0], columns[1], columns[2], np.empty(ends, np.int32))
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """[K] flat indices of the labels that count, rising; looked up at each call."""
+        return np.flatnonzero(self.labels != IGNORE_INDEX)
+
+    @property
+    def kept_count(self) -> int:
+        """How many labels count."""
+        if self._kept_count is None:
+            return int(np.count_nonzero(self.labels != IGNORE_INDEX))
+        return self._kept_count
 
 
 def build_rows(
     samples: Samples,
     packing: Packing | PackedRows,
-    rows: Sequence[int] | range | NDArray[np.integer],
+    rows: RowNumbers,
     *,
     pad_id: int = 0,
+    dtype: DTypeLike | None = None,
+    out: Rows | None = None,
+    threads: int = 1,
 ) -> Rows:
     """The rows of a plan with these numbers, in this order.
+
+    Memory that held a batch is used again when its arrays are gone, up to 256 MiB of it, so a loop
+    that lets go of a batch writes the next one to warm memory. With ``out`` the caller says where
+    to write, for example to memory that a GPU reads by itself:
+
+        tensors = [torch.empty(8, 16_384, dtype=torch.int64, pin_memory=True) for _ in range(3)]
+        ends = torch.empty(8 * 16_384 + 1, dtype=torch.int32, pin_memory=True)
+        out = Rows(*(tensor.numpy() for tensor in (*tensors, ends)))
+        rows = build_rows(samples, packing, range(8), out=out)  # the same memory
 
     Args:
         samples: those that the plan was made from; only the shards in use are loaded.
         pad_id: input id behind a row's last sample; never in the loss.
+        dtype: np.int64 or np.int32, of input ids, labels and positions; None for that of ``out``,
+            or int64.
+        out: its arrays, [rows, row_length], are written and returned; of cu_seqlens, which may
+            have more room than is needed, the part in use. After an error they hold anything.
+        threads: that write at once, where each has 131,072 tokens or more; the rows are the same
+            for any number.
 
     Raises:
-        ValueError: a row number out of range, a plan of other samples, a corrupt store.
+        TypeError: an argument or an array of ``out`` of another type.
+        ValueError: a row number out of range, a plan of other samples, a corrupt store, an array of
+            ``out`` that cannot be written so, a token id over int32.
     """
-    numbers = _check_rows(rows, packing.rows)
-    pad_id = check_integer("pad_id", pad_id, 0, (1 << 63) - 1)
-    if len(numbers) * packing.row_length >= 1 << 31:
-        raise ValueError(
-            f"{len(numbers)} rows of {packing.row_length} tokens are more than the 2**31 - 1 that "
-            f"cu_seqlens can count; build fewer rows at once"
-        )
-    starts, ends = packing.row_offsets[numbers], packing.row_offsets[numbers + 1]
-    row_starts = np.zeros(len(numbers) + 1, np.int64)
-    np.cumsum(ends - starts, out=row_starts[1:])
-    places = np.arange(row_starts[-1]) + np.repeat(starts - row_starts[:-1], ends - starts)
-    ids = packing.samples[places]
-    if ids.size and not 0 <= ids.min() <= ids.max() < len(samples):
-        raise ValueError(
-            f"the plan names sample {ids.max() if ids.min() >= 0 else ids.min()} but there are "
-            f"{len(samples)}: it was made for other samples"
-        )
-    of_shard = np.searchsorted(samples.first_samples, ids, side="right") - 1
-    touched, shard_indices = np.unique(of_shard, return_inverse=True)
-    shards = [samples.shard(int(number)) for number in touched]
-    built = _C.build_rows(
-        [(s.tokens, s.offsets, s.spans, s.span_offsets) for s in shards],
-        shard_indices.astype(np.int64, copy=False),
-        ids - samples.first_samples[of_shard],
-        row_starts,
-        row_length=packing.row_length,
-        pad_id=pad_id,
-        truncate=packing.too_long == "truncate",
+    if dtype is None:
+        dtype = np.int64 if out is None else np.asarray(out.input_ids).dtype
+    ids = _id_dtype(dtype)
+    built = _C.build_rows(  # by place: names would cost a tenth of a small batch
+        samples._in_use,
+        samples.shard,
+        packing.samples,
+        packing.row_offsets,
+        row_numbers(rows, packing.rows),
+        packing.row_length,
+        packing.too_long == "truncate",
+        check_integer("pad_id", pad_id, 0, LARGEST_ID[ids]),
+        ids.itemsize,
+        None if out is None else (out.input_ids, out.labels, out.positions, out.cu_seqlens),
+        check_integer("threads", threads, 1, _C.MAX_THREADS),
     )
-    return Rows(built.input_ids, built.labels, built.positions, built.cu_seqlens, built.kept)
+    return Rows(*built)
 
 
-def _check_rows(rows: Sequence[int] | range | NDArray[np.integer], count: int) -> NDArray[np.int64]:
+def row_numbers(rows: RowNumbers, count: int) -> NDArray[np.int64]:
+    """Numbers of rows as an array; those of a range are inside [0, count), others are 64 bits."""
     if isinstance(rows, range):
-        rows = np.arange(rows.start, rows.stop, rows.step)
+        if rows and not (0 <= rows[0] < count and 0 <= rows[-1] < count):
+            i, number = next((i, n) for i, n in enumerate(rows) if not 0 <= n < count)
+            raise ValueError(f"rows[{i}] is {number}, outside [0, {count})")
+        return np.arange(rows.start, rows.stop, rows.step, np.int64)
     numbers = np.asarray(rows)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise TypeError(f"rows is {numbers.dtype} {list(numbers.shape)}, want a list of integers")
+    if numbers.dtype == np.uint64:
+        check_row_numbers(numbers, count)
+    return np.ascontiguousarray(numbers, np.int64)
+
+
+def check_row_numbers(numbers: NDArray[np.integer], count: int) -> None:
+    """Refuse what is outside [0, count)."""
     bad = np.flatnonzero((numbers < 0) | (numbers >= count))
     if bad.size:
         raise ValueError(f"rows[{bad[0]}] is {numbers[bad[0]]}, outside [0, {count})")
-    return numbers.astype(np.int64)
+
+
+def _id_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    ids = np.dtype(dtype)
+    if ids not in LARGEST_ID:
+        raise TypeError(f"dtype is {ids}, want int64 or int32")
+    return ids

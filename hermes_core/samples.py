@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hermes_core import _C
+
 IGNORE_INDEX = -100  # a label that is not in the loss; PyTorch's default
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
@@ -73,6 +75,7 @@ class Samples:
         self.first_samples.flags.writeable = False
         self._load = load
         self._loaded: dict[int, Shard] = {}
+        self._in_use = _C.Shards(self.first_samples)  # where build_rows finds them, once asked for
 
     @classmethod
     def from_lists(cls, token_ids: Sequence[ArrayLike], loss_masks: Sequence[ArrayLike]) -> Samples:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_core import _C, Samples, Shard, build_rows, pack
+from hermes_core import _C, Rows, Samples, Shard, build_rows, pack
 
 T = TypeVar("T")
 PACK: dict[str, Any] = {
@@ -39,29 +40,36 @@ def misaligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return data.view(array.dtype).reshape(array.shape)
 
 
+PARTS = ("tokens", "offsets", "spans", "span_offsets")
+PLAN = ("samples", "row_offsets", "rows")
+
+
 def a_batch() -> dict[str, Any]:
     """Two samples of five and three tokens in one row of eight."""
-    shard = (
-        np.arange(8, dtype=np.uint16),
-        np.array([0, 5, 8]),
-        np.array([[1, 3], [0, 2]], np.uint32),
-        np.array([0, 1, 2]),
-    )
     return {
-        "shards": [shard],
-        "shard_indices": np.array([0, 0]),
-        "sample_indices": np.array([0, 1]),
-        "row_starts": np.array([0, 2]),
+        "tokens": np.arange(8, dtype=np.uint16),
+        "offsets": np.array([0, 5, 8]),
+        "spans": np.array([[1, 3], [0, 2]], np.uint32),
+        "span_offsets": np.array([0, 1, 2]),
+        "first_samples": np.array([0, 2]),
+        "samples": np.array([0, 1]),
+        "row_offsets": np.array([0, 2]),
+        "rows": np.array([0]),
         "row_length": 8,
-        "pad_id": 0,
         "truncate": False,
+        "pad_id": 0,
+        "id_bytes": 8,
+        "out": None,
+        "threads": 1,
     }
 
 
-def build(batch: dict[str, Any]) -> _C.RowArrays:
-    arrays = ("shards", "shard_indices", "sample_indices", "row_starts")
-    rest = {name: value for name, value in batch.items() if name not in arrays}
-    return _C.build_rows(*(batch[name] for name in arrays), **rest)
+def build(batch: dict[str, Any]) -> Rows:
+    shard = SimpleNamespace(**{part: batch[part] for part in PARTS})
+    shards = _C.Shards(batch["first_samples"])
+    load = batch.get("load", lambda _: shard)
+    rest = [value for name, value in batch.items() if name not in (*PARTS, "first_samples", "load")]
+    return Rows(*_C.build_rows(shards, load, *rest))
 
 
 @pytest.mark.parametrize(
@@ -118,17 +126,13 @@ def test_pack_refuses_by_name_and_value(
 
 def test_read_only_arrays_are_taken_and_not_written() -> None:
     batch = a_batch()
-    batch["shards"] = [tuple(read_only(array) for array in batch["shards"][0])]
-    for name in ("shard_indices", "sample_indices", "row_starts"):
+    for name in (*PARTS, *PLAN, "first_samples"):
         read_only(batch[name])
     assert build(batch).input_ids.tolist() == [list(range(8))]
     assert _C.pack(read_only(np.array([3, 5])), **PACK).samples.tolist() == [1, 0]
 
 
-PARTS = ("tokens", "offsets", "spans", "span_offsets")
-
-
-@pytest.mark.parametrize("part", range(4), ids=PARTS)
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
     ("spoil", "kind"),
     [
@@ -145,40 +149,52 @@ PARTS = ("tokens", "offsets", "spans", "span_offsets")
     ids=["float", "int16", "bytes", "object", "strided", "list", "none", "2-D", "unaligned"],
 )
 def test_wrong_array_of_a_shard_is_refused_by_name(
-    part: int, spoil: Any, kind: type[Exception]
+    part: str, spoil: Any, kind: type[Exception]
 ) -> None:
     batch = a_batch()
-    arrays = list(batch["shards"][0])
-    arrays[part] = spoil(arrays[part])
-    batch["shards"] = [tuple(arrays)]
-    with pytest.raises(kind, match=rf"^{PARTS[part]} "):
+    batch[part] = spoil(batch[part])
+    with pytest.raises(kind, match=rf"^{part} "):
         build(batch)
 
 
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"shards": []}, ValueError, r"shard 0 is outside \[0, 0\)"),
-        ({"shards": [[1, 2, 3, 4]]}, TypeError, "a shard must be a tuple of four arrays"),
-        ({"shards": [(1, 2)]}, ValueError, "a shard has 2 elements, want 4"),
-        ({"shards": None}, TypeError, "shards: "),
-        ({"shard_indices": np.array([0, 7])}, ValueError, r"shard 7 is outside \[0, 1\)"),
-        ({"shard_indices": np.array([0.0, 0.0])}, TypeError, "shard_indices: "),
-        ({"shard_indices": np.array([[0, 0]])}, ValueError, "shard_indices is 2-D"),
-        ({"sample_indices": np.array([0, 2])}, ValueError, "sample 2 of shard 0 is outside"),
-        ({"sample_indices": np.array([0, 1 << 62])}, ValueError, "sample 4611686018427387904 of"),
-        ({"sample_indices": np.array([0])}, ValueError, "sample_indices has 1 elements, want 2"),
-        ({"row_starts": np.array([], np.int64)}, ValueError, r"len\(row_starts\) is 0"),
-        ({"row_starts": np.array([1, 2])}, ValueError, r"row_starts\[0\] is 1"),
-        ({"row_starts": np.array([0, 3])}, ValueError, "row_starts is 3, outside"),
-        ({"row_starts": np.array([0, 2, 1])}, ValueError, "row_starts is 1, outside"),
-        ({"row_starts": np.array([0, 2], np.int32)}, TypeError, "row_starts: "),
+        ({"first_samples": np.array([], np.int64)}, ValueError, "first_samples does not rise"),
+        ({"first_samples": np.array([1, 2])}, ValueError, "first_samples does not rise from 0"),
+        ({"first_samples": np.array([0, 2, 1])}, ValueError, "first_samples does not rise"),
+        ({"first_samples": np.array([0, 3])}, ValueError, "shard 0 has 2 samples, want 3"),
+        ({"first_samples": np.array([0])}, ValueError, "names sample 0 but there are 0: it was"),
+        ({"load": None}, TypeError, "load: "),
+        ({"load": lambda _: (1, 2)}, AttributeError, "no attribute 'tokens'"),
+        ({"samples": np.array([0, 2])}, ValueError, "the plan names sample 2 but there are 2"),
+        ({"samples": np.array([0, -1])}, ValueError, "the plan names sample -1 but there are 2"),
+        ({"samples": np.array([1 << 62, 0])}, ValueError, "names sample 4611686018427387904 but"),
+        ({"samples": np.array([0])}, ValueError, r"row 0 of the plan has samples \[0, 2\) of 1"),
+        ({"samples": np.array([0.0, 1.0])}, TypeError, "samples: "),
+        ({"samples": np.array([[0, 1]])}, ValueError, "samples is 2-D, want 1-D"),
+        ({"row_offsets": np.array([], np.int64)}, ValueError, r"len\(row_offsets\) is 0"),
+        (
+            {"row_offsets": np.array([-1, 2])},
+            ValueError,
+            r"has samples \[-1, 2\) of 2: the plan is",
+        ),
+        ({"row_offsets": np.array([0, 3])}, ValueError, r"has samples \[0, 3\) of 2: the plan is"),
+        ({"row_offsets": np.array([2, 1])}, ValueError, r"has samples \[2, 1\) of 2: the plan is"),
+        ({"row_offsets": np.array([0, 2], np.int32)}, TypeError, "row_offsets: "),
+        ({"rows": np.array([1])}, ValueError, r"rows\[0\] is 1, outside \[0, 1\)"),
+        ({"rows": np.array([0, -1])}, ValueError, r"rows\[1\] is -1, outside \[0, 1\)"),
         ({"row_length": 7}, ValueError, "sample 1 of shard 0 ends at token 8 of a row of 7"),
+        ({"row_length": 1}, ValueError, "row 0 of the plan has 2 samples, more than the 1 tokens"),
+        ({"row_length": 0}, ValueError, "row_length is 0, outside"),
         ({"row_length": -1}, ValueError, "row_length is -1, outside"),
-        ({"row_length": 1 << 31}, ValueError, r"rows \* row_length is 2147483648, outside"),
+        ({"row_length": 1 << 31}, ValueError, "1 rows of 2147483648 tokens are more than the 2"),
         ({"row_length": 1 << 62}, ValueError, "row_length is 4611686018427387904, outside"),
         ({"pad_id": 1 << 63}, TypeError, "pad_id: "),
         ({"pad_id": 0.5}, TypeError, "pad_id: "),
+        ({"id_bytes": 2}, ValueError, "id_bytes is 2, want 4 or 8"),
+        ({"out": ()}, ValueError, "out has 0 elements, want 4"),
+        ({"out": [1, 2, 3, 4]}, TypeError, "out: "),
     ],
 )
 def test_build_rows_refuses_by_name_and_value(
@@ -186,6 +202,14 @@ def test_build_rows_refuses_by_name_and_value(
 ) -> None:
     with pytest.raises(kind, match=message):
         build({**a_batch(), **change})
+
+
+def test_error_of_a_loading_shard_comes_through() -> None:
+    def load(_: int) -> Any:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        build({**a_batch(), "load": load})
 
 
 def attempt(call: Callable[[], T]) -> T | str:
@@ -235,23 +259,32 @@ def spoil(draw: st.DrawFn, array: np.ndarray[Any, Any]) -> Any:
 
 
 @st.composite
+def outs(draw: st.DrawFn) -> Any:
+    """Memory to write in: often right, often not."""
+    rows, length = draw(st.sampled_from([(1, 8), (1, 8), (1, 9), (2, 8), (0, 8)]))
+    made = Rows.empty(rows, length, dtype=draw(st.sampled_from([np.int64, np.int32])))
+    out: list[Any] = [made.input_ids, made.labels, made.positions, made.cu_seqlens]
+    if draw(st.integers(0, 3)) == 0:
+        out[draw(st.integers(0, 3))] = draw(arrays())
+    return tuple(out[: draw(st.sampled_from([4, 4, 4, 3]))])
+
+
+@st.composite
 def batches(draw: st.DrawFn) -> dict[str, Any]:
-    batch, names = a_batch(), ("shard_indices", "sample_indices", "row_starts")
-    spoiled = draw(st.sets(st.sampled_from((*PARTS, *names)), max_size=2))
-    batch["shards"] = [
-        tuple(
-            spoil(draw, array) if part in spoiled else array
-            for part, array in zip(PARTS, batch["shards"][0], strict=True)
-        )
-    ]
-    for name in sorted(spoiled.intersection(names)):
+    batch = a_batch()
+    spoiled = draw(st.sets(st.sampled_from((*PARTS, *PLAN, "first_samples")), max_size=2))
+    for name in sorted(spoiled):
         batch[name] = spoil(draw, batch[name])
-    batch["row_length"] = draw(st.sampled_from([8, 8, 9, 100, 8, 8, 9, 5, -1, 1 << 62]))
+    batch["row_length"] = draw(st.sampled_from([8, 8, 9, 100, 8, 8, 9, 5, 0, -1, 1 << 62]))
     batch["truncate"] = draw(st.booleans())
+    batch["id_bytes"] = draw(st.sampled_from([8, 8, 4, 4, 2, -4]))
+    batch["pad_id"] = draw(st.sampled_from([0, 0, -1, 1 << 31, (1 << 63) - 1]))
+    batch["threads"] = draw(st.sampled_from([1, 1, 2, 1000, 0, -1]))
+    batch["out"] = draw(st.none() | outs())
     return batch
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(batch=batches())
 def test_any_batch_is_built_or_refused(batch: dict[str, Any]) -> None:
     rows = attempt(lambda: build(batch))
@@ -259,10 +292,23 @@ def test_any_batch_is_built_or_refused(batch: dict[str, Any]) -> None:
         assert rows
         return
     flat = rows.labels.reshape(-1)
-    assert rows.input_ids.shape == (len(batch["row_starts"]) - 1, batch["row_length"])
-    assert np.flatnonzero(flat != _C.IGNORE_INDEX).tolist() == rows.kept.tolist()
+    assert rows.input_ids.shape == (len(batch["rows"]), batch["row_length"])
+    assert np.count_nonzero(flat != _C.IGNORE_INDEX) == rows.kept_count
     assert (np.diff(rows.cu_seqlens) > 0).all()
     assert rows.cu_seqlens[-1] == flat.size
+
+
+@settings(max_examples=300, deadline=None)
+@given(batch=batches())
+def test_reading_ahead_of_any_batch_is_done_or_refused(batch: dict[str, Any]) -> None:
+    shard = SimpleNamespace(**{part: batch[part] for part in PARTS})
+
+    def ask() -> None:
+        shards = _C.Shards(batch["first_samples"])
+        plan = (batch[name] for name in PLAN)
+        _C.read_ahead(shards, lambda _: shard, *plan, batch["row_length"])
+
+    assert attempt(ask) != ""
 
 
 @settings(max_examples=600, deadline=None)
@@ -288,7 +334,7 @@ def test_any_lengths_are_packed_or_refused(
 @settings(max_examples=300, deadline=None)
 @given(rows=arrays())
 def test_any_row_numbers_are_built_or_refused(rows: Any) -> None:
-    samples = Samples([Shard(*a_batch()["shards"][0])])
+    samples = Samples([Shard(*(a_batch()[part] for part in PARTS))])
     plan = pack(samples.lengths, row_length=5)
     built = attempt(lambda: build_rows(samples, plan, rows))
     if isinstance(built, str):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hermes_core import _C, IGNORE_INDEX, Samples, Shard
+from hermes_core import _C, IGNORE_INDEX, Samples, Shard, build_rows, pack
 from hermes_core.samples import spans_of
 
 IDS = [[1, 2, 3], [70_000, 5], [6]]
 MASKS = [[False, True, True], [True, True], [False]]
+
+
+def through_pickle(samples: Samples) -> Samples:
+    loaded = pickle.loads(pickle.dumps(samples))
+    assert isinstance(loaded, Samples)
+    return loaded
 
 
 def a_shard() -> Shard:
@@ -58,6 +67,29 @@ def test_samples_of_several_shards_are_numbered_through() -> None:
 def test_token_ids_are_views_of_the_shard() -> None:
     shard = a_shard()
     assert np.shares_memory(Samples([shard])[1][0], shard.tokens)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("used", [False, True])
+def test_copies_give_the_same_rows(again: Callable[[Samples], Samples], used: bool) -> None:
+    samples = Samples([a_shard(), replace(a_shard(), tokens=np.arange(6, dtype=np.uint16))])
+    packing = pack(samples.lengths, row_length=7)
+    if used:
+        build_rows(samples, packing, range(packing.rows))
+    other = again(samples)
+    expected = build_rows(samples, packing, range(packing.rows)).input_ids.tolist()
+    del samples
+    assert build_rows(other, packing, range(packing.rows)).input_ids.tolist() == expected
+
+
+def test_shard_with_other_samples_than_it_was_said_to_have_is_refused() -> None:
+    class Wrong(Samples):
+        def __init__(self) -> None:
+            self._set_up([3, 2], lambda index: a_shard())
+
+    plan = pack([1] * 5, row_length=5, seed=None)
+    with pytest.raises(ValueError, match="shard 1 has 3 samples, want 2"):
+        build_rows(Wrong(), plan, [0])
 
 
 def test_lengths_are_computed_once_and_read_only() -> None:

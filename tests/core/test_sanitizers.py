@@ -13,8 +13,9 @@ import pytest
 pytestmark = pytest.mark.heavy
 
 TESTED = (
-    "test_packing.py", "test_guided.py", "test_windows.py", "test_rows.py", "test_samples.py",
-    "test_bindings.py",
+TESTED = (
+    "test_packing.py", "test_guided.py", "test_windows.py", "test_rows.py", "test_rows_memory.py",
+    "test_loader.py", "test_samples.py", "test_bindings.py",
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def run_tests(copy: Path, repository: Path, test: Path) -> subprocess.CompletedP
         copy,
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", repository / "pyproject.toml"),
         *("-o", f"pythonpath={repository / 'tests'}", test),
+        *("-k", "not forked"),  # beside threads, which the sanitizer's allocator does not survive
     )
 
 

@@ -62,14 +62,16 @@ class RowOrder:
         self._costs = lru_cache(maxsize=2)(self._make_costs)
         self._rows_of = cache(lambda epoch: self._plan(epoch).rows)
 
-    def batch(self, numbers: Sequence[int] | NDArray[np.int64]) -> Batch:
-        """The rows of these rising numbers; they may lie in several epochs."""
-        built, tokens = [], 0
-        for epoch, rows in self._pieces(numbers):
-            plan = self._plan(epoch)
-            built.append(self._build(plan, rows))
-            tokens += self._tokens(plan, rows)
-        return Batch(_joined(built), tuple(int(number) for number in numbers), tokens)
+    def batch(self, numbers: Sequence[int] | NDArray[np.int64], *, out: Rows | None = None) -> Batch:
+        """The rows of these rising numbers, in ``out`` if given; of one epoch or several."""
+        pieces = [(self._plan(epoch), rows) for epoch, rows in self._pieces(numbers)]
+        tokens = sum(self._tokens(plan, rows) for plan, rows in pieces)
+        if len(pieces) == 1:
+            built = self._build(*pieces[0], out)
+        else:
+            whole = Rows.empty(len(numbers), self._row_length) if out is None else out
+            built = self._build_joined(pieces, whole)
+        return Batch(built, tuple(int(number) for number in numbers), tokens)
 
     def sample_ids(self, numbers: Sequence[int] | NDArray[np.int64]) -> list[list[int]]:
         """The samples of each row of these rising numbers."""
@@ -116,11 +118,24 @@ class RowOrder:
                 yield epoch, left[:here] - start
             left, start, epoch = left[here:], end, epoch + 1
 
-    def _build(self, plan: Packing, rows: NDArray[np.int64]) -> Rows:
+    def _build(self, plan: Packing, rows: NDArray[np.int64], out: Rows | None) -> Rows:
         try:
-            return build_rows(self._samples, plan, rows)
+            return build_rows(self._samples, plan, rows, out=out)
         except ValueError as error:
             raise UserError(f"the store is damaged: {error}") from None
+
+    def _build_joined(self, pieces: list[tuple[Packing, NDArray[np.int64]]], out: Rows) -> Rows:
+        """Rows of several plans as one batch."""
+        row = segments = kept = 0
+        for plan, rows in pieces:
+            here, ends = slice(row, row + len(rows)), out.cu_seqlens[segments:]
+            columns = (out.input_ids[here], out.labels[here], out.positions[here])
+            built = self._build(plan, rows, Rows(*columns, ends))
+            np.add(built.cu_seqlens, row * self._row_length, out=built.cu_seqlens)
+            row, kept = row + len(rows), kept + built.kept_count
+            segments += len(built.cu_seqlens) - 1
+        ends = out.cu_seqlens[: segments + 1]
+        return Rows(out.input_ids, out.labels, out.positions, ends, kept)
 
     def _make_plan(self, epoch: int) -> Packing:
         try:
@@ -174,25 +189,3 @@ def epoch_seed(seed: int, epoch: int) -> int:
     if epoch == 0:
         return seed
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint32)[0])
-
-
-def _joined(parts: list[Rows]) -> Rows:
-    """Rows of several plans as one batch."""
-    if len(parts) == 1:
-        return parts[0]
-    offsets = np.cumsum([0] + [part.input_ids.size for part in parts])
-    return Rows(
-        input_ids=np.concatenate([part.input_ids for part in parts]),
-        labels=np.concatenate([part.labels for part in parts]),
-        positions=np.concatenate([part.positions for part in parts]),
-        cu_seqlens=np.concatenate(
-            [np.zeros(1, np.int32)]
-            + [
-                (part.cu_seqlens[1:] + offset).astype(np.int32)
-                for part, offset in zip(parts, offsets, strict=False)
-            ]
-        ),
-        kept=np.concatenate(
-            [part.kept + offset for part, offset in zip(parts, offsets, strict=False)]
-        ),
-    )

@@ -143,6 +143,20 @@ def test_batch_over_an_epoch_boundary_joins_segments_and_kept_positions(
     np.testing.assert_array_equal(joined.kept, np.concatenate(kept))
 
 
+@pytest.mark.parametrize("first", [0, -2])
+def test_batch_is_built_in_the_memory_it_is_given(
+    samples: Samples, epoch_rows: int, first: int
+) -> None:
+    order, out = order_of(samples), Rows.empty(4, ROW)
+    expected = order.batch(epoch_rows + first, 4).rows
+    got = order.batch(epoch_rows + first, 4, out=out).rows
+    for name in ("input_ids", "labels", "positions", "cu_seqlens", "kept"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    assert got.kept_count == expected.kept_count == len(expected.kept)
+    assert np.shares_memory(got.labels, out.labels)
+    assert np.shares_memory(got.cu_seqlens, out.cu_seqlens)
+
+
 def test_batch_counts_the_tokens_of_samples(samples: Samples, epoch_rows: int) -> None:
     batch = order_of(samples).batch(range(epoch_rows))
     assert batch.tokens == sum(LENGTHS)

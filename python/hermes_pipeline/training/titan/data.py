@@ -16,7 +16,7 @@ from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from hermes_core import open_store
+from hermes_core import Rows, open_store
 from hermes_core.packing import Strategy, TooLong
 from hermes_pipeline.training.order import Batch, Position, RowOrder
 
@@ -81,6 +81,7 @@ class PackedRows(BaseDataLoader):
         **_: Any,
     ) -> None:
         self._rank, self._ranks, self._local_rows = dp_rank, dp_world_size, local_batch_size
+        self._row_length = seq_len
         self._step_rows = config.rows
         self._micro_batches = config.rows // (dp_world_size * local_batch_size)
         store = open_store(config.store)
@@ -100,10 +101,14 @@ class PackedRows(BaseDataLoader):
             )
             *before, last = dealt[:, self._rank]  # one share for each micro-batch
             for rows in before:
-                yield _tensors(self.order.batch(rows))
-            batch = self.order.batch(last)
+                yield self._batch(rows)
+            batch = self._batch(last)
             self.order.advance(self._step_rows)
-            yield _tensors(batch)
+            yield batch
+
+    def _batch(self, rows: NDArray[np.int64]) -> MicroBatch:
+        out = _pinned(len(rows), self._row_length) if torch.cuda.is_available() else None
+        return _tensors(self.order.batch(rows, out=out))
 
     def state_dict(self) -> dict[str, Any]:
         position = self.order.position
@@ -118,19 +123,25 @@ class PackedRows(BaseDataLoader):
             self.order.position = Position(**state_dict)
 
 
+def _pinned(rows: int, row_length: int) -> Rows:
+    """Memory for one batch that a GPU copies from by itself; torch keeps it for later batches."""
+    shape = (rows, row_length)
+    ids, labels, positions = (
+        torch.empty(shape, dtype=torch.int64, pin_memory=True) for _ in range(3)
+    )
+    ends = np.empty(rows * row_length + 1, np.int32)
+    return Rows(ids.numpy(), labels.numpy(), positions.numpy(), ends)
+
+
 def _tensors(batch: Batch) -> MicroBatch:
     rows = batch.rows
+    kept = torch.from_numpy(rows.kept)
     return MicroBatch(
-        input_ids=_on_host(rows.input_ids),
-        positions=_on_host(rows.positions),
-        labels=_on_host(rows.labels),
-        kept=_on_host(rows.kept),
+        input_ids=torch.from_numpy(rows.input_ids),
+        positions=torch.from_numpy(rows.positions),
+        labels=torch.from_numpy(rows.labels),
+        kept=kept.pin_memory() if torch.cuda.is_available() else kept,
         cu_seqlens=rows.cu_seqlens,
         rows=batch.numbers,
         tokens=batch.tokens,
     )
-
-
-def _on_host(array: NDArray[np.int64]) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -1,0 +1,42 @@
+// NumPy arrays as the bindings take them: checked, named in errors, never copied.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+namespace py = pybind11;
+using namespace py::literals;
+
+// Taken with noconvert(): C-contiguous arrays of exactly this dtype, or a TypeError; never a copy.
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+using Int64Array = Array<std::int64_t>;
+
+template <class T>
+const T* data_of(const Array<T>& array, int ndim, const char* name) {
+    if (array.ndim() != ndim) {
+        throw py::value_error(std::string(name) + " is " + std::to_string(array.ndim()) +
+                              "-D, want " + std::to_string(ndim) + "-D");
+    }
+    if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0) {
+        throw py::value_error(std::string(name) + " is not aligned in memory; pass a copy of it");
+    }
+    return array.data();
+}
+
+inline void check_range(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
+    if (value < low || value > high) {
+        throw py::value_error(std::string(name) + " is " + std::to_string(value) + ", outside [" +
+                              std::to_string(low) + ", " + std::to_string(high) + "]");
+    }
+}
+
+inline void check_size(const char* name, std::int64_t size, std::int64_t wanted) {
+    if (size != wanted) {
+        throw py::value_error(std::string(name) + " has " + std::to_string(size) +
+                              " elements, want " + std::to_string(wanted));
+    }
+}
