@@ -19,12 +19,15 @@ __all__: list[str] = [
     "POOL_BYTES",
     "Packed",
     "Shards",
+    "Windows",
     "active_isa",
     "build_rows",
     "map_file",
     "pack",
+    "pack_windows",
     "pool_state",
     "read_ahead",
+    "shuffle",
 ]
 
 class Packed:
@@ -47,6 +50,19 @@ class Packed:
     def strategy(self) -> str: ...
     @property
     def tokens(self) -> int: ...
+
+class Windows:
+    """
+    What `pack_windows` returns: rows, and who waits.
+    """
+    @property
+    def ages(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def carried(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def row_offsets(self) -> numpy.typing.NDArray[numpy.int64]: ...
+    @property
+    def samples(self) -> numpy.typing.NDArray[numpy.int64]: ...
 
 class Shards:
     """
@@ -102,6 +118,21 @@ def pack(
     Plan of whole samples in rows; four random words shuffle them, none leave them.
     """
 
+def pack_windows(
+    lengths: numpy.typing.NDArray[numpy.int64],
+    ages: numpy.typing.NDArray[numpy.int64],
+    *,
+    window: typing.SupportsInt | typing.SupportsIndex,
+    row_length: typing.SupportsInt | typing.SupportsIndex,
+    max_samples: typing.SupportsInt | typing.SupportsIndex,
+    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    first_window: typing.SupportsInt | typing.SupportsIndex,
+    finish: bool,
+) -> Windows:
+    """
+    Full rows, a window of samples at a time; those with ages have waited so long.
+    """
+
 def pool_state() -> tuple[int, int]:
     """
     Blocks and bytes that wait to be used again.
@@ -117,6 +148,15 @@ def read_ahead(
 ) -> None:
     """
     Ask the kernel to read what these rows will need, and do not wait for it.
+    """
+
+def shuffle(
+    count: typing.SupportsInt | typing.SupportsIndex,
+    *,
+    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+) -> numpy.typing.NDArray[numpy.int64]:
+    """
+    The numbers below count in an order that four random words decide.
     """
 
 IGNORE_INDEX: int = -100

@@ -13,7 +13,6 @@ import pytest
 pytestmark = pytest.mark.heavy
 
 TESTED = (
-TESTED = (
     "test_packing.py", "test_guided.py", "test_windows.py", "test_rows.py", "test_rows_memory.py",
     "test_loader.py", "test_samples.py", "test_bindings.py",
 )  # fmt: skip

@@ -62,7 +62,9 @@ class RowOrder:
         self._costs = lru_cache(maxsize=2)(self._make_costs)
         self._rows_of = cache(lambda epoch: self._plan(epoch).rows)
 
-    def batch(self, numbers: Sequence[int] | NDArray[np.int64], *, out: Rows | None = None) -> Batch:
+    def batch(
+        self, numbers: Sequence[int] | NDArray[np.int64], *, out: Rows | None = None
+    ) -> Batch:
         """The rows of these rising numbers, in ``out`` if given; of one epoch or several."""
         pieces = [(self._plan(epoch), rows) for epoch, rows in self._pieces(numbers)]
         tokens = sum(self._tokens(plan, rows) for plan, rows in pieces)

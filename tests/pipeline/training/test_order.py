@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hermes_core import Samples, pack
+from hermes_core import Rows, Samples, pack
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.order import Position, RowOrder
 
@@ -148,8 +148,9 @@ def test_batch_is_built_in_the_memory_it_is_given(
     samples: Samples, epoch_rows: int, first: int
 ) -> None:
     order, out = order_of(samples), Rows.empty(4, ROW)
-    expected = order.batch(epoch_rows + first, 4).rows
-    got = order.batch(epoch_rows + first, 4, out=out).rows
+    numbers = range(epoch_rows + first, epoch_rows + first + 4)
+    expected = order.batch(numbers).rows
+    got = order.batch(numbers, out=out).rows
     for name in ("input_ids", "labels", "positions", "cu_seqlens", "kept"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     assert got.kept_count == expected.kept_count == len(expected.kept)
