@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.harness import ROW_LENGTH, Result, Timing, hermes_lengths, measure
+from bench.harness import Result, Timing, measure
+from bench.lengths import ROW_LENGTH, hermes_lengths
 from hermes_core import deal, pack, row_costs
 from hermes_core.dealing import in_order
 from hermes_pipeline.training.shape import BASES

@@ -15,14 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from bench.lengths import ROW_LENGTH
 from hermes_core import _C, __version__  # noqa: TID251 - only to say which ISA ran
-
-ROW_LENGTH = 16_384  # the report's; longer samples were dropped
-# Samples, mean tokens, sigma of a log-normal: Hermes 4's reasoning and other samples (report, 2).
-MIXTURE = ((3_500_000, 4_974, 0.80), (1_600_000, 995, 0.95))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +58,20 @@ def measure(call: Callable[[], object], *, runs: int = 20) -> Timing:
     return Timing(statistics.median(cpu), min(cpu), max(cpu), statistics.median(wall), runs)
 
 
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Memory that a call takes at its peak, its result included; None if the kernel tells not."""
+    call()
+    try:
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+        kept = call()
+        peak = _status("VmHWM") - before
+    except OSError:
+        return None
+    del kept
+    return peak
+
+
 def row_result(
     backend: str, call: Callable[[], object], tokens: int, notes: str, *, runs: int = 20
 ) -> Result:
@@ -82,23 +90,10 @@ def row_result(
     )
 
 
-def hermes_lengths(share: float) -> NDArray[np.int64]:
-    """Shuffled lengths like Hermes 4's, a ``share`` of its 5.1 M samples, none over a row."""
-    rng = np.random.default_rng(0)
-    parts = [
-        rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, round(count * share))
-        for count, mean, sigma in MIXTURE
-    ]
-    lengths = np.maximum(np.concatenate(parts).astype(np.int64), 1)
-    lengths = lengths[lengths <= ROW_LENGTH]
-    rng.shuffle(lengths)
-    return lengths
-
-
 def machine() -> dict[str, Any]:
     """Where and with what the figures of this run were measured."""
     packages = {"hermes4-core": __version__, "python": platform.python_version()}
-    peers = ("seqpacker", "lightbinpack", "trl", "transformers", "grain")
+    peers = ("seqpacker", "lightbinpack", "binpacking", "trl", "transformers", "grain")
     for name in ("numpy", "torch", "triton", *peers):
         try:
             packages[name] = version(name)
@@ -141,6 +136,12 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def _status(name: str) -> int:
+    """Bytes of this process, by their name in the kernel's words."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 def _commit() -> str:

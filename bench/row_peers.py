@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import ROW_LENGTH, Result, row_result
+from bench.harness import Result, row_result
+from bench.lengths import ROW_LENGTH
 from hermes_core import IGNORE_INDEX, Packing, Samples
 
 BATCHES = 4  # of the plan; a collator takes a tenth of a second for each

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.harness import ROW_LENGTH, Result
+from bench.harness import Result
+from bench.lengths import ROW_LENGTH
 from hermes_core import (
     Packing,
     RowLoader,

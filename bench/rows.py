@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import ROW_LENGTH, Result, hermes_lengths, row_result
+from bench.harness import Result, row_result
+from bench.lengths import ROW_LENGTH, hermes_lengths
 from bench.row_peers import against_peers
 from bench.row_store import from_a_cold_store
 from hermes_core import IGNORE_INDEX, Packing, Rows, Samples, Shard, build_rows, pack

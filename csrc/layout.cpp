@@ -1,6 +1,7 @@
 #include "layout.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -67,21 +68,32 @@ Arranged arrange(Buffer<std::uint32_t>& sizes, Xoshiro256* random) {
     return out;
 }
 
+// Puts `each` ids at the end of each of these rows.
+void deal_many(const std::uint32_t* __restrict ids, std::uint32_t each,
+               std::uint32_t* __restrict ends, std::size_t rows, std::uint32_t* __restrict packed) {
+    for (std::size_t row = 0; row < rows; ++row, ids += each) {
+        std::copy_n(ids, each, packed + ends[row]);
+        ends[row] += each;
+    }
+}
+
+// The same for a number that the compiler knows, which spares a call for each row.
+template <std::uint32_t each>
+void deal_few(const std::uint32_t* __restrict ids, std::uint32_t, std::uint32_t* __restrict ends,
+              std::size_t rows, std::uint32_t* __restrict packed) {
+    deal_many(ids, each, ends, rows, packed);
+}
+
+constexpr std::array<decltype(&deal_many), 9> kDealFew{nullptr,     deal_few<1>, deal_few<2>,
+                                                       deal_few<3>, deal_few<4>, deal_few<5>,
+                                                       deal_few<6>, deal_few<7>, deal_few<8>};
+
 // Puts sorted ids where their rows are; what they were sorted by is the order of the placements.
-void deal(const Plan& plan, const std::uint32_t* __restrict ids, std::uint32_t* __restrict ends,
-          std::uint32_t* __restrict packed) {
+void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::uint32_t* packed) {
     for (const Placement& p : plan.placements) {
-        std::uint32_t* const end = ends + p.first + p.rows;
-        if (p.each == 1) {
-            for (std::uint32_t* at = ends + p.first; at != end; ++at) {
-                packed[(*at)++] = *ids++;
-            }
-            continue;
-        }
-        for (std::uint32_t* at = ends + p.first; at != end; ++at, ids += p.each) {
-            std::copy_n(ids, p.each, packed + *at);
-            *at += p.each;
-        }
+        const auto deal_some = p.each < kDealFew.size() ? kDealFew[p.each] : deal_many;
+        deal_some(ids, p.each, ends + p.first, p.rows, packed);
+        ids += std::size_t{p.rows} * p.each;
     }
 }
 

@@ -61,6 +61,19 @@ def load(repository: Path, name: str) -> ModuleType:
     return module
 
 
+def test_a_loop_goes_on_to_the_same_bits(repository: Path, store: Path, tmp_path: Path) -> None:
+    def loop(checkpoint: str, steps: int) -> str:
+        return run(
+            repository, "resumable_loop.py", store, tmp_path / checkpoint, steps, cwd=tmp_path
+        )
+
+    whole = loop("whole", 7)
+    assert loop("parts", 3) + loop("parts", 4) == whole
+    lines = [line.split() for line in whole.splitlines()]
+    assert [int(rows) for rows, *_ in lines] == [2, 4, 6, 8, 10, 12, 14]
+    assert len({loss for *_, loss in lines}) == 7
+
+
 def test_a_stream_is_packed_while_it_is_read(repository: Path, store: Path, tmp_path: Path) -> None:
     samples = open_store(store)
     asked = sum(min(n, 2048) - max(n // 3, 1) for n in samples.lengths)
