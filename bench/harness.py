@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,15 @@ def measure(call: Callable[[], object], *, runs: int = 20) -> Timing:
 
 
 def peak_bytes(call: Callable[[], object]) -> int | None:
-    """Memory that a call takes at its peak, its result included; None if the kernel tells not."""
-    call()
+    """Memory that a call takes at its peak, its result included; None if the kernel tells not.
+
+    In a process of its own, which holds nothing from before; so ``call`` must be picklable.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+        return other.submit(_peak, call).result()
+
+
+def _peak(call: Callable[[], object]) -> int | None:
     try:
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now

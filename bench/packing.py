@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from bench.harness import Result, Timing, measure, peak_bytes
 from bench.lengths import ROW_LENGTH, Lengths, hard_sets, hermes_lengths, odd_sets
-from hermes_core import Packing, pack
+from hermes_core import pack
 from hermes_core.packing import Strategy
 
 Bins = list[list[int]]
@@ -116,10 +117,7 @@ def run() -> Iterator[Result | str]:
 
 def ours(lengths: Lengths, strategy: Strategy, floor: Timing | None = None) -> Result:
     """What `pack` takes, how full its rows are, and how far that is from a bare copy."""
-
-    def packed() -> Packing:
-        return pack(lengths, row_length=ROW_LENGTH, strategy=strategy)
-
+    packed = partial(pack, lengths, row_length=ROW_LENGTH, strategy=strategy)
     plan = packed()
     timing = measure(packed, runs=20 if floor is None or strategy in TEXTBOOK else 5)
     notes = f"{plan.rows - plan.lower_bound:+,} rows over the bound, fill {plan.fill:.4%}"

@@ -126,7 +126,7 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
         refuse_length(lengths, scanned.too_long, false, row_length);
     }
     // The result's memory is the scratch as well: its two halves hold the ids while they move.
-    const Int64Array all = recycled<std::int64_t>(std::array{py::ssize_t{lengths.count}});
+    const Int64Array all(lengths.count);
     auto* samples = const_cast<std::int64_t*>(all.data());
     auto* ids = reinterpret_cast<std::uint32_t*>(samples);
     hermes::Sorted sorted;
@@ -148,7 +148,7 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
         packed.longest = sorted.classes.front().length;
         packed.shortest = sorted.classes.back().length;
     }
-    packed.row_offsets = recycled<std::int64_t>(std::array{py::ssize_t{plan.rows + 1}});
+    packed.row_offsets = Int64Array(plan.rows + 1);
     packed.dropped = Int64Array(sorted.dropped);
     std::copy_n(ids, sorted.dropped, packed.dropped.mutable_data());
     std::int64_t* row_offsets = packed.row_offsets.mutable_data();

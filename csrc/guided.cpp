@@ -12,8 +12,10 @@
 namespace hermes {
 namespace {
 
-constexpr std::int64_t kWork = std::int64_t{1} << 32;  // elementary steps of all: seconds
+constexpr std::int64_t kWork = std::int64_t{1} << 32;  // elementary steps of all: some seconds
 constexpr std::int64_t kWorkOfGuide = kWork / 4;       // that one may take to be made
+constexpr std::int64_t kWorkOfLook = 8;                // at a class, which is in no cache
+constexpr std::int64_t kWorkOfRest = 128;              // for each class that exact gap packs
 constexpr int kGuides = 32;                            // one after another, each of what is left
 constexpr int kIdle = 3;                               // of them that save no row: the last
 constexpr int kTurns = 8;            // in which a guide is followed, a part of each pattern in each
@@ -297,7 +299,8 @@ Rest follow(const Guide& guide, const Rest& rest, const Limits& limits, std::int
         for (std::size_t p = 0; p < rows.size(); ++p) {
             const Pattern& pattern = guide.patterns[p];
             const double part = pattern.rows * turn / kTurns + (turn == kTurns ? 0.5 : 0);
-            while (rows[p] < static_cast<std::int64_t>(part) && maker.looks() < work) {
+            while (rows[p] < static_cast<std::int64_t>(part) &&
+                   maker.looks() < work / kWorkOfLook) {
                 const std::vector<Part> parts = maker.make_row(pattern);
                 if (parts.empty()) {
                     break;
@@ -309,7 +312,7 @@ Rest follow(const Guide& guide, const Rest& rest, const Limits& limits, std::int
             }
         }
     }
-    work -= maker.looks();
+    work -= maker.looks() * kWorkOfLook;
     Rest after;
     for (std::size_t c = 0; c < rest.classes.size(); ++c) {
         if (maker.left(c) > 0) {
@@ -327,7 +330,7 @@ Guided plan_guided(const std::vector<LengthClass>& classes, const Limits& limits
     std::iota(rest.of_class.begin(), rest.of_class.end(), 0U);
     RowList made, best;
     std::int64_t work = kWork, bound = 0;
-    for (int guides = 0, idle = 0; guides < kGuides && idle < kIdle; ++guides) {
+    for (int guides = 0, idle = 0; guides < kGuides && idle < kIdle && work > 0; ++guides) {
         const std::int64_t before = made.rows();
         if (!rest.classes.empty()) {
             const std::int64_t most = std::min(work, kWorkOfGuide);
@@ -341,6 +344,7 @@ Guided plan_guided(const std::vector<LengthClass>& classes, const Limits& limits
         }
         RowList whole = made;
         add_by_exact_gap(rest.classes, rest.of_class, limits, whole);
+        work -= kWorkOfRest * static_cast<std::int64_t>(rest.classes.size());
         ++idle;
         if (guides == 0 || whole.rows() < best.rows()) {
             best = std::move(whole);

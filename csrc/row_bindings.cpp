@@ -178,6 +178,23 @@ Array<T> writable_column(const py::handle& object, const char* name, std::int64_
                        "[" + std::to_string(rows) + ", " + std::to_string(row_length) + "]");
 }
 
+template <class T>
+Array<T> recycled_column(std::int64_t rows, std::int64_t row_length) {
+    constexpr std::size_t small = std::size_t{32} << 10;  // which malloc has warm
+    const std::array<py::ssize_t, 2> shape{rows, row_length};
+    const std::size_t size = static_cast<std::size_t>(rows * row_length) * sizeof(T);
+    if (size < small) {
+        return Array<T>(shape);
+    }
+    auto block = std::make_unique<hermes::Block>(hermes::take_block(size));
+    auto* data = reinterpret_cast<T*>(block->data());
+    const py::capsule owner(block.release(), [](void* p) {
+        const std::unique_ptr<hermes::Block> back(static_cast<hermes::Block*>(p));
+        hermes::give_block(std::move(*back));
+    });
+    return Array<T>(shape, data, owner);
+}
+
 struct Span {  // of memory
     const char* name;
     std::uintptr_t begin, end;
@@ -208,9 +225,8 @@ struct Arrays {
 
 template <class Id>
 Arrays<Id> new_arrays(std::int64_t rows, std::int64_t row_length, std::int64_t ends) {
-    const std::array<py::ssize_t, 2> shape{rows, row_length};
-    return {recycled<Id>(shape), recycled<Id>(shape), recycled<Id>(shape),
-            Array<std::int32_t>(ends)};
+    return {recycled_column<Id>(rows, row_length), recycled_column<Id>(rows, row_length),
+            recycled_column<Id>(rows, row_length), Array<std::int32_t>(ends)};
 }
 
 template <class Id>
