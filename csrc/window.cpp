@@ -1,6 +1,7 @@
 #include "window.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <numeric>
 
@@ -68,18 +69,35 @@ public:
     }
 
 private:
-    // By falling length, and in a class by place: who was carried comes first.
+    // By falling length, digit after digit, and in a class by place: who was carried comes first.
     void sort_by_class() {
-        order_.clear();
-        for (std::size_t i = 0; i < samples_.size(); ++i) {
-            order_.push_back(static_cast<std::uint64_t>(kMaxRowLength - samples_[i].length) << 32 |
-                             i);
+        constexpr int digit_bits = 8;
+        constexpr std::size_t largest = (std::size_t{1} << digit_bits) - 1;
+        order_.resize(samples_.size());
+        other_.resize(samples_.size());
+        std::iota(order_.begin(), order_.end(), 0U);
+        std::int64_t longest = 0;
+        for (const Waiting& sample : samples_) {
+            longest = std::max(longest, sample.length);
         }
-        std::sort(order_.begin(), order_.end());
+        for (int shift = 0; longest >> shift != 0; shift += digit_bits) {
+            const auto key = [&](std::uint32_t i) {
+                return largest - (static_cast<std::size_t>(samples_[i].length >> shift) & largest);
+            };
+            std::array<std::uint32_t, largest + 2> starts{};
+            for (const std::uint32_t i : order_) {
+                ++starts[key(i) + 1];
+            }
+            std::partial_sum(starts.begin(), starts.end(), starts.begin());
+            for (const std::uint32_t i : order_) {
+                other_[starts[key(i)]++] = i;
+            }
+            std::swap(order_, other_);
+        }
         classes_.clear();
         next_.clear();
         for (std::size_t i = 0; i < order_.size(); ++i) {
-            const std::int64_t length = samples_[index(i)].length;
+            const std::int64_t length = samples_[order_[i]].length;
             if (classes_.empty() || classes_.back().length != length) {
                 classes_.push_back({length, 0});
                 next_.push_back(i);
@@ -87,10 +105,6 @@ private:
             ++classes_.back().count;
         }
         is_used_.assign(samples_.size(), 0);
-    }
-
-    std::size_t index(std::size_t sorted) const {
-        return order_[sorted] & 0xffffffffU;
     }
 
     // Who has waited long enough has a row now, whether it is full or not; several share one.
@@ -104,9 +118,9 @@ private:
         };
         std::size_t c = 0;
         for (std::size_t i = 0; i < order_.size(); ++i) {
-            const Waiting& sample = samples_[index(i)];
+            const Waiting& sample = samples_[order_[i]];
             c += classes_[c].length != sample.length ? 1 : 0;
-            if (is_used_[index(i)] != 0 || sample.age < kOldest) {
+            if (is_used_[order_[i]] != 0 || sample.age < kOldest) {
                 continue;
             }
             old.push_back(c);
@@ -125,7 +139,7 @@ private:
         for (std::int64_t rows = search.use(parts); rows > 0; --rows) {
             for (const Part& part : parts) {
                 for (std::int64_t i = 0; i < part.samples; ++i) {
-                    const std::size_t at = index(next_[part.of_class]++);
+                    const std::size_t at = order_[next_[part.of_class]++];
                     is_used_[at] = 1;
                     taken_.push_back(samples_[at].place);
                 }
@@ -163,7 +177,8 @@ private:
     Seed seed_;
     Windowed& out_;
     std::vector<Waiting> samples_;      // by place
-    std::vector<std::uint64_t> order_;  // by class: what falls with the length, then the index
+    std::vector<std::uint32_t> order_;  // numbers of samples, by class
+    std::vector<std::uint32_t> other_;  // while they are sorted
     std::vector<LengthClass> classes_;
     std::vector<std::size_t> next_;  // of each class, its next sample in order_
     std::vector<char> is_used_;

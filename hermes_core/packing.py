@@ -207,7 +207,7 @@ def pack(
         strategy="best_fit_decreasing" if strategy == "windowed" else strategy,
         too_long=too_long,
         max_samples=_C.MAX_SAMPLES if max_samples is None else max_samples,
-        seed_words=words,
+        seed_words=[] if strategy == "windowed" else words,
     )
     if len(made.samples) == 0:
         raise ValueError(
@@ -241,8 +241,10 @@ def _pack_in_windows(
     if too_long == "drop":
         fitting = ordered <= row_length
         order, ordered = order[fitting], ordered[fitting]
+    elif too_long == "truncate" and ordered.max() > row_length:
+        ordered = np.minimum(ordered, ordered.dtype.type(row_length))
     made = _C.pack_windows(
-        np.minimum(ordered.astype(np.int64), row_length),
+        ordered.astype(np.int64, copy=False),
         np.zeros(0, np.int64),
         window=check_integer("window", window, 1, _C.MAX_SAMPLES),
         row_length=row_length,

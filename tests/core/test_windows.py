@@ -201,3 +201,12 @@ def test_pack_in_windows_drops_and_cuts() -> None:
     assert (plan.samples.tolist(), plan.dropped.tolist()) == ([2, 0], [1, 3])
     plan = pack(lengths, row_length=10, strategy="windowed", too_long="truncate", seed=None)
     assert (plan.rows, plan.truncated.tolist(), plan.fill) == (3, [1, 3], 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint64])
+@pytest.mark.parametrize("row_length", [10, 70_000])
+def test_pack_in_windows_cuts_lengths_of_any_dtype(dtype: type, row_length: int) -> None:
+    lengths = np.array([4, 11, 6, np.iinfo(dtype).max], dtype)
+    plan = pack(lengths, row_length=row_length, strategy="windowed", too_long="truncate", seed=None)
+    assert plan.tokens == np.minimum(lengths.astype(object), row_length).sum()
+    assert sorted(plan.samples.tolist()) == [0, 1, 2, 3]
