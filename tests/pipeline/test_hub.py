@@ -473,8 +473,8 @@ def test_a_data_set_has_splits_and_subsets(data_set: Path) -> None:
     [
         ({"split": "dev"}, r"\(split 'dev'\) cannot be loaded: .*\['train', 'test'\]"),
         (
-            {"subset": "no", "revision": "v1"},
-            r"\(split 'train', subset 'no', revision 'v1'\) cannot .*\['chats', 'others'\]",
+            {"subset": "no"},
+            r"\(split 'train', subset 'no'\) cannot .*\['chats', 'others'\]",
         ),
     ],
 )
@@ -537,6 +537,14 @@ def test_a_saved_data_set_has_splits(tmp_path: Path, cache: None) -> None:
     assert read(tmp_path / "saved", split="test") == numbered(CHATS[:1])
     with pytest.raises(UserError, match=r"\(split 'dev'\) cannot be .*; found: train, test$"):
         read(tmp_path / "saved", split="dev")
+
+
+def test_files_on_this_machine_have_no_revision(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text("{}")
+    for data in (file, tmp_path):
+        with pytest.raises(UserError, match=r"lies on this machine and has no revision 'v1'"):
+            DataSource(str(data), revision="v1")
 
 
 def test_a_data_set_that_cannot_be_reached_is_named_with_what_was_asked_for(

@@ -54,7 +54,8 @@ class DataSource:
         subset: configuration of the data set.
 
     Raises:
-        UserError: there is nothing of that name, or it is of no known kind.
+        UserError: there is nothing of that name, it is of no known kind, or a revision is asked of
+            files on this machine.
     """
 
     def __init__(
@@ -76,6 +77,11 @@ class DataSource:
                 self._files = find_files(path, split)
         elif path.is_file() or (not path.exists() and _looks_like_path(data)):
             self._files = [check_file(path)]
+        if revision is not None and path.exists():
+            raise UserError(
+                f"{data} lies on this machine and has no revision {revision!r}: that is for a data "
+                f"set on the Hub"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this data from other data, as JSON values."""

@@ -305,6 +305,8 @@ def hugging_face_config(
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tied,
         "torch_dtype": dtype,
+        # Whose form this is; without it transformers warns that a large tokenizer may be Mistral's.
+        "transformers_version": "5.0.0",
         "use_cache": True,
         "vocab_size": shape.vocab_size,
         **token_ids,
