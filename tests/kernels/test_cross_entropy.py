@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 from hermes_core import loss_rows
 from hermes_core.loss import linear_cross_entropy, masked_cross_entropy, token_nll
@@ -80,6 +82,23 @@ def test_nothing_outside_the_logits_is_read_or_written() -> None:
     assert bool(logits.isfinite().all())
     assert bool(buffer[:4, 63:].isnan().all())
     assert bool(buffer[4].isnan().all())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="4 GB that only a CPU leaves untouched")
+def test_addresses_past_two_to_the_31_elements_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third row that starts 2^31 elements behind the first, in memory that is hardly touched."""
+    # The interpreter would copy what it ran on back to where it came from: the same 4 GB.
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    columns, stride = 63, 2**30
+    memory = torch.from_numpy(np.zeros(2 * stride + columns, np.float16))
+    far = memory.as_strided((3, columns), (stride, 1))
+    far[2] = torch.randn(columns, generator=torch.Generator().manual_seed(0))
+    near, column, weight = far.clone(), torch.tensor([1, 2, 3]), torch.ones(3)
+    found = cross_entropy.loss_and_gradient_(far, column, weight, 0.0, 0.0)
+    wanted = cross_entropy.loss_and_gradient_(near, column, weight, 0.0, 0.0)
+    assert torch.equal(found, wanted)
+    assert torch.equal(far, near)
+    assert far[2].count_nonzero() == columns
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
