@@ -144,8 +144,8 @@ def pack(
     strategy: Annotated[
         str,
         typer.Option(
-            help="best, guided (slower, fuller), exact_gap, best_fit_decreasing or "
-            "first_fit_decreasing."
+            help="best, guided (slower, fuller), exact_gap, windowed (keeps the order nearly), "
+            "best_fit_decreasing or first_fit_decreasing."
         ),
     ] = "best",
     too_long: Annotated[

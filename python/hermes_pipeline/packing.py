@@ -27,7 +27,7 @@ def plan_epoch(
 
     Args:
         row_length: tokens in a row.
-        strategy: best, guided, exact_gap, best_fit_decreasing or first_fit_decreasing.
+        strategy: best, guided, exact_gap, windowed, best_fit_decreasing or first_fit_decreasing.
         too_long: samples longer than a row: error, drop or truncate.
         seed: order of the rows.
 
