@@ -39,7 +39,8 @@ class Packing:
             `guided` had to look for more, the larger of that and of a linear programme).
         longest, shortest: tokens of the longest and the shortest packed sample.
         dropped, truncated: int64, ids of samples longer than a row, by ``too_long``.
-        strategy: that made the plan; where `best` or `guided` was asked for, the one that won.
+        strategy: that made the plan; of those that `best` tries, the one that won, and so of
+            `guided` where the others reach the lower bound.
         max_samples: that a row may hold; None for any number.
         fingerprint: of the store that the lengths came from; empty if unknown.
     """
@@ -217,7 +218,9 @@ def pack(
     none = np.zeros(0, np.int64)
     truncated = np.flatnonzero(values > row_length) if too_long == "truncate" else none
     samples, row_offsets, made_by = made.samples, made.row_offsets, cast(Strategy, made.strategy)
-    if strategy == "windowed":  # what decides the bounds was counted above
+    if strategy == "guided" and len(row_offsets) - 1 > made.lower_bound:
+        made_by = strategy  # it was tried, also where it found nothing better
+    elif strategy == "windowed":  # what decides the bounds was counted above
         made_by = strategy
         samples, row_offsets = _pack_in_windows(
             values, row_length, too_long, max_samples, window, words

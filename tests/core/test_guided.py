@@ -303,3 +303,11 @@ def test_report_says_where_guided_may_save_rows(strategy: Strategy, says: bool) 
 def test_report_is_silent_where_little_can_be_saved() -> None:
     plan = pack([6] * 1_000 + [3] * 2_001, row_length=12)  # one row above, of a thousand
     assert "guided" not in plan.report()
+
+
+def test_a_plan_that_guided_could_not_better_is_not_sent_to_guided() -> None:
+    lengths = np.random.default_rng(0).integers(74, 546, 7_000)
+    plan = pack(lengths, row_length=1_024, strategy="guided")
+    assert plan.rows > plan.lower_bound
+    assert plan.strategy == "guided"
+    assert "guided" not in plan.report().splitlines()[-1]
