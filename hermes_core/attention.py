@@ -49,6 +49,9 @@ def varlen_attention(
     Equal inputs give equal bits with "triton", "cpu" and "reference". What stands beside a segment
     changes none of its bits: with "triton" as long as it keeps its place modulo 128.
 
+    DTensors whose heads are sharded (tensor parallelism) give such a DTensor: every rank attends
+    with its own heads, and nothing is sent.
+
     Args:
         q_TNH, k_TKH, v_TKH: one floating dtype and device; N a multiple of K (grouped queries).
         segments: made once per batch by `segments(cu_seqlens)`; covers all T tokens.
@@ -67,6 +70,9 @@ def varlen_attention(
 
     Source: Hermes 4 report (arXiv 2508.18255), section 3.
     """
+    if any(type(x).__name__ == "DTensor" for x in (q_TNH, k_TKH, v_TKH)):
+        options: dict[str, Any] = {"scale": scale, "return_lse": return_lse, "backend": backend}
+        return _attend_with_own_heads((q_TNH, k_TKH, v_TKH), segments, options)
     _check(q_TNH, k_TKH, v_TKH, segments)
     size = q_TNH.shape[-1]
     scale = size**-0.5 if scale is None else scale
@@ -84,6 +90,44 @@ def varlen_attention(
         run = getattr(attention_peers, f"{name}_varlen")
         out, lse = run(q_TNH, k_TKH, v_TKH, segments, scale)
     return (out, lse[:, : segments.tokens].detach()) if return_lse else out
+
+
+def _attend_with_own_heads(
+    given: tuple[Any, Any, Any], segments: Segments, options: dict[str, Any]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Each rank's attention of DTensors, as DTensors."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    names = ("q", "k", "v")
+    for name, x in zip(names, given, strict=True):
+        if not isinstance(x, DTensor):
+            raise ValueError(f"{name} is a plain tensor, others of q, k and v are DTensors")
+        if (x.device_mesh, x.placements) != (given[0].device_mesh, given[0].placements):
+            raise ValueError(
+                f"q is {given[0].placements} over {given[0].device_mesh} but {name} is "
+                f"{x.placements} over {x.device_mesh}"
+            )
+    mesh, placements = given[0].device_mesh, given[0].placements
+    ranks = 1
+    for place, size in zip(placements, mesh.shape, strict=True):
+        if not (place.is_replicate() or place.is_shard(1)):
+            raise ValueError(
+                f"q, k and v may be sharded over heads (dimension 1), got {placements}"
+            )
+        ranks *= size if place.is_shard(1) else 1
+    for name, x in zip(names, given, strict=True):
+        if x.shape[1] % ranks:
+            raise ValueError(f"{name} has {x.shape[1]} heads, not a multiple of {ranks} ranks")
+    attend: Any = varlen_attention
+    found = attend(*(x.to_local() for x in given), segments, **options)
+    if isinstance(found, Tensor):
+        return DTensor.from_local(found, mesh, placements, run_check=False)
+    out, lse = found
+    rows = [Shard(0) if place.is_shard() else place for place in placements]
+    return (
+        DTensor.from_local(out, mesh, placements, run_check=False),
+        DTensor.from_local(lse, mesh, rows, run_check=False),
+    )
 
 
 def _check(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from hermes_core.loss import linear_cross_entropy, token_nll
 from hermes_core.loss_head import LossHead
+from ranks import be_a_rank, run_ranks
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(180)]
 
@@ -134,23 +132,9 @@ def check_head_with_its_vocabulary_sharded(rank: int, ranks: int) -> None:
     torch.testing.assert_close(head.weight.grad.full_tensor(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def run(check: str, ranks: int, store: Path) -> None:
-    """Run ``check`` of this file in ``ranks`` processes that meet at the file ``store``."""
-    processes = [
-        subprocess.Popen([sys.executable, __file__, check, str(rank), str(ranks), str(store)])
-        for rank in range(ranks)
-    ]
-    try:
-        assert [p.wait(timeout=120) for p in processes] == [0] * ranks
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shards_equal_the_whole_vocabulary(ranks: int, tmp_path: Path) -> None:
-    run("check_equals_the_whole", ranks, tmp_path / "store")
+    run_ranks(__file__, "check_equals_the_whole", ranks, tmp_path / "store")
 
 
 @pytest.mark.parametrize(
@@ -163,16 +147,12 @@ def test_shards_equal_the_whole_vocabulary(ranks: int, tmp_path: Path) -> None:
     ],
 )
 def test_two_processes_equal_one(check: str, tmp_path: Path) -> None:
-    run(check, 2, tmp_path / "store")
+    run_ranks(__file__, check, 2, tmp_path / "store")
 
 
 def test_shards_that_do_not_add_up_raise(tmp_path: Path) -> None:
-    run("check_a_missing_shard_raises", 2, tmp_path / "store")
+    run_ranks(__file__, "check_a_missing_shard_raises", 2, tmp_path / "store")
 
 
 if __name__ == "__main__":
-    check, rank, ranks, store = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
-    globals()[check](rank, ranks)
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may yet free a tensor, which aborts a closing interpreter
+    be_a_rank(globals())
