@@ -8,19 +8,23 @@ where ``tensor`` are the cycles of its matrix products at the chip's rate, ``iss
 the four schedulers issue what the computing warps execute, and ``overlap`` the share of these that
 does not hide behind the products: the one free number, fitted for each architecture on a dense
 causal rate of FlashAttention and tried on its rate for packed rows. Turns are counted as the tiles
-lie, masked corners included, and dealt to multiprocessors longest first. Everything told here is a
+lie, masked corners included, and dealt to multiprocessors longest first. Our backward is three
+kernels, one after another, of which the first is bound by memory. Everything told here is a
 prediction.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bench.attention import Shape
+from hermes_kernels.launch import parts_of
+
+BACKWARD = 2.5  # FLOPs of a backward for each of its forward
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class Chip:
     multiprocessors: int
     clock_hz: float
     flops: int  # dense bf16, a cycle and multiprocessor
+    bytes_per_s: float
 
 
 # Clocks: those at which the sheets' dense bf16 rates hold (989 TFLOP/s; 2,250 for B200).
 CHIPS = (
-    Chip("H100 and H200", 90, 132, 1.83e9, 4096),
-    Chip("B200", 100, 148, 1.86e9, 8192),
+    Chip("H100 and H200", 90, 132, 1.83e9, 4096, 3.35e12),
+    Chip("B200", 100, 148, 1.86e9, 8192, 8.0e12),
 )
 
 
@@ -65,8 +70,8 @@ class Published:
 
     target: int
     turn: Turn
-    dense_tflops: float  # forward, one causal segment of 8,192
-    packed_tflops: float  # forward, a packed row of 16,384
+    dense_tflops: float  # one causal segment of 8,192
+    packed_tflops: float  # a packed row of 16,384
     source: str
 
 
@@ -84,6 +89,11 @@ CALIBRATION = (
         "FA4's code for sm_100a and its rates on B200",
     ),
 )  # fmt: skip
+# All five products of the backward in one kernel over key tiles; of sm_100a none was read.
+BACKWARD_CALIBRATION = Published(
+    90, Turn(64, 128, 10 * 64 * 128**2, 441, 8), 575, 376,
+    "FA4's backward code for sm_90a, FA3's rates on H100",
+)  # fmt: skip
 
 
 def lengths_of_magi() -> tuple[int, ...]:
@@ -93,15 +103,59 @@ def lengths_of_magi() -> tuple[int, ...]:
     return tuple(int(n) for n in np.diff(np.unique(ends), prepend=0))
 
 
-def tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
-    """Rate by exact causal area, of a forward whose every tile is dealt longest first."""
+def forward_seconds(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
+    """Of a kernel over query tiles, each dealt longest first."""
     lengths = np.array(shape.lengths)
     ends = np.cumsum(lengths)
     starts = np.repeat(ends - lengths, lengths)[:: turn.queries]
     tiles = np.arange(0, shape.tokens, turn.queries)
     turns = np.ceil((tiles + turn.queries - starts // turn.keys * turn.keys) / turn.keys)
-    costs = np.repeat(np.sort(turns)[::-1], shape.heads[0]) * turn.cycles(chip, overlap)
-    return shape.flops / (makespan(costs, chip.multiprocessors) / chip.clock_hz) / 1e12
+    return _seconds(np.repeat(turns, shape.heads[0]), turn, chip, overlap)
+
+
+def backward_seconds(
+    turn: Turn, chip: Chip, overlap: float, shape: Shape, *, programs: int
+) -> float:
+    """Of a kernel over key tiles, so many programs each that share the query heads."""
+    ends = np.repeat(np.cumsum(shape.lengths), shape.lengths)
+    tiles = np.arange(0, shape.tokens, turn.keys)
+    last = ends[np.minimum(tiles + turn.keys, shape.tokens) - 1]
+    turns = np.ceil((last - tiles) / turn.queries) * (shape.heads[0] // programs)
+    return _seconds(np.repeat(turns, programs), turn, chip, overlap)
+
+
+def _seconds(turns: np.ndarray, turn: Turn, chip: Chip, overlap: float) -> float:
+    costs = np.sort(turns)[::-1] * turn.cycles(chip, overlap)
+    return makespan(costs, chip.multiprocessors) / chip.clock_hz
+
+
+def tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
+    """Rate of a forward by exact causal area."""
+    return shape.flops / forward_seconds(turn, chip, overlap, shape) / 1e12
+
+
+def backward_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
+    """Rate of a backward that is one kernel, one program for each query head and key tile."""
+    seconds = backward_seconds(turn, chip, overlap, shape, programs=shape.heads[0])
+    return BACKWARD * shape.flops / seconds / 1e12
+
+
+def our_backward_tflops(dq: Turn, dkdv: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
+    """Rate of delta, dq and dkdv, one after another."""
+    heads, kv_heads = shape.heads
+    parts = parts_of(kv_heads, heads // kv_heads)
+    # out and dout once; the parts of dk and dv, if any, written and read.
+    moved_bytes = 2 * 2 * shape.tokens * heads * shape.size
+    moved_bytes += 2 * 2 * 2 * shape.tokens * kv_heads * parts * shape.size if parts > 1 else 0
+    seconds = (
+        moved_bytes / chip.bytes_per_s
+        + forward_seconds(dq, chip, overlap, shape)
+        + backward_seconds(dkdv, chip, overlap, shape, programs=kv_heads * parts)
+    )
+    return BACKWARD * shape.flops / seconds / 1e12
+
+
+Rate = Callable[[Turn, Chip, float, Shape], float]
 
 
 def makespan(costs: np.ndarray, workers: int) -> float:
@@ -112,15 +166,15 @@ def makespan(costs: np.ndarray, workers: int) -> float:
     return max(free)
 
 
-def fit(chip: Chip, known: Published, shape: Shape) -> float:
+def fit(chip: Chip, known: Published, shape: Shape, rate: Rate = tflops) -> float:
     """The overlap with which the model gives the published dense rate."""
-    ideal = tflops(known.turn, chip, 0.0, shape)
+    ideal = rate(known.turn, chip, 0.0, shape)
     tensor = known.turn.flops / chip.flops
     return (ideal / known.dense_tflops - 1) * tensor / known.turn.issue
 
 
 def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape]) -> Iterator[str]:
-    """Predictions for ours and for the calibration kernel at each shape, with the model's error."""
+    """Predictions for ours and the calibration kernels at each shape, with the model's error."""
     for chip in CHIPS:
         known = next(k for k in CALIBRATION if k.target == chip.target)
         like = shapes[0]
@@ -132,10 +186,26 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
             f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
             f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
         )
+        back, back_overlap = BACKWARD_CALIBRATION, overlap
+        if back.target == chip.target:
+            back_overlap = fit(chip, back, dense, backward_tflops)
+            error = backward_tflops(back.turn, chip, back_overlap, packed) / back.packed_tflops - 1
+            yield f"backward: on {back.source}: {back_overlap:.2f}; error {error:+.0%}"
+        else:
+            yield "backward: on nothing, the forward's share is taken; its error is unknown"
         for shape in shapes:
             ours = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
             theirs = tflops(known.turn, chip, overlap, shape)
+            backward = our_backward_tflops(
+                turns[chip.target, "dq", 128], turns[chip.target, "dkdv", 128],
+                chip, back_overlap, shape,
+            )  # fmt: skip
+            beside = ""
+            if back.target == chip.target:
+                best = backward_tflops(back.turn, chip, back_overlap, shape)
+                beside = f", {backward / best:.2f} of FlashAttention's ({best:,.0f})"
             yield (
                 f"{shape!s:58} forward {ours:5,.0f} TFLOP/s predicted, "
-                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f})"
+                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}); "
+                f"backward {backward:5,.0f}{beside}"
             )

@@ -14,6 +14,7 @@ import torch
 Kernel = Literal["forward", "delta", "dq", "dkdv"]
 
 TILE = 128  # the tiles that are ranked by length; every tile size divides it
+PROGRAMS = 8  # of a key tile, if there are query heads for it; the bits follow from heads alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,15 @@ def architecture(device: torch.device) -> int:
         return 90  # the interpreter runs what a Hopper would
     major, minor = torch.cuda.get_device_capability(device)
     return {(9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 80)
+
+
+def parts_of(kv_heads: int, group: int) -> int:
+    """Into how many parts dkdv cuts the query heads of a key head: the fewest by which at least
+    `PROGRAMS` work on a tile. With one key head, as tensor parallelism leaves, a row of 16,384 has
+    no more tiles than a GPU multiprocessors, and the longest would be waited for by all.
+    """
+    known = (parts for parts in range(1, group + 1) if group % parts == 0)
+    return next((parts for parts in known if kv_heads * parts >= PROGRAMS), group)
 
 
 def launch_of(architecture: int, kernel: Kernel, size: int) -> Launch:

@@ -14,8 +14,10 @@ what a packing costs beyond its own area is a few masked corners. With scores s 
     dkdv       dv = p' @ dout                            dk = scale * ds' @ q
 
 Each output has one writer: the G query heads of a key head are summed by the program of that key
-head, in order. No atomics, so equal inputs give equal bits. A masked weight is exactly 0, so other
-segments change no bit either, as long as a segment keeps its place modulo TILE.
+head, in order. Where key heads are few, S programs have a part of the query heads each; their sums,
+rounded as FlashAttention rounds those of single heads, are added afterwards. No atomics, so equal
+inputs give equal bits. A masked weight is exactly 0, so other segments change no bit either, as
+long as a segment keeps its place modulo TILE.
 
 Every kernel is one loop over descriptor loads, with the segment bounds loaded through a descriptor
 too: the only form that Triton 3.6 and 3.7 warp-specialise on Hopper. There a tile is split between
@@ -36,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hermes_kernels.launch import TILE, architecture, launch_of
+from hermes_kernels.launch import TILE, architecture, launch_of, parts_of
 
 INT32_MAX = 2**31 - 1  # statistics of all heads are one vector, whose places are int32
 ORDERED = tl.constexpr(TILE)
@@ -146,11 +148,15 @@ def dq_kernel(
 def dkdv_kernel(
     q_desc, k_ptr, v_ptr, dout_desc, dk_ptr, dv_ptr, lse_desc, delta_desc, ends, order,
     scale, T, U,
-    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
+    J: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key tile of one key head, over its G query heads. Grid (K, U / J)."""
-    row, head = _tile(order, J), tl.program_id(0)
+    """dk and dv of one key tile and key head, over one of S parts of its G query heads.
+
+    Outputs are [T, K * S, H]. Grid (K * S, U / J).
+    """
+    row, part = _tile(order, J), tl.program_id(0)
+    head = part // S
     j = row + tl.arange(0, J)
     end = _vector(ends, T, J).load([row])  # [J]
     last = tl.load(ends + tl.minimum(row + J, T) - 1)  # one past the last query that sees the tile
@@ -159,8 +165,8 @@ def dkdv_kernel(
     v = _heads(v_ptr, T, K, H, J).load([row, head * H])
     dk = tl.zeros((J, H), tl.float32)
     dv = tl.zeros((J, H), tl.float32)
-    for i in tl.range(0, G * blocks, warp_specialize=SPECIALIZE):
-        query_head, n = head * G + i // blocks, row + i % blocks * M
+    for i in tl.range(0, G // S * blocks, warp_specialize=SPECIALIZE):
+        query_head, n = part * (G // S) + i // blocks, row + i % blocks * M
         q, dout = q_desc.load([n, query_head * H]), dout_desc.load([n, query_head * H])
         lse = lse_desc.load([query_head * U + n]) * LOG2E  # [M]
         delta = delta_desc.load([query_head * U + n])
@@ -171,8 +177,8 @@ def dkdv_kernel(
         dv = tl.dot(p.to(dout.dtype), dout, dv)
         ds = p * (tl.dot(v, dout.T) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
-    _heads(dv_ptr, T, K, H, J).store([row, head * H], dv.to(v.dtype))
-    _heads(dk_ptr, T, K, H, J).store([row, head * H], (dk * scale).to(k.dtype))
+    _heads(dv_ptr, T, K * S, H, J).store([row, part * H], dv.to(v.dtype))
+    _heads(dk_ptr, T, K * S, H, J).store([row, part * H], (dk * scale).to(k.dtype))
 
 
 def forward(
@@ -215,7 +221,7 @@ def backward(
     kv_heads, room = k_TKH.shape[1], lse_NU.shape[1]
     group, device = heads // kv_heads, q_TNH.device
     delta = torch.empty_like(lse_NU)
-    dq, dk, dv = (torch.empty_like(x) for x in (q_TNH, k_TKH, v_TKH))
+    dq = torch.empty_like(q_TNH)
     with _on(device):
         how = launch_of(architecture(device), "delta", size)
         delta_kernel[heads, room // how.queries](
@@ -229,13 +235,17 @@ def backward(
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
         how = launch_of(architecture(device), "dkdv", size)
+        parts = parts_of(kv_heads, group)
+        dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
         vectors = (TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (lse_NU, delta))
-        dkdv_kernel[kv_heads, room // how.keys](
+        dkdv_kernel[kv_heads * parts, room // how.keys](
             _boxes(q_TNH, how.queries), k_TKH, v_TKH, _boxes(dout_TNH, how.queries), dk, dv,
             *vectors, ends_T, key_order, scale, tokens, room,
-            kv_heads, group, size, how.queries, how.keys, how.specialize,
+            kv_heads, group, parts, size, how.queries, how.keys, how.specialize,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
+    if parts > 1:
+        dk, dv = (x.unflatten(1, (kv_heads, parts)).sum(2) for x in (dk, dv))
     return dq, dk, dv
 
 

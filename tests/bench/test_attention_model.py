@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from bench.attention import Shape
-from bench.attention_model import CALIBRATION, CHIPS, Turn, fit, makespan, tflops
+from bench.attention_model import (
+    BACKWARD_CALIBRATION,
+    CALIBRATION,
+    CHIPS,
+    Turn,
+    backward_seconds,
+    backward_tflops,
+    fit,
+    makespan,
+    our_backward_tflops,
+    tflops,
+)
 
 SHAPE = Shape("one", (256,), (1, 1), 64, torch.bfloat16)
 TURN = Turn(128, 128, 4 * 128 * 128 * 64, 100, 8)
@@ -37,3 +48,31 @@ def test_the_fit_gives_the_rate_that_it_was_fitted_to() -> None:
     dense = Shape("dense", (8192,), (64, 8), 128, torch.bfloat16)
     overlap = fit(chip, known, dense)
     assert tflops(known.turn, chip, overlap, dense) == pytest.approx(known.dense_tflops)
+
+
+def test_a_backward_walks_over_the_queries_that_see_a_key_tile() -> None:
+    chip = CHIPS[0]  # the first of two key tiles is seen by two query tiles, the second by one
+    one, two = (Shape("", (256,), heads, 64, torch.bfloat16) for heads in ((1, 1), (8, 1)))
+    turn_s = 1024 / chip.clock_hz
+    assert backward_seconds(TURN, chip, 0, one, programs=1) == pytest.approx(2 * turn_s)
+    assert backward_seconds(TURN, chip, 0, two, programs=1) == pytest.approx(16 * turn_s)
+    assert backward_seconds(TURN, chip, 0, two, programs=8) == pytest.approx(2 * turn_s)
+    split = Shape("", (128, 128), (1, 1), 64, torch.bfloat16)
+    assert backward_seconds(TURN, chip, 0, split, programs=1) == pytest.approx(turn_s)
+
+
+def test_our_backward_is_its_kernels_one_after_another() -> None:
+    chip = CHIPS[0]
+    turns_s = (2 + 2) * 1024 / chip.clock_hz
+    moved_s = 2 * 2 * 256 * 64 / chip.bytes_per_s
+    area = 256 * 257 / 2
+    wanted = 2.5 * 4 * area * 64 / (turns_s + moved_s) / 1e12
+    assert our_backward_tflops(TURN, TURN, chip, 0, SHAPE) == pytest.approx(wanted)
+
+
+def test_the_fit_of_the_backward_gives_the_rate_that_it_was_fitted_to() -> None:
+    chip, known = CHIPS[0], BACKWARD_CALIBRATION
+    dense = Shape("dense", (8192,), (64, 8), 128, torch.bfloat16)
+    overlap = fit(chip, known, dense, backward_tflops)
+    found = backward_tflops(known.turn, chip, overlap, dense)
+    assert found == pytest.approx(known.dense_tflops)

@@ -19,7 +19,7 @@ from triton.runtime.interpreter import GridExecutor
 from hermes_core.segments import Segments, segments
 from hermes_kernels import reference
 from hermes_kernels import varlen_attention as kernels
-from hermes_kernels.launch import TILE
+from hermes_kernels.launch import TILE, parts_of
 from twins.interpreter import make_honest
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -114,6 +114,22 @@ def test_any_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 def test_query_heads_share_a_key_head(group: int) -> None:
     check(inputs(150, 8 if group != 3 else 6, 8 // group, 64, torch.bfloat16), [70, 80])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_query_heads_are_cut_into_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "parts_of", lambda kv_heads, group: parts)
+    check(inputs(150, 16, 2, 64, torch.bfloat16), [70, 80])
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "parts"),
+    [(8, 8, 1), (16, 1, 1), (4, 8, 2), (2, 8, 4), (1, 8, 8), (1, 5, 5), (1, 4, 4), (3, 6, 3)],
+)
+def test_a_key_tile_has_eight_programs_where_heads_allow(
+    kv_heads: int, group: int, parts: int
+) -> None:
+    assert parts_of(kv_heads, group) == parts
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
