@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from hermes_pipeline.evaluation.benchmark import Benchmark
 from hermes_pipeline.records import Message, Prompt, Score, Trace, Verdict
 from hermes_pipeline.services.endpoint import EndpointError, Reply
+from hermes_pipeline.services.store import draw_seed
 
 SCORERS = 2  # verdicts in the making at once; a verifier may be slow
 
@@ -45,12 +45,6 @@ def plan(
         for number in range(draws or benchmark.draws):
             if (prompt.key, number) not in done:
                 yield Draw(prompt, number, draw_seed(seed, prompt.key, number))
-
-
-def draw_seed(seed: int, key: str, number: int) -> int:
-    """A seed of 31 bits for one draw, the same on every machine."""
-    text = f"{seed}|{key}|{number}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
 async def run(

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from hermes_pipeline.evaluation.benchmark import Benchmark
-from hermes_pipeline.evaluation.run import Ask, Draw, draw_seed, is_overlong, plan, read_trace, run
+from hermes_pipeline.evaluation.run import Ask, Draw, is_overlong, plan, read_trace, run
 from hermes_pipeline.records import Message, Prompt, Score, Trace, Verdict
 from hermes_pipeline.services.endpoint import EndpointError, Reply
+from hermes_pipeline.services.store import draw_seed
 
 
 def exact(trace: Trace, prompt: Prompt) -> Verdict:
