@@ -6,7 +6,7 @@ No file is opened here and nothing is rendered: `services.hub` reads, `tokenizat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hermes_pipeline.records import Conversation, Message, Span
@@ -44,6 +44,7 @@ _FORMS = (
     "messages, conversations, question and answer, prompt and response or completion, "
     "instruction and output"
 )
+_TURNS = ("messages", "conversations", "conversation")
 _SWITCHES = ("train", "loss_weight", "weight")
 _MAX_DEPTH = 64  # of arguments and tools; whoever follows a template recurses into them
 
@@ -81,24 +82,27 @@ def parse(record: object, source: str = "") -> Conversation:
     Raises:
         Refused: no known form or two at once, an unknown role, or nothing to train.
     """
-    if not isinstance(record, Mapping):
-        raise Refused(f"a record must be a JSON object, not {_kind(record)}")
-    turns = _turns(record)
-    if not turns:
-        raise Refused("the conversation is empty")
-    messages = [_message(index, turn) for index, turn in enumerate(turns)]
-    system = record.get("system")
-    if system:
-        if not isinstance(system, str):
-            raise Refused(f"system must be a string, not {_kind(system)}")
-        if messages[0].role == "system":
-            raise Refused("a system field and a system message: leave one out")
-        messages.insert(0, Message("system", _text(system, "system")))
+    messages, tools = _read(record, _turns)
     if not any(message.role == "assistant" for message in messages):
         raise Refused("nothing to train: no assistant message")
     if not any(message.train for message in messages):
         raise Refused("nothing to train: every assistant message is switched off")
-    return Conversation(tuple(messages), _tools(record.get("tools")), source)
+    return Conversation(messages, tools, source)
+
+
+def parse_prompt(record: object, source: str = "") -> Conversation:
+    """Return what is to be answered: the conversation, without an assistant turn at its end.
+
+    Takes what `parse` takes, and a question, prompt or instruction without its answer.
+
+    Raises:
+        Refused: no known form or two at once, an unknown role, or nothing to answer.
+    """
+    messages, tools = _read(record, _asked_turns)
+    asked = messages[:-1] if messages[-1].role == "assistant" else messages
+    if not asked:
+        raise Refused("nothing to answer: an assistant message alone")
+    return Conversation(asked, tools, source)
 
 
 def count_chars(conversation: Conversation) -> int:
@@ -132,8 +136,38 @@ def to_dict(message: Message, *, no_content: object = "") -> dict[str, Any]:
     return turn
 
 
+def _read(
+    record: object, find_turns: Callable[[Mapping[str, Any]], list[Any]]
+) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+    if not isinstance(record, Mapping):
+        raise Refused(f"a record must be a JSON object, not {_kind(record)}")
+    turns = find_turns(record)
+    if not turns:
+        raise Refused("the conversation is empty")
+    messages = [_message(index, turn) for index, turn in enumerate(turns)]
+    system = record.get("system")
+    if system:
+        if not isinstance(system, str):
+            raise Refused(f"system must be a string, not {_kind(system)}")
+        if messages[0].role == "system":
+            raise Refused("a system field and a system message: leave one out")
+        messages.insert(0, Message("system", _text(system, "system")))
+    return tuple(messages), _tools(record.get("tools"))
+
+
+def _asked_turns(record: Mapping[str, Any]) -> list[Any]:
+    """The turns, where one of a pair may stand alone: its answer is not there yet."""
+    there = {key for key, value in record.items() if value is not None}
+    whole = there & set(_TURNS) or any(there >= set(pair) for pair in _PAIRS)
+    for ask, answer in () if whole else _PAIRS:
+        if ask in there:
+            nothing = [] if isinstance(record[ask], list) else ""
+            return _pair({**record, answer: nothing}, ask, answer)
+    return _turns(record)
+
+
 def _turns(record: Mapping[str, Any]) -> list[Any]:
-    given = [k for k in ("messages", "conversations", "conversation") if record.get(k) is not None]
+    given = [key for key in _TURNS if record.get(key) is not None]
     if len(given) > 1:
         raise Refused(f"both {given[0]} and {given[1]}: leave one out")
     for key in given:

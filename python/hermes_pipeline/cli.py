@@ -78,6 +78,63 @@ Settings = Annotated[
 
 
 @app.command()
+def complete(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the answers, such as runs/first/answers.")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint, such as http://host/v1.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model at --endpoint.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Model folder to serve with vLLM, instead of --endpoint.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each conversation.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one answer.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Context length of a --checkpoint.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Seconds for one try.")] = 600.0,
+    system: Annotated[
+        str | None, typer.Option(help="System message of conversations that have none.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records.")] = None,
+    seed: int = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Progress and counts as lines of JSON.")
+    ] = False,
+    revision: Revision = None,
+    split: Split = "train",
+    subset: Subset = None,
+) -> None:
+    """Draw n answers to each conversation; resumes where the folder left off."""
+    from hermes_pipeline.services.endpoint import Sampling
+    from hermes_pipeline.services.hub import DataSource
+    from hermes_pipeline.stages.complete import Where, run
+
+    run(
+        DataSource(data, revision=revision, split=split, subset=subset),
+        out,
+        Where(
+            endpoint=endpoint,
+            model=model,
+            checkpoint=checkpoint,
+            max_model_len=max_model_len,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+        ),
+        Sampling(temperature, top_p, max_tokens),
+        draws=n,
+        seed=seed,
+        system=system,
+        limit=limit,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def show(
     data: Data,
     tokenizer: Tokenizer,
@@ -213,18 +270,30 @@ def train(
 
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder of `hermes4 train`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of `hermes4 train`, or of `hermes4 complete`.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the model; file or folder for answers, theirs if None."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="Of answers: jsonl (if None), parquet or datasets."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of answers, for the card of --format datasets.")
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint step; the last if None.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16; that of the start weights if None."),
     ] = None,
 ) -> None:
-    """Write a checkpoint as Hugging Face safetensors, with config, tokenizer and template."""
-    from hermes_pipeline.stages.train import export as run
+    """Write a checkpoint as a Hugging Face model, or answers as a file or a data set."""
+    from hermes_pipeline.stages.export import run
 
-    run(run_folder, out, step=step, dtype=dtype)
+    run(folder, out, form=form, licence=licence, step=step, dtype=dtype)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_pipeline.chat import Refused, count_chars, parse, parse_json, to_dict
+from hermes_pipeline.chat import Refused, count_chars, parse, parse_json, parse_prompt, to_dict
 from hermes_pipeline.records import Conversation, Message
 
 HI = {"role": "user", "content": "Hi"}
@@ -461,6 +461,54 @@ def test_what_is_nested_too_deeply_to_follow_is_refused(depth: int) -> None:
     call = {"name": "x", "arguments": deep}
     assert refusal_of(tool_calls=[call]).endswith("are nested more than 64 deep")
     assert refusal({"messages": [HI, HELLO], "tools": deep}) == "tools are nested more than 64 deep"
+
+
+# What is to be answered.
+
+ASKED = (Message("user", "Hi"),)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [HI]},
+        {"messages": [HI, HELLO]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        {"prompt": "Hi"},
+        {"prompt": "Hi", "answer": "Hello."},
+        {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."},
+        {"prompt": [HI]},
+        {"prompt": [HI], "completion": [HELLO]},
+        {"question": "Hi", "answer": "Hello."},
+        {"instruction": "Hi", "input": "", "output": None},
+        {"messages": [HI, HELLO | {"train": False}]},
+    ],
+)
+def test_what_stands_before_the_last_answer_is_to_be_answered(record: Any) -> None:
+    assert parse_prompt(record, "x:1") == Conversation(ASKED, (), "x:1")
+
+
+def test_earlier_answers_and_tools_stay_in_a_prompt() -> None:
+    record = {"messages": [HI, HELLO, HI, HELLO], "tools": [{"name": "weather"}]}
+    found = parse_prompt(record)
+    assert [m.role for m in found.messages] == ["user", "assistant", "user"]
+    assert found.tools == parse(record).tools
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [HELLO]}, "nothing to answer: an assistant message alone"),
+        ({"messages": []}, "the conversation is empty"),
+        ({"text": "Hi"}, "no known form"),
+        ({"prompt": 3}, "prompt must be a string, not a number"),
+        ({"messages": [HI], "conversations": [HI]}, "both messages and conversations"),
+        ([HI], "a record must be a JSON object"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(record: Any, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        parse_prompt(record)
 
 
 # One line of JSON.

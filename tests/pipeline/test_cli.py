@@ -20,7 +20,10 @@ from running import Ended, Hermes4
 pytestmark = pytest.mark.timeout(100)
 
 # In the order of the flow.
-COMMANDS = ["show", "tokenize", "pack", "init", "train", "export", "serve", "evaluate", "demo"]
+COMMANDS = [
+    *("complete", "show", "tokenize", "pack", "init"),
+    *("train", "export", "serve", "evaluate", "demo"),
+]
 
 
 def failing(error: BaseException) -> Callable[..., None]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 
 import pytest
 
 from hermes_pipeline.services import progress as module
-from hermes_pipeline.services.progress import progress, waiting
+from hermes_pipeline.services.progress import JsonLines, progress, waiting
 
 
 class Terminal(io.StringIO):
@@ -76,6 +77,18 @@ def test_a_terminal_gets_a_bar_with_stage_count_and_note() -> None:
     assert "2/2" in out.getvalue()
     assert "rows/s" in out.getvalue()
     assert "loss 1.5" in out.getvalue()
+
+
+def test_json_lines_carry_figures_by_name_and_are_seldom(clock: list[float]) -> None:
+    out = io.StringIO()
+    counter = JsonLines("complete", total=40, stream=out)
+    for _ in range(3):
+        clock[0] += 4
+        counter.advance(10, {"in_flight": 2})
+    assert [json.loads(line) for line in out.getvalue().splitlines()] == [
+        {"stage": "complete", "seconds": 8, "done": 20, "total": 40, "seconds_left": 8}
+        | {"in_flight": 2}
+    ]
 
 
 def test_waiting_says_so_now_and_then_and_when_it_is_over(clock: list[float]) -> None:

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.endpoint import Sampling
+from hermes_pipeline.services.hub import DataSource, load_template
 from hermes_pipeline.services.server import Server
-from hermes_pipeline.stages import demo, train
+from hermes_pipeline.services.store_reader import read_results
+from hermes_pipeline.stages import complete, demo, train
 from running import comes_true, processes_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
@@ -35,6 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     demo.write_tokenizer(folder / "tokenizer", seed=0)
     train.init("tiny", tokenizer=str(folder / "tokenizer"), out=folder / "model", seed=0)
+    template = folder / "model" / "chat_template.jinja"
+    template.write_text(load_template(demo.TEMPLATE, None)[1])
     return folder / "model"
 
 
@@ -47,6 +52,19 @@ def ask(base_url: str, name: str) -> str:
     )
     with urllib.request.urlopen(request, timeout=60) as reply:
         return str(json.load(reply)["choices"][0]["finish_reason"])
+
+
+def draw_twice(base_url: str, name: str, folder: Path) -> list[list[int]]:
+    """Which draws `hermes4 complete` keeps for each of two conversations."""
+    data = folder / "data.jsonl"
+    data.write_text('{"prompt": "a = 4 ;"}\n{"prompt": "b = 5 ;"}\n')
+    where = complete.Where(endpoint=base_url, model=name)
+    sampling = Sampling(max_tokens=4)
+    complete.run(DataSource(str(data)), folder / "out", where, sampling, draws=2)
+    return [
+        [result.draw for result in recorded.results if result.record is not None]
+        for recorded in read_results(folder / "out")
+    ]
 
 
 def test_a_killed_owner_leaves_no_server_behind(model: Path, tmp_path: Path) -> None:
@@ -62,6 +80,7 @@ def test_a_killed_owner_leaves_no_server_behind(model: Path, tmp_path: Path) -> 
         word, base_url = owner.stdout.readline().split()
         assert word == "ready"
         assert ask(base_url, model.name) in {"length", "stop"}
+        assert draw_twice(base_url, model.name, tmp_path) == [[0, 1], [0, 1]]
         assert len(processes_of(mark)) >= 3  # the owner, the guard, vLLM's own
     finally:
         owner.send_signal(signal.SIGKILL)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from hermes_pipeline.errors import UserError
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SMALL_RECORD = 4_096  # bytes; a smaller one is kept in the quarantine as it is
 _CHUNK = 1 << 20
 _ROWS = 128  # of a Parquet batch
 _SPLITS = {
@@ -204,6 +205,24 @@ def _row(source: str, number: int, batch: Any, index: int) -> Record:
         return Record(source, number, without_nulls(batch.slice(index, 1).to_pylist()[0]))
     except UnicodeDecodeError as error:
         return Record(source, number, None, f"invalid UTF-8 at byte {error.start} of a text")
+
+
+def quarantine_entry(record: Record, reason: str) -> dict[str, Any]:
+    """Return what a quarantine says: which record it is, why, and the record if it is small."""
+    entry: dict[str, Any] = {"source": record.source, "line": record.line, "reason": reason}
+    if isinstance(record.data, bytes):
+        text = record.data.decode("utf-8", "replace")
+    else:
+        text = "" if record.data is None else json.dumps(record.data, default=str)
+    if text and len(text) <= SMALL_RECORD:
+        entry["record"] = text
+    return entry
+
+
+def without_numbers(reason: str) -> str:
+    """Return a reason on one line and without its numbers, so that equal ones can be counted."""
+    reason = " ".join(re.sub(r"\d[\d,]*", "N", reason).split())
+    return reason if len(reason) <= 200 else reason[:197] + "..."
 
 
 def without_nulls(value: Any) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
@@ -105,6 +106,28 @@ def progress(
     )
     with Progress(*columns, console=Console(file=stream)) as bar:
         yield _Bar(bar, stage, total, unit)
+
+
+class JsonLines:
+    """Progress for other programs: JSON, a line every few seconds."""
+
+    def __init__(self, stage: str, *, total: float | None, stream: TextIO | None = None) -> None:
+        self._stage, self._total, self._stream = stage, total, stream or sys.stdout
+        self._done = 0.0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, count: float, figures: Mapping[str, float]) -> None:
+        """Count work done; ``figures`` stand beside it, by their names."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._last < LINE_EVERY_S:
+            return
+        self._last, seconds = now, now - self._start
+        line = {"stage": self._stage, "seconds": round(seconds, 1), "done": self._done}
+        if self._total is not None and self._done > 0:
+            left = max(0.0, self._total - self._done) * seconds / self._done
+            line |= {"total": self._total, "seconds_left": round(left, 1)}
+        print(json.dumps(line | dict(figures)), file=self._stream, flush=True)
 
 
 @contextmanager

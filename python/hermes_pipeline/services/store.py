@@ -264,6 +264,7 @@ def _answer(
             answer.set_result(None)
         else:
             answer.set_exception(outcome)
+            answer.exception()  # seen, also when who waits is cancelled first
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -34,10 +33,16 @@ from hermes_pipeline.evaluation.run import run as run_draws
 from hermes_pipeline.evaluation.table import Figures, Graded, summarize
 from hermes_pipeline.records import Message, Score
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
-from hermes_pipeline.services.progress import Counter, progress, waiting
+from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.services.server import Server
-
-WATCH_S = 0.5
+from hermes_pipeline.services.serving import (
+    WATCH_S,
+    at_address,
+    fingerprint,
+    first_of,
+    running,
+    watched,
+)
 
 
 def serve(
@@ -46,7 +51,7 @@ def serve(
     """Serve a model with vLLM until interrupted."""
     log = log or Path(f"{model.resolve().name}.server.log")
     server = Server(model, port=port, max_model_len=max_model_len, log=log)
-    with _running(server):
+    with running(server):
         sys.stderr.write(f"model {server.name} at {server.base_url}; Ctrl-C stops it\n")
         sys.stderr.flush()
         with contextlib.suppress(KeyboardInterrupt):
@@ -104,7 +109,9 @@ def run(
             sampling = Sampling(temperature, top_p, max_tokens)
             count = None if base_url else _token_counter(Path(model))
             with (
-                _address(model, base_url, max_model_len, out) as (url, name, check),
+                at_address(
+                    model, base_url, max_model_len=max_model_len, log=out / "server.log"
+                ) as (url, name, check),
                 (out / "answers.jsonl").open("ab", buffering=0) as file,
                 progress(label or f"evaluate {benchmark}", total=len(todo), unit="answers") as bar,
             ):
@@ -155,22 +162,7 @@ async def _answer(
         async def ask(messages: Sequence[Message], *, seed: int) -> Reply:
             return (await endpoint.chat(messages, sampling, seed=seed))[0]
 
-        async def watch() -> None:
-            while True:
-                check()
-                await asyncio.sleep(WATCH_S)
-
-        watching = asyncio.create_task(watch())
-        answering = asyncio.create_task(_run(benchmark, draws, ask, record, concurrency))
-        try:
-            await asyncio.wait({watching, answering}, return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                watching.result()
-            await answering
-        finally:
-            for task in (watching, answering):
-                task.cancel()
-            await asyncio.gather(watching, answering, return_exceptions=True)
+        await watched(_run(benchmark, draws, ask, record, concurrency), check)
 
 
 async def _run(
@@ -183,10 +175,7 @@ async def _run(
     try:
         await run_draws(benchmark, draws, ask, record, concurrency=concurrency)
     except* EndpointError as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise UserError(str(error)) from None
+        raise UserError(str(first_of(group))) from None
 
 
 class _Recorder:
@@ -245,31 +234,6 @@ def _graded(line: Mapping[str, Any]) -> Graded:
         completion_tokens=line["tokens"],
         thinking_tokens=line["thinking_tokens"],
     )
-
-
-@contextmanager
-def _address(
-    model: str, base_url: str | None, max_model_len: int | None, out: Path
-) -> Iterator[tuple[str, str, Callable[[], None]]]:
-    """Address and name of a model that is served, and what raises when its server has died."""
-    if base_url is not None:
-        yield base_url, model, lambda: None
-        return
-    server = Server(model, max_model_len=max_model_len, log=out / "server.log")
-    with _running(server):
-        yield server.base_url, server.name, server.check
-
-
-@contextmanager
-def _running(server: Server) -> Iterator[None]:
-    """The server, from its start to its end, with something to look at until it is ready."""
-    try:
-        with waiting(f"start vLLM on {server.model} (log: {server.log})") as tick:
-            server.start()
-            server.wait_ready(tick)
-        yield
-    finally:
-        server.stop()
 
 
 @contextmanager
@@ -332,9 +296,7 @@ def _fingerprint(model: Path) -> str:
             f"model {str(model)!r} is not a folder; for a model that is served elsewhere give "
             f"--base-url too"
         )
-    files = sorted(p for p in model.iterdir() if p.is_file())
-    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return f"{model.resolve()} {hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]}"
+    return fingerprint(model)
 
 
 def _token_counter(model: Path) -> Callable[[str], int] | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 from collections import Counter
@@ -23,7 +22,7 @@ from hermes_core import StoreError, StoreWriter, open_store
 from hermes_pipeline.chat import Refused, count_chars, parse, parse_json
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Sample
-from hermes_pipeline.services.files import Record
+from hermes_pipeline.services.files import Record, quarantine_entry, without_numbers
 from hermes_pipeline.services.hub import (
     DataSource,
     load_template,
@@ -36,7 +35,6 @@ from hermes_pipeline.tokenization import Tokenization, TokenizerState, template_
 
 RULES = 1  # raised when the same data and settings give other bytes
 BATCH_RECORDS, BATCH_BYTES = 64, 1 << 20
-SMALL_RECORD = 4_096  # bytes; a smaller one is kept in the quarantine as it is
 BYTES_A_CHAR = 12  # of JSON at most: \ud83d\ude00
 INTERRUPTED = 130  # exit code after Ctrl-C
 # What a user chooses: its option, where the meta keeps it, and where its name.
@@ -143,7 +141,7 @@ def _write(
             for batch, results in done:
                 for record, result in zip(batch, results, strict=True):
                     if isinstance(result, str):
-                        writer.quarantine(_quarantined(record, result))
+                        writer.quarantine(quarantine_entry(record, result))
                     else:
                         writer.append(result.token_ids, result.kept_spans)
                 note = "" if left is not None else f"{source.share_read():.0%} of the data read"
@@ -206,17 +204,6 @@ def _batches(records: Iterator[Record]) -> Iterator[Batch]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _quarantined(record: Record, reason: str) -> dict[str, Any]:
-    entry: dict[str, Any] = {"source": record.source, "line": record.line, "reason": reason}
-    if isinstance(record.data, bytes):
-        text = record.data.decode("utf-8", "replace")
-    else:
-        text = "" if record.data is None else json.dumps(record.data, default=str)
-    if text and len(text) <= SMALL_RECORD:
-        entry["record"] = text
-    return entry
 
 
 def _check_folder(out: Path) -> None:
@@ -301,9 +288,7 @@ def _reasons(out: Path) -> Iterator[str]:
     """Yield the reason of each quarantined record, with its numbers left out."""
     with (out / "quarantine.jsonl").open("rb") as file:
         for line in file:
-            reason = re.sub(r"\d[\d,]*", "N", json.loads(line)["reason"])
-            reason = " ".join(reason.split())
-            yield reason if len(reason) <= 200 else reason[:197] + "..."
+            yield without_numbers(json.loads(line)["reason"])
 
 
 def _say(line: str, stream: Any = None) -> None:

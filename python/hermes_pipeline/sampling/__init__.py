@@ -1,0 +1,1 @@
+"""Answers to conversations, drawn many at a time."""
