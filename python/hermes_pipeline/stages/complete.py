@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -79,15 +79,7 @@ def run(
         UserError: no model, nothing to read, other settings in the folder, or no answer at all.
         SystemExit: interrupted; what is kept is safe.
     """
-    settings = {
-        "model": _identity(where),
-        "max_model_len": where.max_model_len,
-        "data": source.identity(),
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-        "system": system,
-    }
+    settings = _settings(source, where, sampling, system)
     tally = Tally()
     try:
         with RunStore(out, stage="complete", settings=settings, seed=seed) as store:
@@ -96,14 +88,10 @@ def run(
             # A run that has nothing to ask starts no server.
             if first := next((draw for draw in planned if draw is not None), None):
                 total = max(0, draws * _count(source, limit) - count(out).records)
-                with ExitStack() as stack:
-                    address = stack.enter_context(_address(where, out))
-                    tell = stack.enter_context(_telling(total, as_json))
+                todo = chain([first], planned)
+                with _address(where, out) as address, _telling(total, as_json) as tell:
                     show = _Show(tell, tally, lambda: draws * reading.quarantined)
-                    work = _ask(
-                        chain([first], planned), where, address, sampling, store, tally, show
-                    )
-                    asyncio.run(work)
+                    asyncio.run(_ask(todo, where, address, sampling, store, tally, show))
             counts = reading.counts(tally) | {"answers": count(out).records}
             store.write_counts(counts)
             errors = _write_errors(out)
@@ -236,6 +224,21 @@ def _note(figures: Mapping[str, float]) -> str:
     return f"{failed}{figures['in_flight']:,} in flight, {figures['tokens_per_s']:,.0f} tokens/s"
 
 
+def _settings(
+    source: DataSource, where: Where, sampling: Sampling, system: str | None
+) -> dict[str, Any]:
+    """What decides an answer; how many there are, and how fast they come, may change."""
+    return {
+        "model": _identity(where),
+        "max_model_len": where.max_model_len,
+        "data": source.identity(),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "system": system,
+    }
+
+
 def _identity(where: Where) -> str:
     """What tells this model from others."""
     if (where.endpoint is None) == (where.checkpoint is None):
@@ -251,7 +254,7 @@ def _identity(where: Where) -> str:
     return fingerprint(where.checkpoint)
 
 
-def _address(where: Where, out: Path) -> Any:
+def _address(where: Where, out: Path) -> AbstractContextManager[Address]:
     model = where.model or str(where.checkpoint)
     log = out / "server.log"
     return at_address(model, where.endpoint, max_model_len=where.max_model_len, log=log)
