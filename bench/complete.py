@@ -1,4 +1,4 @@
-"""`hermes4 complete`: CPU time of a call, all in, where a server answers at once."""
+"""`hermes4 complete`: CPU time of a call, all in, and memory, where a server answers at once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.harness import Result
 from hermes_pipeline.services.store_reader import read_results
@@ -81,12 +82,14 @@ def _measured(
     many: Path,
     concurrency: int,
 ) -> Result:
-    times = []
+    times, peaks = [], []
     for _ in range(RUNS):
         with tempfile.TemporaryDirectory() as name:
-            short = _cpu_s(words(few, Path(name) / "few"))
-            long = _cpu_s(words(many, Path(name) / "many"))
-        times.append(1e6 * (long - short) / (DRAWS * (MANY - FEW)))
+            short = _used(words(few, Path(name) / "few"))
+            long = _used(words(many, Path(name) / "many"))
+        times.append(1e6 * (long.cpu_s - short.cpu_s) / (DRAWS * (MANY - FEW)))
+        peaks.append((short.peak_mb, long.peak_mb))
+    before, after = (statistics.median(column) for column in zip(*peaks, strict=True))
     return Result(
         op="complete",
         shape=f"{concurrency} in flight",
@@ -96,6 +99,7 @@ def _measured(
         value=statistics.median(times),
         spread=(min(times), max(times)),
         runs=RUNS,
+        notes=f"peak {after:.1f} MB, of the fewer calls {before:.1f} MB",
     )
 
 
@@ -107,14 +111,19 @@ def _words(url: str, data: Path, out: Path, concurrency: int) -> list[str]:
     ]
 
 
-def _cpu_s(words: list[str]) -> float:
-    """CPU seconds of one process, from its start to its end."""
+class Used(NamedTuple):
+    cpu_s: float
+    peak_mb: float
+
+
+def _used(words: list[str]) -> Used:
+    """What one process has taken from its start to its end."""
     quiet = subprocess.DEVNULL
     child = subprocess.Popen([sys.executable, *words], stdout=quiet, stderr=quiet)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0, f"{words[:3]} ended with {child.returncode}"
-    return usage.ru_utime + usage.ru_stime
+    return Used(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def _prompts(path: Path, count: int) -> Path:
