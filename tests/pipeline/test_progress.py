@@ -79,6 +79,15 @@ def test_a_terminal_gets_a_bar_with_stage_count_and_note() -> None:
     assert "loss 1.5" in out.getvalue()
 
 
+def test_a_narrow_terminal_cuts_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Terminal()
+    with progress("complete", total=8000, unit="draws", stream=out) as counter:
+        counter.advance(2240, "3 set aside, 32 in flight, 41,648 tokens/s")
+    for part in ("2240/8000", "draws/s", "3 set aside", "41,648", "tokens/s"):
+        assert part in out.getvalue()
+
+
 def test_json_lines_carry_figures_by_name_and_are_seldom(clock: list[float]) -> None:
     out = io.StringIO()
     counter = JsonLines("complete", total=40, stream=out)

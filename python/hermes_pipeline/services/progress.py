@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 LINE_EVERY_S = 5.0
 WAIT_LINE_EVERY_S = 15.0
@@ -97,12 +98,13 @@ def progress(
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        # Where a terminal is narrow the note is folded, so that no figure is cut.
+        TextColumn("{task.fields[note]}", table_column=Column()),
     )
     with Progress(*columns, console=Console(file=stream)) as bar:
         yield _Bar(bar, stage, total, unit)
