@@ -1,4 +1,4 @@
-"""`python -m bench packing | dealing | rows | attention | loss | complete [--static] [--json]`."""
+"""`python -m bench BENCHMARK [--static] [--json]`; `--help` names the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 
 from bench.harness import tell
 
-BENCHMARKS = ("packing", "dealing", "rows", "attention", "loss", "complete")
+BENCHMARKS = ("packing", "dealing", "rows", "attention", "loss", "complete", "sandbox")
 # What the machine code tells where no GPU is.
 STATIC = {"attention": "attention_static", "loss": "loss_static"}
 

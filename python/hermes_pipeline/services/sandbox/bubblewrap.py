@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.sandbox.jobs import BoxDied, Ended, Job, Result
@@ -93,24 +93,29 @@ class Bubblewrap:
         await self.close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
+        self._link = ours
         with theirs, tempfile.TemporaryFile() as words:
             inside = [self._python, "-s", "-S", "-c", _INSIDE.read_text()]
-            self._process = subprocess.Popen(
-                [*self._outside(), "--", *inside, str(theirs.fileno()), build_filter().hex()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=words,
-                pass_fds=(theirs.fileno(),),
-                cwd="/",
-                env={},
-                start_new_session=True,  # Ctrl-C is for us, who then end it
-                # Before bubblewrap: the kernel limits nobody's processes who is root outside.
-                user=self._user,
-                group=self._user,
-                extra_groups=None if self._user is None else [],
-            )
+            given = [str(theirs.fileno()), build_filter().hex()]
+            try:
+                self._process = subprocess.Popen(
+                    [*self._outside(), "--", *inside, *given],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=words,
+                    pass_fds=(theirs.fileno(),),
+                    cwd="/",
+                    env={},
+                    start_new_session=True,  # Ctrl-C is for us, who then end it
+                    # Before bubblewrap: the kernel limits no processes of who is root outside.
+                    user=self._user,
+                    group=self._user,
+                    extra_groups=None if self._user is None else [],
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                self._forget()
+                raise UserError(_cannot_start(getattr(error, "strerror", None) or str(error))) from None
             theirs.close()
-            self._link = ours
             try:
                 async with asyncio.timeout(READY_S):
                     hello = await asyncio.get_running_loop().sock_recv(ours, _CHUNK)
@@ -121,7 +126,8 @@ class Bubblewrap:
                 raise
             if not hello:
                 await self.close()
-                raise UserError(_cannot_start(words))
+                words.seek(0)
+                raise UserError(_cannot_start(words.read().decode(errors="replace")))
         version = version_of(self._bwrap)
         self._name = f"{_NAME} {version}, Python {json.loads(hello)['python']}"
 
@@ -336,11 +342,10 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _cannot_start(words: BinaryIO) -> str:
-    words.seek(0)
-    said = words.read().decode(errors="replace").strip().rpartition("\n")[2]
+def _cannot_start(words: str) -> str:
+    said = words.strip().rpartition("\n")[2] or "it does not answer"
     return (
-        f"the sandbox cannot start, and nothing is run without it: {said or 'no reason was given'}. "
+        f"the sandbox cannot start, and nothing is run without it: {said}. "
         "It needs user namespaces: allow them (sysctl user.max_user_namespaces, "
         "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns), give a "
         "container --security-opt seccomp=unconfined --security-opt systempaths=unconfined, or use "

@@ -15,11 +15,13 @@ import atexit
 import ctypes
 import fcntl
 import gc
+import importlib
 import json
 import os
 import resource
 import select
 import signal
+import site
 import socket
 import struct
 import sys
@@ -32,6 +34,8 @@ from typing import Any, NoReturn
 POLL_S = 0.02
 FOLDER = "/tmp"  # the program's only writable place
 MAIN = f"{FOLDER}/main.py"
+MODULES = """bisect collections copy dataclasses datetime decimal fractions functools heapq io
+itertools json math operator random re statistics string traceback typing"""  # often imported
 OURS = 3  # bubblewrap, the zygote and the first process of a job
 LINK = 3  # the zygote's socket
 VALUE = 3  # the program's stream for what a called function returned
@@ -52,7 +56,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Filter(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]  # noqa: RUF012
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_void_p)]
 
 
 class Zygote:
@@ -88,14 +92,16 @@ class Zygote:
         finally:
             for each in (*files, report):
                 os.close(each)
-        broken = self._watch(first, limits, begun)
+        broken, seen_s = self._watch(first, limits, begun)
         # Returns when the kernel has ended every process of the job.
         _, _, usage = os.wait4(first, 0)
         said = os.read(reports, 1 << 16)
         os.close(reports)
         # Nothing is said where it was killed; a failure comes before the code that follows from it.
         answer = json.loads(said.partition(b"\n")[0]) if said else {"code": None}
-        seconds = {"cpu_s": usage.ru_utime + usage.ru_stime, "wall_s": time.monotonic() - begun}
+        # What was killed with the first process does not count in its usage.
+        cpu_s = max(seen_s, usage.ru_utime + usage.ru_stime)
+        seconds = {"cpu_s": cpu_s, "wall_s": time.monotonic() - begun}
         return {**answer, "broken": broken, **seconds}
 
     def _fork_into_new_pids(self) -> int:
@@ -106,13 +112,17 @@ class Zygote:
             # Where the next fork belongs; in the child, which must not, this fails.
             _libc.setns(self._own_pids, _NEW_PIDS)
 
-    def _watch(self, first: int, limits: dict[str, Any], begun: float) -> str:
-        """Wait for the job's end, or end it at a limit; return which one, or "" if none."""
+    def _watch(self, first: int, limits: dict[str, Any], begun: float) -> tuple[str, float]:
+        """Wait for the job's end, or end it at a limit.
+
+        Returns:
+            Which limit, or "" if none; processor seconds, as far as they were seen.
+        """
         end = os.pidfd_open(first)
         poll = select.poll()
         poll.register(end, select.POLLIN)
         poll.register(self._link, select.POLLIN)
-        broken = ""
+        broken, cpu_s = "", 0.0
         while not broken:
             left = begun + limits["wall_s"] - time.monotonic()
             ready = {each for each, _ in poll.poll(max(0, min(POLL_S, left)) * 1000)}
@@ -125,28 +135,30 @@ class Zygote:
             elif left <= 0:
                 broken = "wall_s"
             else:
-                broken = self._over(limits)
+                cpu_s, used_bytes = self._used(limits["memory_bytes"])
+                if cpu_s > limits["cpu_s"]:
+                    broken = "cpu_s"
+                elif used_bytes > limits["memory_bytes"]:
+                    broken = "memory_bytes"
         if broken:
             os.kill(first, signal.SIGKILL)
         os.close(end)
-        return broken
+        return broken, cpu_s
 
-    def _over(self, limits: dict[str, Any]) -> str:
-        """Which limit on the sum over all processes is broken now; "" if none."""
+    def _used(self, allowed_bytes: int) -> tuple[float, int]:
+        """Processor seconds and bytes of memory of the job's processes; exact when not allowed."""
         pids = [p for p in os.listdir("/proc") if p.isdigit() and p not in self._not_of_job]
-        pages = ticks = 0
+        ticks = pages = 0
         for pid in pids:
             values = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
             if values:  # else it has just ended
                 ticks += sum(map(int, values[11:15]))  # its own and its dead children's
                 pages += int(values[21])
-        if ticks > limits["cpu_s"] * _TICKS:
-            return "cpu_s"
-        # Pages that processes share are counted for each. Count them once before it is a verdict.
-        used, most = pages * _PAGE, limits["memory_bytes"]
-        if used > 2 * most or (used > most and _proportional_bytes(pids) > most):
-            return "memory_bytes"
-        return ""
+        used_bytes = pages * _PAGE
+        # What processes share, as after a fork, was counted in each.
+        if used_bytes > allowed_bytes:
+            used_bytes = _proportional_bytes(pids)
+        return ticks / _TICKS, used_bytes
 
     def _be_first(self, limits: dict[str, Any], files: list[int], report: int) -> NoReturn:
         """The whole life of the job's first process."""
@@ -156,8 +168,8 @@ class Zygote:
             _write("/proc/self/oom_score_adj", KILL_FIRST.encode())
             _libc.prctl(_SET_DUMPABLE, 0, 0, 0, 0)  # the program cannot look into it
             _check("unshare", _libc.unshare(_NEW_MOUNTS | _NEW_IPC))
-            _mount("tmpfs", FOLDER, _NO_SUID | _NO_DEVICES,
-                   f"size={limits['file_bytes']},nr_inodes={limits['files']},mode=0777")  # fmt: skip
+            room = f"size={limits['file_bytes']},nr_inodes={limits['files']},mode=0777"
+            _mount("tmpfs", FOLDER, _NO_SUID | _NO_DEVICES, room)
             _mount("proc", "/proc", _NO_SUID | _NO_DEVICES | _NO_EXEC | _READ_ONLY, "")
             os.chdir(FOLDER)
             program = os.fork()
@@ -342,10 +354,9 @@ def _write_all(file: int, content: bytes) -> None:
 
 def prepare() -> None:
     """What no job need do again: modules loaded, nothing to gain from running a file."""
-    # Imported here, for programs.
-    import bisect, collections, copy, dataclasses, datetime, decimal, fractions, functools  # noqa: E401, F401, I001
-    import heapq, io, itertools, math, operator, random, re, statistics, string, typing  # noqa: E401, F401, I001
-
+    for name in MODULES.split():
+        importlib.import_module(name)
+    site.setquit()  # programs like to end with exit()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # which the first process of a namespace ignores
     _check("no_new_privs", _libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

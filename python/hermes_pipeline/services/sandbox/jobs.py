@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import PurePosixPath
 from typing import Any, Literal, Protocol
 
 Ended = Literal["ok", "error", "timeout", "memory", "output", "killed", "box_error"]
@@ -41,6 +42,11 @@ class Job:
     arguments: Sequence[Any] = ()  # JSON
     command: Sequence[str] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)  # by path under the working folder
+
+    def __post_init__(self) -> None:
+        for path in map(PurePosixPath, self.files):
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"file {str(path)!r} is not below the working folder")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class Sandbox:
         self, source: str, *, stdin: str | bytes = b"", limits: Limits | None = None
     ) -> Result:
         """Run a Python program with nothing but the standard library."""
-        return await self._run(Job(limits or self._limits, _bytes(stdin), source))
+        return await self.run_job(Job(limits or self._limits, _bytes(stdin), source))
 
     async def run_cases(self, source: str, function: str, cases: Sequence[Case]) -> list[Result]:
         """Call a function of a program once for each case; results in the order of the cases.
@@ -86,7 +86,7 @@ class Sandbox:
             )
             for case in cases
         ]
-        running = [asyncio.ensure_future(self._run(job)) for job in jobs]
+        running = [asyncio.ensure_future(self.run_job(job)) for job in jobs]
         try:
             return await asyncio.gather(*running)
         finally:
@@ -106,9 +106,9 @@ class Sandbox:
             files: by path under the working folder, which is empty otherwise.
         """
         job = Job(limits or self._limits, _bytes(stdin), command=command, files=files or {})
-        return await self._run(job)
+        return await self.run_job(job)
 
-    async def _run(self, job: Job) -> Result:
+    async def run_job(self, job: Job) -> Result:
         """Run a job, once more on a fresh box if its box died.
 
         Raises:
