@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.sandbox.jobs import BoxDied, Ended, Job, Result
@@ -114,7 +114,8 @@ class Bubblewrap:
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 self._forget()
-                raise UserError(_cannot_start(getattr(error, "strerror", None) or str(error))) from None
+                words.write(f"{getattr(error, 'strerror', None) or error}".encode())
+                raise UserError(_cannot_start(words)) from None
             theirs.close()
             try:
                 async with asyncio.timeout(READY_S):
@@ -126,8 +127,7 @@ class Bubblewrap:
                 raise
             if not hello:
                 await self.close()
-                words.seek(0)
-                raise UserError(_cannot_start(words.read().decode(errors="replace")))
+                raise UserError(_cannot_start(words))
         version = version_of(self._bwrap)
         self._name = f"{_NAME} {version}, Python {json.loads(hello)['python']}"
 
@@ -342,8 +342,10 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _cannot_start(words: str) -> str:
-    said = words.strip().rpartition("\n")[2] or "it does not answer"
+def _cannot_start(words: BinaryIO) -> str:
+    words.seek(0)
+    lines = words.read().decode(errors="replace").split("\n")
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it does not answer")
     return (
         f"the sandbox cannot start, and nothing is run without it: {said}. "
         "It needs user namespaces: allow them (sysctl user.max_user_namespaces, "

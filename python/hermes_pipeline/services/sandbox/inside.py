@@ -370,7 +370,7 @@ def prepare() -> None:
 def main() -> None:
     """Serve on the socket whose number is the first argument."""
     os.dup2(int(sys.argv[1]), LINK, inheritable=False)
-    os.closerange(LINK + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.closerange(LINK + 1, 1 << 16)
     link = socket.socket(fileno=LINK)
     zygote = Zygote(link, bytes.fromhex(sys.argv[2]))
     prepare()
