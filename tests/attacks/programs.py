@@ -165,8 +165,13 @@ time.sleep(30)
     ),
     Attack(
         "page_tables",
-        "import mmap\nmmap.mmap(-1, 1 << 40, prot=mmap.PROT_READ)",
-        "memory error",
+        """
+import mmap
+UNCOUNTED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+x = mmap.mmap(-1, 1 << 40, flags=UNCOUNTED, prot=mmap.PROT_READ)
+print("DONE", sum(x[at] for at in range(0, 1 << 33, 1 << 21)))
+""",
+        "error",
         code=1,
     ),
     Attack(

@@ -155,6 +155,13 @@ class Solution:
     assert "takes from 2 to 3" in results[4].stderr
 
 
+def test_processor_time_is_that_of_all_processes(sandbox: Sandbox, wait: Wait) -> None:
+    source = "import os\nfor _ in range(2): os.fork()\nwhile True: pass"
+    result = wait(sandbox.run(source, limits=Limits(cpu_s=0.6, wall_s=20)))
+    assert (result.ended, result.reason) == ("timeout", "used more than 0.6 s of processor time")
+    assert 0.6 < result.cpu_s < 1
+
+
 def test_no_cases_are_no_results(sandbox: Sandbox, wait: Wait) -> None:
     assert wait(sandbox.run_cases("", "f", [])) == []
 
