@@ -186,6 +186,27 @@ def test_a_file_of_a_command_stays_in_its_folder(path: str, sandbox: Sandbox, wa
         wait(sandbox.run_command(["true"], files={path: b""}))
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"x": bytes(2 << 20)}, "x: No space left on device\n"),
+        ({"x": b"", "x/y": b""}, "x/y: File exists\n"),
+        ({"x" * 300: b""}, "x" * 300 + ": File name too long\n"),
+    ],
+)
+def test_files_that_do_not_fit_are_an_error_of_the_job(
+    files: dict[str, bytes], said: str, sandbox: Sandbox, wait: Wait
+) -> None:
+    for _ in range(4):
+        result = wait(sandbox.run_command(["true"], files=files, limits=Limits(file_bytes=1 << 20)))
+        assert (result.ended, result.exit_code, result.stderr) == ("error", 1, said)
+
+
+def test_arguments_that_are_no_json_are_refused(sandbox: Sandbox, wait: Wait) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        wait(sandbox.run_cases("def f(x): return x", "f", [Case([{1}])]))
+
+
 def test_the_order_of_a_set_is_the_same_in_every_run(sandbox: Sandbox, wait: Wait) -> None:
     said = {wait(sandbox.run("print({'a', 'b', 'c', 'd'}, hash('x'))")).stdout for _ in range(3)}
     said |= {wait(run_in_a_fresh_box("print({'a', 'b', 'c', 'd'}, hash('x'))")).stdout}

@@ -138,14 +138,14 @@ class Bubblewrap:
             BoxDied: the box ended, failed inside, or did not keep its limits.
         """
         assert self._link is not None
-        loop = asyncio.get_running_loop()
+        loop, packed = asyncio.get_running_loop(), _packed(job)
         with contextlib.ExitStack() as stack:
             try:
                 streams = [
                     stack.enter_context(_Stream(loop, job.limits.output_bytes, self._kill))
                     for _ in range(3 if job.function else 2)
                 ]
-                files = [stack.enter_context(_sealed(text)) for text in (_packed(job), job.stdin)]
+                files = [stack.enter_context(_sealed(text)) for text in (packed, job.stdin)]
                 message = json.dumps(asdict(job.limits)).encode()
                 theirs = [stream.theirs for stream in streams]
                 socket.send_fds(self._link, [message], [*files, *theirs])
@@ -153,14 +153,11 @@ class Bubblewrap:
                     stream.begin()
                 async with asyncio.timeout(job.limits.wall_s + GRACE_S):
                     answer = await loop.sock_recv(self._link, _CHUNK)
-            except TimeoutError:
+            except BaseException as error:
                 self._forget()
-                raise BoxDied("it kept on running past its limits") from None
-            except OSError as error:
-                self._forget()
-                raise BoxDied(str(error)) from None
-            except BaseException:
-                self._forget()
+                if isinstance(error, OSError):  # a time-out, which says nothing, is one
+                    reason = str(error) or "it kept on running past its limits"
+                    raise BoxDied(reason) from None
                 raise
             for stream in streams:
                 stream.drain()

@@ -191,7 +191,7 @@ class Zygote:
             job = json.loads(_read_all(file))
             os.close(file)
             for path, text in job["files"].items():
-                _write(os.path.join(FOLDER, path), text.encode("latin-1"))
+                _write_given(path, text.encode("latin-1"))
             _set_limits(limits)
             _libc.prctl(_SET_DUMPABLE, 1, 0, 0, 0)
             nothing = struct.pack("Ii", _CAPABILITY_VERSION, 0), bytes(24)
@@ -343,7 +343,16 @@ def _read_all(file: int) -> bytes:
 def _write(path: str, content: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb", buffering=0) as file:
-        file.write(content)
+        _write_all(file.fileno(), content)
+
+
+def _write_given(path: str, content: bytes) -> None:
+    """Write a file of the job's; where that fails, the job does, not the box."""
+    try:
+        _write(os.path.join(FOLDER, path), content)
+    except OSError as error:
+        _write_all(2, f"{path}: {error.strerror}\n".encode())
+        os._exit(1)
 
 
 def _write_all(file: int, content: bytes) -> None:
