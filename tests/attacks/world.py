@@ -192,7 +192,13 @@ def run_outside(one: Attack, world: World) -> str:
     """What an attack says without a box: the control, for those that only look."""
     command = [sys.executable, "-I", "-c", one.aimed(world.at)]
     return subprocess.run(
-        command, capture_output=True, text=True, close_fds=False, timeout=30, check=False
+        command,
+        cwd=world.secret.parent,
+        capture_output=True,
+        text=True,
+        close_fds=False,
+        timeout=30,
+        check=False,
     ).stdout
 
 
