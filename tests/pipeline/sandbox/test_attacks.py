@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from attacks.programs import ATTACKS, LEAK, Attack
-from attacks.world import LIMITS, Wait, World, attack, run_outside
+from attacks.world import LIMITS, PATIENT, Wait, World, attack, run_outside
 from hermes_pipeline.services.sandbox import Case, Result, Sandbox
 from hermes_pipeline.services.sandbox.programs import PACKAGE, find_python
 
@@ -115,8 +115,9 @@ def f(n):
 """
 
     async def both() -> list[Result]:
-        async with Sandbox(workers=2, limits=LIMITS) as sandbox:
-            return await sandbox.run_cases(source, "f", [Case([n]) for n in range(8)])
+        cases = [Case([n], LIMITS if n % 2 else PATIENT) for n in range(8)]
+        async with Sandbox(workers=2) as sandbox:
+            return await sandbox.run_cases(source, "f", cases)
 
     results = wait(both())
     assert [result.value for result in results] == [0, None, 2, None, 4, None, 6, None]
