@@ -7,7 +7,10 @@ import importlib
 
 from bench.harness import tell
 
-BENCHMARKS = ("packing", "dealing", "rows", "attention", "loss", "complete", "sandbox")
+BENCHMARKS = (
+    *("packing", "dealing", "rows", "attention", "loss"),
+    *("endpoint", "complete", "sandbox"),
+)
 # What the machine code tells where no GPU is.
 STATIC = {"attention": "attention_static", "loss": "loss_static"}
 

@@ -71,10 +71,10 @@ def peak_bytes(call: Callable[[], object]) -> int | None:
 
 def _peak(call: Callable[[], object]) -> int | None:
     try:
-        before = _status("VmRSS")
+        before = memory_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
         kept = call()
-        peak = _status("VmHWM") - before
+        peak = memory_bytes("VmHWM") - before
     except OSError:
         return None
     del kept
@@ -103,7 +103,8 @@ def machine() -> dict[str, Any]:
     """Where and with what the figures of this run were measured."""
     packages = {"hermes4-core": __version__, "python": platform.python_version()}
     peers = ("seqpacker", "lightbinpack", "binpacking", "trl", "transformers", "grain")
-    for name in ("numpy", "torch", "triton", *peers):
+    clients = ("aiohttp", "orjson", "openai", "httpx")
+    for name in ("numpy", "torch", "triton", *peers, *clients):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
@@ -147,8 +148,8 @@ def _cpu_model() -> str:
     return next(names, platform.machine())
 
 
-def _status(name: str) -> int:
-    """Bytes of this process, by their name in the kernel's words."""
+def memory_bytes(name: str) -> int:
+    """Memory of this process, by its name in the kernel's words: VmRSS, VmHWM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 

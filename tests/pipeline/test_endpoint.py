@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -13,96 +11,17 @@ from aiohttp import web
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
-from hermes_pipeline.services import endpoint as module
+from hermes_pipeline.services import limits
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Sampling
+from scripted import Script, Step, cut_body, drop, good, half_json, no_choices, slow, status
 
 ASK = (Message("user", "1+1?"),)
-Step = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(limits, "FIRST_PAUSE_S", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-class Script:
-    """A server that answers its requests with one step each, and the last step from then on."""
-
-    def __init__(self, *steps: Step) -> None:
-        self.steps, self.bodies, self.headers = list(steps), list[Any](), list[Any]()
-        self.in_flight = self.most_in_flight = 0
-
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        self.bodies.append(await request.json())
-        self.headers.append(request.headers)
-        step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            return await step(request)
-        finally:
-            self.in_flight -= 1
-
-    async def __aenter__(self) -> str:
-        app = web.Application()
-        app.router.add_post("/v1/{path:.*}", self.answer)
-        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        await site.start()
-        return f"http://127.0.0.1:{self.runner.addresses[0][1]}/v1"
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.runner.cleanup()
-
-
-def reply(n: int = 1, text: str = "2") -> dict[str, Any]:
-    choice = {"message": {"content": text}, "text": text, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 5, "completion_tokens": 3 * n}
-    return {"choices": [dict(choice) for _ in range(n)], "usage": usage}
-
-
-async def good(request: web.Request) -> web.StreamResponse:
-    return web.json_response(reply((await request.json())["n"]))
-
-
-async def drop(request: web.Request) -> web.StreamResponse:
-    assert request.transport is not None
-    request.transport.close()
-    return web.Response()
-
-
-async def half_json(request: web.Request) -> web.StreamResponse:
-    return web.Response(body=json.dumps(reply())[:30].encode(), content_type="application/json")
-
-
-async def no_choices(request: web.Request) -> web.StreamResponse:
-    return web.json_response({"choices": []})
-
-
-async def cut_body(request: web.Request) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Length": "1000"})
-    await response.prepare(request)
-    await response.write(b'{"choices": [')
-    assert request.transport is not None
-    request.transport.close()
-    return response
-
-
-def status(code: int, message: str = "busy", **headers: str) -> Step:
-    async def step(request: web.Request) -> web.StreamResponse:
-        return web.json_response({"error": {"message": message}}, status=code, headers=headers)
-
-    return step
-
-
-def slow(seconds: float) -> Step:
-    async def step(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(seconds)
-        return await good(request)
-
-    return step
 
 
 def chat(script: Script, *, n: int = 1, seed: int | None = None, **options: Any) -> Any:
@@ -233,7 +152,9 @@ def test_a_login_in_the_address_is_never_shown() -> None:
     assert "hush" not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000/v1", "", "ftp://host/v1"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "", "ftp://host/v1", "http://", "http://[::1/v1"]
+)
 def test_an_address_without_http_is_a_users_mistake(url: str) -> None:
     async def make() -> None:
         Endpoint(url, "tiny")

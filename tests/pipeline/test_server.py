@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.services.endpoint import Sampling
+from hermes_pipeline.records import Message
+from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Sampling
 from hermes_pipeline.services.hub import DataSource, load_template
 from hermes_pipeline.services.server import Server
 from hermes_pipeline.services.store_reader import read_results
@@ -119,3 +121,44 @@ def test_a_port_in_use_is_named(model: Path, tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no config\.json"):
         Server(tmp_path, log=tmp_path / "server.log", max_model_len=128)
+
+
+def test_the_client_and_a_real_server_understand_each_other(model: Path, tmp_path: Path) -> None:
+    async def converse(url: str, name: str) -> None:
+        asked = (Message("user", "a = 4 ;"),)
+        async with Endpoint(url, name, requests_per_s=1000, tokens_per_s=1e6) as endpoint:
+            drawn = Sampling(1.0, 0.9, max_tokens=4, top_k=20, min_p=0.01, stop=("0",), logprobs=2)
+            chats = await endpoint.chat(asked, drawn, n=3, seed=1)
+            assert all(len(t.top) >= 2 for reply in chats for t in reply.logprobs or ())
+            for replies in (
+                chats,
+                await endpoint.complete("a = 4 ;", drawn, n=3, seed=1),
+                await endpoint.complete([5, 6, 7], drawn, n=3, seed=1),
+            ):
+                assert len(replies) == 3
+                for reply in replies:
+                    assert reply.finish_reason in ("stop", "length")
+                    assert reply.logprobs
+                    assert all(t.logprob is not None and t.logprob <= 0 for t in reply.logprobs)
+            again = [await endpoint.chat(asked, drawn, n=3, seed=1) for _ in range(2)]
+            assert [r.text for r in again[0]] == [r.text for r in again[1]]
+            scored = Sampling(0.0, 1.0, max_tokens=1, logprobs=0, extra={"echo": True})
+            (echo,) = await endpoint.complete([5, 6, 7], scored)
+            assert echo.logprobs is not None
+            assert [t.logprob is None for t in echo.logprobs] == [True, False, False, False]
+            assert endpoint.usage.completion_tokens > 0
+            with pytest.raises(EndpointError, match=r"400: .*maximum context length") as error:
+                await endpoint.complete([5] * 500, drawn)
+            assert not error.value.hopeless
+            assert (endpoint.usage.requests, endpoint.usage.failed) == (6, 1)
+        async with Endpoint(url, "another") as endpoint:
+            with pytest.raises(EndpointError, match=r"404: .*another") as error:
+                await endpoint.chat(asked, drawn)
+            assert error.value.hopeless
+
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    flags = ("--chat-template", str(template))
+    log = tmp_path / "server.log"
+    with Server(model, log=log, max_model_len=128, flags=flags) as server:
+        asyncio.run(asyncio.wait_for(converse(server.base_url, server.name), 120))

@@ -1,26 +1,57 @@
-"""An asynchronous client for any OpenAI-compatible server: bounded, retried, counted."""
+"""An asynchronous client for any OpenAI-compatible server: bounded, limited, retried, counted."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import math
 import os
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import resource
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import orjson
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
+from hermes_pipeline.services.account import Usage
+from hermes_pipeline.services.limits import (
+    Address,
+    Bucket,
+    asked_pause_s,
+    backoff_s,
+    choose,
+    read_address,
+)
+from hermes_pipeline.services.wire import (
+    CHAT,
+    COMPLETIONS,
+    Answer,
+    BrokenReply,
+    Reply,
+    Sampling,
+    chat_body,
+    completion_body,
+    read_answer,
+    read_refusal,
+)
+
+__all__ = ["Endpoint", "EndpointError", "Reply", "Sampling", "Usage"]
 
 RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
+GONE = frozenset({502, 503, 504})  # what stands behind the address does not answer
 HOPELESS = frozenset({401, 403, 404})  # no other request would fare better
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
-MAX_RETRY_AFTER_S = 120.0
+HOPELESS_CODES = frozenset({"insufficient_quota", "invalid_api_key", "model_not_found"})
+CONNECT_S = 30.0
+KEEP_ALIVE_S = 4.0  # uvicorn closes after 5: a request must not meet that
+SPARE_FILES = 128
+OBJECTS_A_CALL = 64  # new ones between two looks of the garbage collector
+CHARACTERS_A_TOKEN = 4  # until a first answer tells
 
 
 class EndpointError(Exception):
@@ -28,83 +59,106 @@ class EndpointError(Exception):
 
     Attributes:
         status: HTTP status of the last reply; None when there was none.
-        hopeless: the address, the key or the model's name is wrong, so every request would fail.
+        hopeless: the address, the key or the model's name is wrong, the quota or the run's time is
+            used up: every other request would fail, too.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, *, hopeless: bool = False) -> None:
         super().__init__(message)
         self.status = status
-        self.hopeless = status in HOPELESS
+        self.hopeless = hopeless or status in HOPELESS
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """One answer of a model."""
+class _Fault:
+    """A try that brought no answer."""
 
-    text: str
-    finish_reason: str  # "stop", "length", ...
-    completion_tokens: int | None  # None when several answers share one count
+    problem: str
+    status: int | None = None
+    is_final: bool = False
+    is_hopeless: bool = False
+    pause_asked: bool = False  # the address is paused already
 
-
-@dataclass(slots=True)
-class Usage:
-    """What an endpoint has cost so far."""
-
-    requests: int = 0  # answered ones
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    @property
+    def is_throttled(self) -> bool:
+        return self.status == 429
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a model draws its answers; None leaves the choice to the server."""
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_tokens: int | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # sent as it stands
+class _TooLate(Exception):
+    """The time of a request is up, or will be before it may go on."""
 
 
 class Endpoint:
-    """One model at one address, for the time of an `async with` block.
+    """One model at one address or several, for the time of an `async with` block.
+
+    Requests are spread over the addresses by what each has in flight. One that fails is set aside
+    for a while and tried again with a single request; one that asks for a pause gets no request
+    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`.
 
     Args:
-        base_url: up to and with `/v1`.
+        base_url: up to and with `/v1`; several for a cluster.
         model: the name the server knows it by.
         concurrency: requests in flight at most; the others wait their turn.
         timeout_s: time limit of one try.
         tries: how often a request is sent before it has failed for good.
+        request_timeout_s: time limit of a request with all tries and pauses, from its turn on.
+        run_timeout_s: time limit of the block; requests after it fail, and are `hopeless`.
+        requests_per_s: tries in any second, over all addresses.
+        tokens_per_s: tokens of prompts and answers; an answer's length is assumed to be the mean
+            so far, and put right when it is there.
+
+    Raises:
+        UserError: an address, the key or a number cannot be used.
 
     The key is read from OPENAI_API_KEY and appears in no message.
     """
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         model: str,
         *,
         concurrency: int = 64,
         timeout_s: float = 600.0,
         tries: int = 6,
+        request_timeout_s: float = 3600.0,
+        run_timeout_s: float = math.inf,
+        requests_per_s: float | None = None,
+        tokens_per_s: float | None = None,
     ) -> None:
-        if urlsplit(base_url).scheme not in ("http", "https"):
-            raise UserError(f"base URL {base_url!r} wants the form http://host:port/v1")
-        self.base_url, self.model = base_url.rstrip("/"), model
+        if concurrency < 1 or tries < 1:
+            raise UserError(f"concurrency is {concurrency} and tries {tries}; each wants 1 or more")
+        urls = [base_url] if isinstance(base_url, str) else base_url
+        self.model = model
         self.usage = Usage()
-        self._shown_url = _without_login(self.base_url)
-        self._key = os.environ.get("OPENAI_API_KEY", "")
-        self._tries = tries
+        self._key = _read_key()
+        self._addresses = [read_address(url, self._key) for url in urls or [""]]
+        self._concurrency, self._tries = concurrency, tries
+        self._request_timeout_s, self._run_timeout_s = request_timeout_s, run_timeout_s
+        self._requests = None if requests_per_s is None else Bucket(requests_per_s)
+        self._tokens = None if tokens_per_s is None else Bucket(tokens_per_s)
         self._turn = asyncio.Semaphore(concurrency)
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(30.0, timeout_s))
+        self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
+        self._run_ends = math.inf
+        self._answered_at = -math.inf
 
     async def __aenter__(self) -> Endpoint:
+        _allow_files(self._concurrency + SPARE_FILES)
+        self._collector = gc.get_threshold()
+        if self._collector[0]:
+            # Calls in flight are no garbage, and by default all of them are looked at every few
+            # hundred calls: half of the CPU time with thousands in flight.
+            often = max(self._collector[0], OBJECTS_A_CALL * self._concurrency)
+            gc.set_threshold(often, *self._collector[1:])
+        self._run_ends = asyncio.get_running_loop().time() + self._run_timeout_s
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._session = aiohttp.ClientSession(
             headers=headers | {"Content-Type": "application/json"},
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # A try has a timer of its own; one of aiohttp's would cost as much again.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         )
         return self
 
@@ -114,9 +168,10 @@ class Endpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._session is not None
-        await self._session.close()
-        self._session = None
+        session, self._session = self._session, None
+        assert session is not None
+        gc.set_threshold(*self._collector)
+        await session.close()
 
     async def chat(
         self,
@@ -125,14 +180,14 @@ class Endpoint:
         *,
         n: int = 1,
         seed: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Reply]:
         """``n`` answers to a conversation.
 
         Raises:
-            EndpointError: the request was refused, or failed `tries` times.
+            EndpointError: the request was refused, failed `tries` times, or took too long.
         """
-        body = {"messages": [_wire_message(m) for m in messages]}
-        return await self._ask("/chat/completions", body, sampling, n, seed)
+        return await self._ask(CHAT, chat_body(messages, sampling, tools), n, seed)
 
     async def complete(
         self,
@@ -143,117 +198,192 @@ class Endpoint:
         seed: int | None = None,
     ) -> list[Reply]:
         """``n`` continuations of a text or of token ids; raises as `chat` does."""
-        body = {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
-        return await self._ask("/completions", body, sampling, n, seed)
+        return await self._ask(COMPLETIONS, completion_body(prompt, sampling), n, seed)
 
-    async def _ask(
-        self, path: str, body: dict[str, Any], sampling: Sampling, n: int, seed: int | None
-    ) -> list[Reply]:
-        body |= {"model": self.model, "n": n}
-        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        if sampling.max_tokens is not None:
-            body["max_tokens"] = sampling.max_tokens
+    async def _ask(self, path: str, body: dict[str, Any], n: int, seed: int | None) -> list[Reply]:
+        body = {"model": self.model, "n": n} | body
         if seed is not None:
             body["seed"] = seed
+        async with self._turn:
+            self.usage.begin()
+            try:
+                answer = await self._answer(path, body, n)
+            except asyncio.CancelledError:
+                self.usage.cancelled += 1
+                raise
+            except BaseException:
+                self.usage.failed += 1
+                raise
+            finally:
+                self.usage.in_flight -= 1
+            self.usage.add(answer)
+        return answer.replies
+
+    async def _answer(self, path: str, body: dict[str, Any], n: int) -> Answer:
+        """The first whole answer; tries again what may fare better."""
         try:
-            data = orjson.dumps(body | dict(sampling.extra))
+            # A copy: what orjson gives keeps the 16 kB it was written into.
+            data = bytes(memoryview(orjson.dumps(body)))
         except TypeError as error:  # half of a surrogate pair, for one
             raise EndpointError(f"the request cannot be written as JSON: {error}") from None
-        reply = await self._post(path, data)
-        usage = reply.get("usage") or {}
-        self.usage.requests += 1
-        self.usage.prompt_tokens += usage.get("prompt_tokens") or 0
-        self.usage.completion_tokens += usage.get("completion_tokens") or 0
-        tokens = usage.get("completion_tokens") if n == 1 else None
-        return [Reply(c["text"], c["finish_reason"], tokens) for c in reply["choices"]]
+        began = asyncio.get_running_loop().time()
+        deadline = min(began + self._request_timeout_s, self._run_ends)
+        cost = 0.0 if self._tokens is None else self._expected_tokens(data, body, n)
+        address, fault = self._addresses[0], _Fault("none has ended")
+        attempt = tries = 0
+        try:
+            while True:
+                address = await self._take_turn(cost, deadline)
+                answer = await self._send(address, path, data, deadline)
+                if isinstance(answer, Answer):
+                    break
+                fault, attempt = answer, attempt + 1
+                tries += not fault.is_throttled
+                if fault.is_final or tries == self._tries:
+                    raise self._failure(address, fault, tries)
+                self.usage.retries += 1
+                if not fault.pause_asked:
+                    await _sleep(backoff_s(attempt - 1), deadline)
+        except _TooLate:
+            raise self._late(address, fault, began, deadline) from None
+        if self._tokens is not None and answer.tokens:
+            self._tokens.charge(answer.tokens - cost)
+        if len(answer.replies) != n:
+            problem = f"{len(answer.replies)} answers where n={n} were asked for"
+            raise self._failure(address, _Fault(problem, 200, is_final=True), 1)
+        return answer
 
-    async def _post(self, path: str, data: bytes) -> dict[str, Any]:
-        """The body of the first whole reply; tries again what may fare better."""
-        assert self._session is not None, "use the endpoint inside `async with`"
-        async with self._turn:
-            for attempt in range(self._tries):
-                pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)
-                status = None
-                try:
-                    async with self._session.post(self.base_url + path, data=data) as reply:
-                        status, content = reply.status, await reply.read()
-                        if status == 200:
-                            return _whole(content)
-                        problem = f"{status}: {_message(content)}"
-                        if status not in RETRIED and status < 500:
-                            raise EndpointError(self._clean(problem), status)
-                        pause = _retry_after(reply.headers.get("Retry-After")) or pause
-                except aiohttp.InvalidURL as error:
-                    raise UserError(f"base URL {self._shown_url!r} is none: {error}") from None
-                except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                    problem = f"{type(error).__name__}: {error}" if str(error) else "timed out"
-                if attempt + 1 < self._tries:
-                    self.usage.retries += 1
-                    await asyncio.sleep(pause)
-        problem = f"failed {self._tries} times; the last time {problem}"
-        raise EndpointError(self._clean(problem), status)
+    async def _take_turn(self, tokens: float, deadline: float) -> Address:
+        """Where to send now, once no pause and no rate stands against it."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for bucket, amount in ((self._requests, 1.0), (self._tokens, tokens)):
+                if bucket is not None and not bucket.takes_now(amount):
+                    await _wait(bucket.take(amount), deadline)
+            now = loop.time()
+            if now >= deadline:
+                raise _TooLate
+            address = choose(self._addresses, now)
+            if (pause := address.paused_until - now) <= 0:
+                return address
+            # All wait for the same moment: not one goes before, and not all at once.
+            await _sleep(pause * random.uniform(1, 1.1), deadline)
 
-    def _clean(self, problem: str) -> str:
+    async def _send(
+        self, address: Address, path: str, data: bytes, deadline: float
+    ) -> Answer | _Fault:
+        """One try."""
+        if self._session is None:
+            problem = "the endpoint is used outside its `async with` block"
+            raise EndpointError(problem, hopeless=True)
+        loop = asyncio.get_running_loop()
+        try_ends = loop.time() + self._timeout_s
+        address.in_flight += 1
+        try:
+            async with (
+                asyncio.timeout_at(min(try_ends, deadline)),
+                self._session.post(address.url + path, data=data, allow_redirects=False) as reply,
+            ):
+                content = await reply.read()
+            if reply.status == 200:
+                answer = read_answer(content)
+                address.answered()
+                self._answered_at = loop.time()
+                return answer
+        except aiohttp.InvalidURL as error:
+            raise UserError(f"base URL {address.shown!r} is none: {error}") from None
+        except (aiohttp.ClientError, BrokenReply, TimeoutError, OSError) as error:
+            now = loop.time()
+            if now >= deadline:
+                raise _TooLate from None
+            address.set_aside(now)
+            return _Fault(f"{type(error).__name__}: {error}" if str(error) else "timed out")
+        finally:
+            address.in_flight -= 1
+        if reply.status in GONE:
+            address.set_aside(loop.time())
+        else:
+            address.answered()
+        return self._refusal(address, reply, content)
+
+    def _refusal(self, address: Address, reply: aiohttp.ClientResponse, content: bytes) -> _Fault:
+        """What an error's status and headers mean; pauses the address where they ask for it."""
+        said, code = read_refusal(content)
+        if 300 <= reply.status < 400:
+            said = f"moved to {reply.headers.get('Location')}; give that address"
+        is_hopeless = code in HOPELESS_CODES or reply.status < 400
+        is_final = is_hopeless or not (reply.status in RETRIED or reply.status >= 500)
+        pause = None if is_final else asked_pause_s(reply.headers, time.time())
+        if pause is not None:
+            address.pause(asyncio.get_running_loop().time() + pause)
+        return _Fault(f"{reply.status}: {said}", reply.status, is_final, is_hopeless, bool(pause))
+
+    def _expected_tokens(self, data: bytes, body: Mapping[str, Any], n: int) -> float:
+        if self.usage.tokens:
+            return self.usage.tokens / self.usage.requests
+        return len(data) / CHARACTERS_A_TOKEN + n * (body.get("max_tokens") or 0)
+
+    def _failure(self, address: Address, fault: _Fault, tries: int) -> EndpointError:
+        problem = fault.problem
+        if not fault.is_final:
+            problem = f"failed {tries} times; the last time {problem}"
+        message = self._clean(address, problem)
+        return EndpointError(message, fault.status, hopeless=fault.is_hopeless)
+
+    def _late(
+        self, address: Address, fault: _Fault, began: float, deadline: float
+    ) -> EndpointError:
+        """The failure of a request whose time is up.
+
+        Hopeless when the run's is, and when a server that asks for patience answered nobody.
+        """
+        run_over = deadline == self._run_ends
+        limit = (
+            f"the run's {self._run_timeout_s:g} s"
+            if run_over
+            else f"the request's {self._request_timeout_s:g} s"
+        )
+        problem = f"{limit} leave no time for another try; the last: {fault.problem}"
+        message = self._clean(address, problem)
+        is_hopeless = run_over or (fault.is_throttled and self._answered_at < began)
+        return EndpointError(message, fault.status, hopeless=is_hopeless)
+
+    def _clean(self, address: Address, problem: str) -> str:
         """The problem with its address, and without the key should the server have echoed it."""
-        problem = problem.replace(self.base_url, self._shown_url)
-        text = f"{self._shown_url} (model {self.model}): {problem}"
+        problem = problem.replace(address.url, address.shown)
+        text = f"{address.shown} (model {self.model}): {problem}"
         return text.replace(self._key, "***") if self._key else text
 
 
-def _whole(content: bytes) -> dict[str, Any]:
-    """The reply as JSON; an error that is tried again when it was cut or is something else."""
+async def _sleep(seconds: float, deadline: float) -> None:
+    if asyncio.get_running_loop().time() + seconds >= deadline:
+        raise _TooLate
+    await asyncio.sleep(seconds)
+
+
+async def _wait(waiting: Coroutine[Any, Any, None], deadline: float) -> None:
     try:
-        reply = orjson.loads(content)
-        for choice in reply["choices"]:
-            choice["finish_reason"] = choice.get("finish_reason") or "unknown"
-            if "text" not in choice:
-                choice["text"] = _text(choice["message"])
-        if reply["choices"]:
-            return dict(reply)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise aiohttp.ClientPayloadError(f"a reply that is not whole: {content[:100]!r}")
+        async with asyncio.timeout_at(deadline):
+            await waiting
+    except TimeoutError:
+        raise _TooLate from None
 
 
-def _text(message: Mapping[str, Any]) -> str:
-    """All a model wrote, also where a server has put its thinking apart."""
-    content = message.get("content") or ""
-    thinking = message.get("reasoning_content") or message.get("reasoning")
-    if not thinking:
-        return str(content)
-    return f"<think>{thinking}" + (f"</think>{content}" if content else "")
+def _read_key() -> str:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY holds characters that no header can carry")
+    return key
 
 
-def _message(content: bytes) -> str:
-    """What a server says about an error, in the forms servers say it."""
-    try:
-        reply = orjson.loads(content)
-        error = reply.get("error", reply)
-        said = error.get("message") or error.get("detail") if isinstance(error, dict) else error
-        return str(said or reply)[:500]
-    except (ValueError, AttributeError):
-        return content[:500].decode(errors="replace").strip() or "no message"
-
-
-def _retry_after(value: str | None) -> float | None:
-    """The seconds a server asks to wait; None when it names a date or nothing."""
-    try:
-        return min(MAX_RETRY_AFTER_S, max(0.0, float(value or "")))
-    except ValueError:
-        return None
-
-
-def _wire_message(message: Message) -> dict[str, Any]:
-    wire: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        wire["tool_calls"] = [dict(call) for call in message.tool_calls]
-    if message.name is not None:
-        wire["name"] = message.name
-    if message.tool_call_id is not None:
-        wire["tool_call_id"] = message.tool_call_id
-    return wire
-
-
-def _without_login(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files as far as it goes; a connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"so many requests in flight want {wanted} open files, of which {hard} are allowed; "
+            f"lower the concurrency, or raise `ulimit -n`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,199 @@
+"""When a request may be sent, and where: rates, pauses servers ask for, addresses that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit, urlunsplit
+
+from hermes_pipeline.errors import UserError
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
+LONGEST_ASKED_PAUSE_S = 120.0  # a server that wants longer is asked again after this
+FIRST_ASIDE_S, LONGEST_ASIDE_S = 1.0, 30.0
+CATCH_UP_S = 0.01  # a bucket that was held up makes good this much: 1 % of a second
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Bucket:
+    """Lets an amount through each second, in the order of asking, whatever came before.
+
+    In any second at most 1 % more than ``per_s`` passes, and one request: a bucket that is full
+    at the start would let twice the rate through the first second.
+    """
+
+    def __init__(self, per_s: float) -> None:
+        if not per_s > 0:
+            raise UserError(f"a rate of {per_s} a second lets nothing through; give a larger one")
+        self._per_s = per_s
+        self._free_at = 0.0
+        self._waiting: deque[tuple[asyncio.Future[None], float]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def takes_now(self, amount: float) -> bool:
+        """Take ``amount`` if nobody has to wait for it."""
+        now = asyncio.get_running_loop().time()
+        if self._waiting or self._free_at > now:
+            return False
+        self._spend(amount, now)
+        return True
+
+    async def take(self, amount: float) -> None:
+        """Wait until ``amount`` may pass; who stops waiting takes nothing."""
+        if self.takes_now(amount):
+            return
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiting.append((future, amount))
+        if self._timer is None:
+            self._timer = loop.call_at(self._free_at, self._release)
+        await future
+
+    def charge(self, amount: float) -> None:
+        """Count what a request cost beyond what it took; a negative amount is given back."""
+        self._free_at += amount / self._per_s
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(self._free_at, self._release)
+
+    def _spend(self, amount: float, now: float) -> None:
+        self._free_at = max(self._free_at, now - CATCH_UP_S) + amount / self._per_s
+
+    def _release(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._waiting:
+            future, amount = self._waiting[0]
+            if not future.done():  # its task may have been cancelled
+                if self._free_at > now:
+                    self._timer = loop.call_at(self._free_at, self._release)
+                    return
+                self._spend(amount, now)
+                future.set_result(None)
+            self._waiting.popleft()
+
+
+@dataclass(slots=True, eq=False)
+class Address:
+    """One address of a model; times are the event loop's."""
+
+    url: str
+    shown: str  # without a login
+    in_flight: int = 0
+    paused_until: float = 0.0  # nothing is sent before: the server asked for it
+    aside_until: float = 0.0  # others are preferred before: it failed
+    faults: int = 0  # times it was set aside since it last answered
+
+    def pause(self, until: float) -> None:
+        self.paused_until = max(self.paused_until, until)
+
+    def set_aside(self, now: float) -> None:
+        """Prefer others for a while, for longer each time; calls of one outage count once."""
+        if now >= self.aside_until:
+            self.aside_until = now + min(LONGEST_ASIDE_S, FIRST_ASIDE_S * 2 ** min(self.faults, 30))
+            self.faults += 1
+
+    def answered(self) -> None:
+        self.aside_until, self.faults = 0.0, 0
+
+
+def read_address(url: str, key: str) -> Address:
+    """The address of a base URL, which goes up to and with `/v1`.
+
+    Raises:
+        UserError: it is none, or its login would stand in the way of a key.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # brackets that do not close
+        raise UserError(f"base URL {url!r} is none: {error}") from None
+    login, _, host = parts.netloc.rpartition("@")
+    shown = urlunsplit(parts._replace(netloc=host)).rstrip("/")
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(f"base URL {shown!r} wants the form http://host:port/v1")
+    if login and key:
+        raise UserError(
+            f"base URL {shown} carries a login and OPENAI_API_KEY is set: one header holds one"
+        )
+    return Address(url.rstrip("/"), shown)
+
+
+def choose(addresses: Sequence[Address], now: float) -> Address:
+    """The address for the next request; one that is paused only when all are.
+
+    An address that was set aside gets one request when its time is over, and the next only after
+    an answer or another while.
+    """
+    if len(addresses) == 1:
+        return addresses[0]
+
+    def rank(address: Address) -> tuple[float, bool, int]:
+        pause = max(0.0, address.paused_until - now)
+        return pause, address.aside_until > now, address.in_flight
+
+    best = min(addresses, key=rank)
+    returning = [a for a in addresses if a.faults and max(a.aside_until, a.paused_until) <= now]
+    if returning:
+        best = returning[0]
+        best.set_aside(now)  # from the others' point of view, until this one is answered
+    return best
+
+
+def backoff_s(attempt: int) -> float:
+    """A pause before try ``attempt + 1``: exponential with full jitter."""
+    return random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(attempt, 30)))
+
+
+def asked_pause_s(headers: Mapping[str, str], now: float) -> float | None:
+    """The seconds a server asks to wait; None when it does not say.
+
+    Args:
+        headers: of its reply; names in any case where the mapping allows it.
+        now: seconds since 1970, where the server does not send its own date.
+    """
+    for name, unit_s in (("retry-after-ms", 0.001), ("x-ms-retry-after-ms", 0.001)):
+        if (pause := _number(headers.get(name))) is not None:
+            return _within(pause * unit_s)
+    if (after := headers.get("retry-after")) is not None:
+        if (pause := _number(after)) is not None:
+            return _within(pause)
+        if (date := _date(after)) is not None:
+            return _within(date - (_date(headers.get("date")) or now))
+    names = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
+    resets = [pause for name in names if (pause := _span(headers.get(name))) is not None]
+    return _within(max(resets)) if resets else None
+
+
+def _within(pause: float) -> float:
+    return min(LONGEST_ASKED_PAUSE_S, max(0.0, pause))
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
+
+
+def _date(text: str | None) -> float | None:
+    try:
+        return parsedate_to_datetime(text or "").timestamp()
+    except ValueError:
+        return None
+
+
+def _span(text: str | None) -> float | None:
+    """Seconds in "6m0s", "20ms" or "1.5"; None for nothing, and for 0 and -1, which say nothing."""
+    text = (text or "").strip()
+    seconds = _number(text)
+    if seconds is None and re.fullmatch(f"({_SPAN.pattern})+", text):
+        seconds = sum(float(n) * _SECONDS[unit] for n, unit in _SPAN.findall(text))
+    return seconds if seconds is not None and seconds > 0 else None

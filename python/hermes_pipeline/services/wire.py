@@ -1,0 +1,197 @@
+"""What goes over the wire to an OpenAI-compatible server, and what its replies say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from hermes_pipeline.records import Message
+
+CHAT, COMPLETIONS = "/chat/completions", "/completions"
+SHOWN = 500  # characters of a server's message
+
+
+class BrokenReply(Exception):
+    """A reply that was cut, or is something else than an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a model draws its answers; None leaves the choice to the server."""
+
+    temperature: float | None = 0.6
+    top_p: float | None = 0.95
+    max_tokens: int | None = None
+    top_k: int | None = None  # vLLM and SGLang take it, and `min_p`; hosted services refuse them
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # how many likely tokens beside each chosen one; 0: that one alone
+    extra: Mapping[str, Any] = field(default_factory=dict)  # sent as it stands
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of an answer and its logarithmic probability, base e."""
+
+    token: str
+    logprob: float | None  # None for the first token of an echoed prompt
+    top: tuple[tuple[str, float], ...]  # likely tokens there; different ones may read the same
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer of a model."""
+
+    text: str
+    finish_reason: str  # "stop", "length", "tool_calls", ...
+    completion_tokens: int | None = None  # None when several answers share one count
+    tool_calls: tuple[Mapping[str, Any], ...] = ()  # as the server parsed them
+    logprobs: tuple[TokenLogprob, ...] | None = None  # where asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All answers to one request, and the tokens it cost."""
+
+    replies: list[Reply]
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+def chat_body(
+    messages: Sequence[Message], sampling: Sampling, tools: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The fields of a chat request that its messages, sampling and tools decide."""
+    body: dict[str, Any] = {"messages": [_message(message) for message in messages]}
+    if tools:
+        body["tools"] = list(tools)
+    if sampling.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+    return body | _sampling_fields(sampling)
+
+
+def completion_body(prompt: str | Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    """The fields of a request for raw continuations."""
+    body: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    if sampling.logprobs is not None:
+        body["logprobs"] = sampling.logprobs
+    return body | _sampling_fields(sampling)
+
+
+def read_answer(content: bytes) -> Answer:
+    """The answers in a reply's body, in the order of their index.
+
+    Raises:
+        BrokenReply: it was cut, or is something else.
+    """
+    try:
+        reply = orjson.loads(content)
+        choices = reply["choices"]
+        usage = reply.get("usage") or {}
+        tokens = usage.get("completion_tokens")
+        if len(choices) > 1:
+            choices = sorted(choices, key=lambda choice: choice.get("index") or 0)
+        replies = [_reply(choice, tokens if len(choices) == 1 else None) for choice in choices]
+        if replies:
+            return Answer(replies, int(usage.get("prompt_tokens") or 0), int(tokens or 0))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise BrokenReply(f"a reply that is not whole: {content[:100]!r}")
+
+
+def read_refusal(content: bytes) -> tuple[str, str]:
+    """What a server says about an error, in one line, and its code; in the forms servers say it."""
+    try:
+        reply = orjson.loads(content)
+        error = reply.get("error") or reply
+        if not isinstance(error, dict):
+            return _line(str(error)), ""
+        said = error.get("message") or error.get("detail") or reply
+        return _line(str(said)), str(error.get("code") or error.get("type") or "")
+    except (ValueError, AttributeError):
+        return _line(content[:SHOWN].decode(errors="replace")) or "no message", ""
+
+
+def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    fields = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": sampling.stop or None,
+    }
+    return {name: value for name, value in fields.items() if value is not None} | dict(
+        sampling.extra
+    )
+
+
+def _message(message: Message) -> dict[str, Any]:
+    wire: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        wire["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.name is not None:
+        wire["name"] = message.name
+    if message.tool_call_id is not None:
+        wire["tool_call_id"] = message.tool_call_id
+    return wire
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as a string of JSON, as servers want them back."""
+    function = dict(call["function"])
+    if not isinstance(function.get("arguments"), str):
+        function["arguments"] = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    return dict(call) | {"function": function}
+
+
+def _reply(choice: Mapping[str, Any], tokens: int | None) -> Reply:
+    message = choice.get("message")
+    logprobs = choice.get("logprobs")
+    return Reply(
+        text=choice["text"] if message is None else _text(message),
+        finish_reason=choice.get("finish_reason") or "unknown",
+        completion_tokens=tokens,
+        tool_calls=() if message is None else tuple(message.get("tool_calls") or ()),
+        logprobs=None if logprobs is None else _logprobs(logprobs),
+    )
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """All a model wrote, also where a server has put its thinking apart."""
+    content = message.get("content") or ""
+    thinking = message.get("reasoning_content") or message.get("reasoning")
+    if not thinking:
+        return str(content)
+    return f"<think>{thinking}" + (f"</think>{content}" if content else "")
+
+
+def _logprobs(logprobs: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
+    """One form for both: chat sends a list of objects, completions send columns."""
+    if "tokens" not in logprobs:
+        return tuple(
+            TokenLogprob(
+                each["token"],
+                each["logprob"],
+                tuple((top["token"], top["logprob"]) for top in each.get("top_logprobs") or ()),
+            )
+            for each in logprobs["content"] or ()
+        )
+    tokens = logprobs["tokens"]
+    tops = logprobs.get("top_logprobs") or [None] * len(tokens)
+    columns = zip(tokens, logprobs["token_logprobs"], tops, strict=True)
+    return tuple(
+        TokenLogprob(token, logprob, tuple((top or {}).items())) for token, logprob, top in columns
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:SHOWN]
