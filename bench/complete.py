@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.endpoint_server import serving
 from bench.harness import Result
 from hermes_pipeline.services.store_reader import read_results
 
@@ -43,7 +43,7 @@ asyncio.run(main(*sys.argv[1:3], *map(int, sys.argv[3:])))
 
 def run() -> Iterator[Result | str]:
     """CPU time of a call: `hermes4 complete` as a whole, and the client in it."""
-    with tempfile.TemporaryDirectory() as name, _server() as url:
+    with tempfile.TemporaryDirectory() as name, serving() as (url, _):
         folder = Path(name)
         few, many = _prompts(folder / "few.jsonl", FEW), _prompts(folder / "many.jsonl", MANY)
         gate(url, few, folder)
@@ -130,14 +130,3 @@ def _prompts(path: Path, count: int) -> Path:
     lines = (json.dumps({"prompt": f"{i} ".ljust(PROMPT_BYTES, "x")}) for i in range(count))
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    words = [sys.executable, "-m", "bench.scripted_server"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        try:
-            yield child.stdout.readline().strip()
-        finally:
-            child.kill()

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from bench.scripted_server import ScriptedServer, key_of
-from hermes_pipeline.services import endpoint
+from counting import CountingServer, key_of
+from hermes_pipeline.services import limits
 from hermes_pipeline.stages.export import export
 from running import Ended, Hermes4, comes_true
 
@@ -26,12 +26,12 @@ RECORDS = 30
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(limits, "FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
+def server() -> Iterator[CountingServer]:
+    with CountingServer() as server:
         yield server
 
 
@@ -46,7 +46,7 @@ def data(tmp_path: Path) -> Path:
     return write(tmp_path / "data.jsonl", *({"prompt": f"{i}?"} for i in range(RECORDS)))
 
 
-def words(server: ScriptedServer, data: Path, out: Path, *options: object) -> list[str]:
+def words(server: CountingServer, data: Path, out: Path, *options: object) -> list[str]:
     fixed = ["complete", "--data", data, "--out", out, "--endpoint", server.url, "--model", "tiny"]
     return [str(word) for word in (*fixed, *options)]
 
@@ -76,7 +76,7 @@ def refused(ended: Ended) -> str:
 
 
 def test_every_conversation_gets_its_draws(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     out = tmp_path / "out"
     ended = hermes4(*words(server, data, out, "--n", 3, "--max-tokens", 9, "--seed", 5))
@@ -116,7 +116,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
     ],
 )
 def test_what_stands_before_the_last_answer_is_asked(
-    server: ScriptedServer, tmp_path: Path, hermes4: Hermes4, record: Any, asked: Any
+    server: CountingServer, tmp_path: Path, hermes4: Hermes4, record: Any, asked: Any
 ) -> None:
     data = write(tmp_path / "one.jsonl", record)
     hermes4(*words(server, data, tmp_path / "out", "--n", 1, "--system", "Count."))
@@ -124,7 +124,7 @@ def test_what_stands_before_the_last_answer_is_asked(
 
 
 def test_tools_are_offered_and_calls_left_as_written(
-    server: ScriptedServer, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     data = write(tmp_path / "one.jsonl", {"messages": [USER], "tools": [TOOL]}, {"prompt": "x"})
     hermes4(*words(server, data, tmp_path / "out", "--n", 1))
@@ -135,26 +135,26 @@ def test_tools_are_offered_and_calls_left_as_written(
 
 
 def test_bad_records_go_to_quarantine_and_the_counts_add_up(
-    server: ScriptedServer, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     huge = (
         '{"messages": [{"role": "user", "content": "x"}], "tools": [{"a": 99999999999999999999}]}'
     )
     bad = ["{broken", {"text": "x"}, {"messages": [ANSWER]}, "[1]", {"messages": []}, huge]
     data = write(tmp_path / "data.jsonl", {"prompt": "a"}, *bad, {"prompt": "refuse me"})
-    server.script = lambda body, _: 400 if "refuse" in str(body) else "answer"
+    server.decide = lambda body, _: 400 if "refuse" in str(body) else "answer"
     out = tmp_path / "out"
     ended = hermes4(*words(server, data, out, "--n", 2))
     assert ended.out.startswith("8 read = 1 done + 1 set aside + 6 quarantined\n2 draws set aside")
     assert [entry["line"] for entry in lines(out / "quarantine.jsonl")] == [2, 3, 4, 5, 6, 7]
     assert "broken JSON" in lines(out / "quarantine.jsonl")[0]["reason"]
     assert [entry["draw"] for entry in lines(out / "set_aside.jsonl")] == [0, 1]
-    assert "400: the script says 400" in lines(out / "set_aside.jsonl")[0]["error"]
+    assert "400: the test says 400" in lines(out / "set_aside.jsonl")[0]["error"]
     assert [(len(r["answers"]), r["set_aside"]) for r in records(out)] == [(2, []), (0, [0, 1])]
 
 
 def test_json_lines_are_for_machines(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     ended = hermes4(*words(server, data, tmp_path / "out", "--json"))
     *_, last = map(json.loads, ended.out.splitlines())
@@ -170,9 +170,9 @@ def test_the_order_of_answers_does_not_show(
 ) -> None:
     found = []
     for delay_s, out in ((0, tmp_path / "a"), (0.002, tmp_path / "b")):
-        with ScriptedServer(delay_s=delay_s) as server:
+        with CountingServer(delay_s=delay_s) as server:
             rng = random.Random(concurrency)
-            server.script = lambda *_, rng=rng: "answer" if rng.random() < 0.9 else 503
+            server.decide = lambda *_, rng=rng: "answer" if rng.random() < 0.9 else 503
             hermes4(*words(server, data, out, "--concurrency", 40 if delay_s else concurrency))
         found.append(exported(out))
     assert found[0] == found[1]
@@ -182,7 +182,7 @@ def test_the_order_of_answers_does_not_show(
 
 
 def test_a_second_run_asks_nothing(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     out = tmp_path / "out"
     hermes4(*words(server, data, out))
@@ -192,7 +192,7 @@ def test_a_second_run_asks_nothing(
 
 
 def test_more_draws_and_more_records_ask_for_the_new_alone(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     out = tmp_path / "out"
     for count, options in ((20, ("--n", 2)), (30, ("--n", 3)), (90, ())):
@@ -207,12 +207,12 @@ def _limit(count: int) -> tuple[object, ...]:
 
 
 def test_a_draw_that_was_set_aside_is_asked_for_again(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     out = tmp_path / "out"
-    server.script = lambda body, _: 400 if body["messages"][0]["content"] == "7?" else "answer"
+    server.decide = lambda body, _: 400 if body["messages"][0]["content"] == "7?" else "answer"
     assert "1 set aside" in hermes4(*words(server, data, out, "--n", 2)).out
-    server.script = lambda *_: "answer"
+    server.decide = lambda *_: "answer"
     assert "0 set aside" in hermes4(*words(server, data, out, "--n", 2)).out
     assert not (out / "set_aside.jsonl").exists()
     hermes4(*words(server, data, tmp_path / "straight", "--n", 2))
@@ -223,10 +223,10 @@ def test_a_draw_that_was_set_aside_is_asked_for_again(
 
 
 def test_under_faults_every_record_ends_done_or_set_aside(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     rng = random.Random(0)
-    server.script = lambda *_: rng.choices(["answer", 500, "cut", "hang"], [70, 20, 5, 5])[0]
+    server.decide = lambda *_: rng.choices(["answer", 500, "cut", "hang"], [70, 20, 5, 5])[0]
     out = tmp_path / "out"
     ended = hermes4(*words(server, data, out, "--timeout-s", 0.5))
     counts = json.loads((out / "counts.json").read_text())
@@ -238,36 +238,36 @@ def test_under_faults_every_record_ends_done_or_set_aside(
 
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_hopeless_error_stops_the_run_in_one_line(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4, status: int
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4, status: int
 ) -> None:
-    server.script = lambda *_: status
+    server.decide = lambda *_: status
     ended = hermes4(*words(server, data, tmp_path / "out", "--concurrency", 4))
-    assert f"{status}: the script says {status}" in refused(ended)
+    assert f"{status}: the test says {status}" in refused(ended)
     assert len(server.bodies) <= 4
 
 
 def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(
-    server: ScriptedServer,
+    server: CountingServer,
     data: Path,
     tmp_path: Path,
     hermes4: Hermes4,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(endpoint, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(limits, "LONGEST_PAUSE_S", 0.01)
     out = tmp_path / "out"
-    server.script = lambda *_: "answer" if len(server.bodies) <= 50 else 502
+    server.decide = lambda *_: "answer" if len(server.bodies) <= 50 else 502
     said = refused(hermes4(*words(server, data, out, "--concurrency", 4)))
     assert "16 requests in a row failed; " in said
     assert said.endswith(f"50 answers are safe in {out}: run the same command again to go on")
-    server.script = lambda *_: "answer"
+    server.decide = lambda *_: "answer"
     assert hermes4(*words(server, data, out)).code == 0
     assert server.answered.total() == 4 * RECORDS
 
 
 def test_no_answer_at_all_is_a_users_error(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
-    server.script = lambda *_: 400
+    server.decide = lambda *_: 400
     said = refused(hermes4(*words(server, data, tmp_path / "out")))
     assert "no request was answered, most often: " in said
 
@@ -277,7 +277,7 @@ def test_no_answer_at_all_is_a_users_error(
     [([], "holds no records"), (["{"], "not one of 1 records can be used, most often: broken")],
 )
 def test_data_without_a_conversation_is_a_users_error(
-    server: ScriptedServer, tmp_path: Path, hermes4: Hermes4, content: list[str], message: str
+    server: CountingServer, tmp_path: Path, hermes4: Hermes4, content: list[str], message: str
 ) -> None:
     data = write(tmp_path / "data.jsonl", *content)
     assert message in refused(hermes4(*words(server, data, tmp_path / "out")))
@@ -302,7 +302,7 @@ def test_one_model_must_be_named(
 
 
 def test_other_settings_in_the_folder_are_refused(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     hermes4(*words(server, data, tmp_path / "out", "--limit", 1))
     said = refused(hermes4(*words(server, data, tmp_path / "out", "--top-p", 1, "--seed", 3)))
@@ -312,13 +312,13 @@ def test_other_settings_in_the_folder_are_refused(
 # Processes.
 
 
-def start(server: ScriptedServer, data: Path, out: Path, *options: object) -> Any:
+def start(server: CountingServer, data: Path, out: Path, *options: object) -> Any:
     command = [sys.executable, "-m", "hermes_pipeline", *words(server, data, out, *options)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes)
 
 
-def await_answers(server: ScriptedServer, more: int) -> None:
+def await_answers(server: CountingServer, more: int) -> None:
     wanted = server.answered.total() + more
     assert comes_true(lambda: server.answered.total() >= wanted, 30)
 
@@ -328,7 +328,7 @@ def test_kill_9_pays_twice_for_no_more_than_was_in_flight(tmp_path: Path) -> Non
     data = write(tmp_path / "data.jsonl", *({"prompt": f"{i}?"} for i in range(150)))
     options = ("--n", 4, "--concurrency", 8)
     rng, kills = random.Random(0), 5
-    with ScriptedServer(delay_s=0.01) as server:
+    with CountingServer(delay_s=0.01) as server:
         for _ in range(kills):
             with start(server, data, tmp_path / "out", *options) as process:
                 await_answers(server, rng.randrange(1, 60))
@@ -338,14 +338,14 @@ def test_kill_9_pays_twice_for_no_more_than_was_in_flight(tmp_path: Path) -> Non
             assert process.wait(60) == 0
         assert len(server.answered) == 600
         assert server.answered.total() - 600 <= kills * 8
-    with ScriptedServer() as server, start(server, data, tmp_path / "calm", *options) as process:
+    with CountingServer() as server, start(server, data, tmp_path / "calm", *options) as process:
         assert process.wait(60) == 0
     assert exported(tmp_path / "out") == exported(tmp_path / "calm")
 
 
 def test_ctrl_c_says_what_is_safe_and_how_to_go_on(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with ScriptedServer(delay_s=0.02) as server:
+    with CountingServer(delay_s=0.02) as server:
         with start(server, data, out, "--concurrency", 4) as process:
             await_answers(server, 20)
             process.send_signal(signal.SIGINT)
@@ -364,7 +364,7 @@ def test_ctrl_c_says_what_is_safe_and_how_to_go_on(data: Path, tmp_path: Path) -
 
 
 def test_two_runs_in_one_folder_are_refused(data: Path, tmp_path: Path, hermes4: Hermes4) -> None:
-    with ScriptedServer(lambda *_: "hang") as server:
+    with CountingServer(lambda *_: "hang") as server:
         with start(server, data, tmp_path / "out") as process:
             assert comes_true(lambda: bool(server.bodies), 30)
             said = refused(hermes4(*words(server, data, tmp_path / "out")))
@@ -373,7 +373,7 @@ def test_two_runs_in_one_folder_are_refused(data: Path, tmp_path: Path, hermes4:
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_paid_twice(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "hermes_pipeline", *words(server, data, out)]
@@ -390,7 +390,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_paid_twice(
 
 
 def test_keys_of_the_script_are_those_of_the_draws(
-    server: ScriptedServer, data: Path, tmp_path: Path, hermes4: Hermes4
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     hermes4(*words(server, data, tmp_path / "out"))
     assert {key_of(body) for body in server.bodies} == set(server.answered)

@@ -1,15 +1,10 @@
-"""An OpenAI-compatible server that does as a script says, and counts what it has answered.
-
-For tests, which inject faults, and for `python -m bench complete`, which wants answers at once:
-`python -m bench.scripted_server` prints its address and serves until its standard input ends.
-"""
+"""A server that answers each request as a function says, and counts what it has answered."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -19,15 +14,15 @@ ANSWER_BYTES = 2_000
 
 # What becomes of a request, by its body and how often it was asked before: "answer", "cut" (half
 # of an answer), "hang", or an HTTP status.
-Script = Callable[[dict[str, Any], int], str | int]
+Decide = Callable[[dict[str, Any], int], str | int]
 
 
 def answer_all(body: dict[str, Any], before: int) -> str:
-    """The script without a fault."""
+    """Without a fault."""
     return "answer"
 
 
-class ScriptedServer:
+class CountingServer:
     """The server, in a thread of its own for the time of a `with` block.
 
     Attributes:
@@ -35,8 +30,8 @@ class ScriptedServer:
         answered: how often each (messages, seed) was answered as a whole.
     """
 
-    def __init__(self, script: Script = answer_all, *, delay_s: float = 0.0) -> None:
-        self.script, self.delay_s = script, delay_s
+    def __init__(self, decide: Decide = answer_all, *, delay_s: float = 0.0) -> None:
+        self.decide, self.delay_s = decide, delay_s
         self.bodies: list[dict[str, Any]] = []
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
@@ -44,7 +39,7 @@ class ScriptedServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
-    def __enter__(self) -> ScriptedServer:
+    def __enter__(self) -> CountingServer:
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
         return self
@@ -73,11 +68,11 @@ class ScriptedServer:
         self._connections.discard(connection)
 
     def respond(self, connection: _Connection, data: bytes) -> None:
-        """Do with one request as the script says."""
+        """Do with one request as was decided."""
         body = json.loads(data)
         self.bodies.append(body)
         key = key_of(body)
-        what = self.script(body, self.asked[key])
+        what = self.decide(body, self.asked[key])
         self.asked[key] += 1
         self._loop.call_later(self.delay_s, self._write, connection, key, what)
 
@@ -85,7 +80,7 @@ class ScriptedServer:
         if what == "hang" or connection.transport.is_closing():
             return
         if isinstance(what, int):
-            said = {"error": {"message": f"the script says {what}"}}
+            said = {"error": {"message": f"the test says {what}"}}
             connection.transport.write(_http(what, json.dumps(said).encode()))
             return
         whole = _http(200, _completion(key))
@@ -102,7 +97,7 @@ class _Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, server: ScriptedServer) -> None:
+    def __init__(self, server: CountingServer) -> None:
         self._server, self._data = server, b""
 
     def connection_made(self, transport: Any) -> None:
@@ -136,11 +131,5 @@ def _completion(key: str) -> bytes:
 
 
 def _http(status: int, content: bytes) -> bytes:
-    head = f"HTTP/1.1 {status} Script\r\nContent-Type: application/json\r\n"
+    head = f"HTTP/1.1 {status} Test\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
-
-
-if __name__ == "__main__":
-    with ScriptedServer() as server:
-        print(server.url, flush=True)
-        sys.stdin.read()
