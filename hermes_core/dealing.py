@@ -131,10 +131,10 @@ def _packed_lengths(packing: Packing, lengths: ArrayLike) -> NDArray[np.int64]:
             f"the plan names sample {packing.samples.max()} but there are {len(values)} lengths: "
             f"it was made from others"
         )
-    packed = values[packing.samples].astype(np.int64, copy=False)
+    packed = values[packing.samples]
     if packing.too_long == "truncate":
-        np.minimum(packed, packing.row_length, out=packed)
-    return packed
+        return np.where(packed > packing.row_length, packing.row_length, packed.astype(np.int64))
+    return packed.astype(np.int64, copy=False)
 
 
 def deal(costs: ArrayLike, *, ranks: int, micro_batches: int, local_rows: int = 1) -> Dealing:

@@ -58,7 +58,8 @@ class RowLoader(Iterator[Rows]):
         threads: int = 1,
     ) -> None:
         self._samples, self._packing = samples, packing
-        self._rows = row_numbers(range(packing.rows) if rows is None else rows, packing.rows)
+        given = range(packing.rows) if rows is None else rows
+        self._rows = row_numbers(given, packing.rows).copy()  # the thread reads it later
         check_row_numbers(self._rows, packing.rows)
         self._batch_rows = check_integer("batch_rows", batch_rows, 1, (1 << 31) - 1)
         self._depth = check_integer("depth", depth, 1, 1 << 16)
@@ -162,13 +163,13 @@ class RowLoader(Iterator[Rows]):
     def _forget(self) -> None:
         """Drop what was built ahead and wait for the thread to stand still."""
         futures = [future for _, future in self._ahead]
-        for future in futures:
-            future.cancel()
+        self._ahead.clear()  # first: an interrupt of the wait leaves no batch that was cancelled
         if self._thread is not None and self._thread.is_alive():
+            for future in futures:
+                future.cancel()
             wait(futures)
-        else:
+        else:  # in a forked process the thread may have died with a future's lock in its hand
             self._thread = None
-        self._ahead.clear()
         self._asked = self._taken
 
 

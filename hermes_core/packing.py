@@ -188,7 +188,7 @@ def pack(
     - `guided`: where the best of the others misses the lower bound, rows near the patterns of a
       linear programme, the last two samples of each such that they fill it. For samples of which
       none is short, or where `max_samples` is small. Tenths of a second; at most some seconds.
-    - `windowed`: in the order of the samples, but for about a hundred that wait: see
+    - `windowed`: nearly in the order of the samples, nobody waiting longer than three windows: see
       `WindowedPacker`, which packs a stream so.
     - `best`: best fit and, where it misses the lower bound, first fit and exact gap; the fewest
       rows win. Milliseconds; its report says where `guided` may save rows.
@@ -199,6 +199,8 @@ def pack(
     """
     row_length = check_integer("row_length", row_length, 1, _C.MAX_ROW_LENGTH)
     values = check_lengths(lengths)
+    if seed is not None:
+        seed = check_integer("seed", seed, 0, 1 << 128)
     words = [] if seed is None else seed_words(seed)
     if max_samples is not None:
         max_samples = check_integer("max_samples", max_samples, 1, _C.MAX_SAMPLES)

@@ -45,7 +45,8 @@ class WindowedPacker:
     """Packs samples as they come, a window of them at a time.
 
     From a window, and what earlier ones left over, it makes rows that are full to the last token;
-    the rest, about a hundred samples, is carried on. Nobody waits longer than three windows, so
+    the rest is carried on: about a hundred samples where lengths are many, up to all of them where
+    few fill a row together. Nobody waits longer than three windows, so
     the data keeps its order but for that, and rows do not drift from long samples to short ones.
 
     Args:
@@ -81,8 +82,8 @@ class WindowedPacker:
             ),
         }
         self._too_long: TooLong = too_long
-        self._seed = seed
-        self._words = seed_words(seed)
+        self._seed = check_integer("seed", seed, 0, 1 << 128)
+        self._words = seed_words(self._seed)
         self._numbers = self._lengths = self._ages = np.zeros(0, np.int64)
         self._windows = 0
         self.added = self.dropped = self.truncated = 0
@@ -115,7 +116,7 @@ class WindowedPacker:
         else:
             self.truncated += int(long.sum())
         self._numbers = np.concatenate([self._numbers, numbers])
-        given = np.minimum(given.astype(np.int64), row_length)
+        given = np.where(given > row_length, row_length, given.astype(np.int64))
         self._lengths = np.concatenate([self._lengths, given])
         carried, window = len(self._ages), self._settings["window"]
         whole = (len(self._lengths) - carried) // window * window
@@ -170,17 +171,26 @@ class WindowedPacker:
                 f"the state is of a packer with {state.get('settings')}, this one has "
                 f"{self._all_settings()}"
             )
-        numbers, lengths, ages = (
-            np.array(state[name], np.int64) for name in ("numbers", "lengths", "ages")
-        )
+        try:
+            numbers, lengths, ages = (
+                np.array(state[name], np.int64) for name in ("numbers", "lengths", "ages")
+            )
+            windows, added, dropped, truncated = (
+                check_integer(name, state[name], 0, (1 << 63) - 1)
+                for name in ("windows", "added", "dropped", "truncated")
+            )
+        except (KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"the state is damaged: {type(error).__name__}: {error}") from None
+        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= self._settings["row_length"]:
+            raise ValueError("the state is damaged: it has lengths that no row can hold")
         if not len(ages) <= len(lengths) == len(numbers):
             raise ValueError(
                 f"the state is damaged: {len(numbers)} numbers, {len(lengths)} lengths, "
                 f"{len(ages)} ages"
             )
         self._numbers, self._lengths, self._ages = numbers, lengths, ages
-        self._windows, self.added = state["windows"], state["added"]
-        self.dropped, self.truncated = state["dropped"], state["truncated"]
+        self._windows, self.added = windows, added
+        self.dropped, self.truncated = dropped, truncated
 
     def _all_settings(self) -> dict[str, Any]:
         return self._settings | {"too_long": self._too_long, "seed": self._seed}

@@ -462,3 +462,8 @@ def test_plan_is_the_same_on_every_instruction_set(isa: str) -> None:
     ).stdout  # fmt: skip
     expected = pack(np.arange(1, 5001), row_length=5000, seed=3).samples
     assert got.strip() == hashlib.sha256(expected).hexdigest()  # type: ignore[arg-type]
+
+
+def test_a_seed_of_numpy_is_saved(tmp_path: Path) -> None:
+    pack([5, 6], row_length=11, seed=np.int64(1)).save(tmp_path / "plan.npz")
+    assert Packing.load(tmp_path / "plan.npz").seed == 1

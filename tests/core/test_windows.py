@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,3 +211,22 @@ def test_pack_in_windows_cuts_lengths_of_any_dtype(dtype: type, row_length: int)
     plan = pack(lengths, row_length=row_length, strategy="windowed", too_long="truncate", seed=None)
     assert plan.tokens == np.minimum(lengths.astype(object), row_length).sum()
     assert sorted(plan.samples.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("length", [11, 1 << 62, (1 << 64) - 1])
+def test_a_packer_cuts_lengths_that_only_uint64_holds(length: int) -> None:
+    packer = WindowedPacker(row_length=10, too_long="truncate", seed=np.int64(3))
+    assert packer.add(np.array([length], np.uint64)).rows == 0
+    json.dumps(packer.state_dict())
+    assert packer.finish().rows == 1
+
+
+@pytest.mark.parametrize("change", [{"windows": None}, {"lengths": [11]}, {"added": "x"}])
+def test_a_state_that_lacks_something_changes_nothing(change: dict[str, Any]) -> None:
+    packer = WindowedPacker(row_length=10)
+    packer.add([3])
+    state = packer.state_dict()
+    other = WindowedPacker(row_length=10)
+    with pytest.raises(ValueError, match="the state is damaged"):
+        other.load_state_dict(state | change)
+    assert other.finish().rows == 0

@@ -206,13 +206,14 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(stub: Stub, tmp_path: Path
     command += [*("--out", str(tmp_path), "--model", "tiny", "--base-url", stub.url)]
     command += ["--limit", "10", "--concurrency", "1"]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while len(stub.bodies) < 4:
+    answers = tmp_path / "answers.jsonl"
+    while not answers.exists() or len(lines(answers)) < 3:
         assert child.poll() is None
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    before = len(lines(tmp_path / "answers.jsonl"))
-    assert before >= 3
+    before = len(lines(answers))
+    assert 3 <= before < 10
     stub.pause_s = 0
     stub.bodies.clear()
     assert evaluate(stub, tmp_path)["answers"] == 10

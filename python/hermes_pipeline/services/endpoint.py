@@ -7,7 +7,6 @@ import gc
 import math
 import os
 import random
-import resource
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
 from hermes_pipeline.services.account import Usage
 from hermes_pipeline.services.limits import (
+    RESETS,
     Address,
     Bucket,
+    allow_files,
     asked_pause_s,
     backoff_s,
     choose,
@@ -52,6 +53,7 @@ KEEP_ALIVE_S = 4.0  # uvicorn closes after 5: a request must not meet that
 SPARE_FILES = 128
 OBJECTS_A_CALL = 64  # new ones between two looks of the garbage collector
 CHARACTERS_A_TOKEN = 4  # until a first answer tells
+SHOWN = 500  # characters of what went wrong
 
 
 class EndpointError(Exception):
@@ -144,7 +146,7 @@ class Endpoint:
         self._answered_at = -math.inf
 
     async def __aenter__(self) -> Endpoint:
-        _allow_files(self._concurrency + SPARE_FILES)
+        allow_files(self._concurrency + SPARE_FILES)
         self._collector = gc.get_threshold()
         if self._collector[0]:
             # Calls in flight are no garbage, and by default all of them are looked at every few
@@ -238,6 +240,8 @@ class Endpoint:
                 if isinstance(answer, Answer):
                     break
                 fault, attempt = answer, attempt + 1
+                if fault.is_throttled and self._tokens is not None:
+                    self._tokens.charge(-cost)  # nothing was computed for it
                 tries += not fault.is_throttled
                 if fault.is_final or tries == self._tries:
                     raise self._failure(address, fault, tries)
@@ -257,6 +261,7 @@ class Endpoint:
         """Where to send now, once no pause and no rate stands against it."""
         loop = asyncio.get_running_loop()
         while True:
+            await self._sit_out_pause(deadline)
             for bucket, amount in ((self._requests, 1.0), (self._tokens, tokens)):
                 if bucket is not None and not bucket.takes_now(amount):
                     await _wait(bucket.take(amount), deadline)
@@ -264,8 +269,15 @@ class Endpoint:
             if now >= deadline:
                 raise _TooLate
             address = choose(self._addresses, now)
-            if (pause := address.paused_until - now) <= 0:
+            if address.paused_until <= now:
                 return address
+            if self._tokens is not None:  # a pause came up meanwhile
+                self._tokens.charge(-tokens)
+
+    async def _sit_out_pause(self, deadline: float) -> None:
+        """Wait until there is an address that has asked for no pause."""
+        loop = asyncio.get_running_loop()
+        while (pause := min(a.paused_until for a in self._addresses) - loop.time()) > 0:
             # All wait for the same moment: not one goes before, and not all at once.
             await _sleep(pause * random.uniform(1, 1.1), deadline)
 
@@ -290,8 +302,8 @@ class Endpoint:
                 address.answered()
                 self._answered_at = loop.time()
                 return answer
-        except aiohttp.InvalidURL as error:
-            raise UserError(f"base URL {address.shown!r} is none: {error}") from None
+        except (aiohttp.InvalidURL, UnicodeError):  # no port, no name of a host
+            raise UserError(f"base URL {address.shown!r} is none") from None
         except (aiohttp.ClientError, BrokenReply, TimeoutError, OSError) as error:
             now = loop.time()
             if now >= deadline:
@@ -313,7 +325,11 @@ class Endpoint:
             said = f"moved to {reply.headers.get('Location')}; give that address"
         is_hopeless = code in HOPELESS_CODES or reply.status < 400
         is_final = is_hopeless or not (reply.status in RETRIED or reply.status >= 500)
-        pause = None if is_final else asked_pause_s(reply.headers, time.time())
+        headers = reply.headers.copy()
+        if reply.status != 429:  # when a quota will be full again is told in any reply
+            for name in RESETS:
+                headers.popall(name, None)
+        pause = None if is_final else asked_pause_s(headers, time.time())
         if pause is not None:
             address.pause(asyncio.get_running_loop().time() + pause)
         return _Fault(f"{reply.status}: {said}", reply.status, is_final, is_hopeless, bool(pause))
@@ -351,8 +367,9 @@ class Endpoint:
     def _clean(self, address: Address, problem: str) -> str:
         """The problem with its address, and without the key should the server have echoed it."""
         problem = problem.replace(address.url, address.shown)
-        text = f"{address.shown} (model {self.model}): {problem}"
-        return text.replace(self._key, "***") if self._key else text
+        if self._key:
+            problem = problem.replace(self._key, "***")
+        return f"{address.shown} (model {self.model}): {problem[:SHOWN]}"
 
 
 async def _sleep(seconds: float, deadline: float) -> None:
@@ -374,16 +391,3 @@ def _read_key() -> str:
     if not (key.isascii() and key.isprintable()):
         raise UserError("OPENAI_API_KEY holds characters that no header can carry")
     return key
-
-
-def _allow_files(wanted: int) -> None:
-    """Raise the limit of open files as far as it goes; a connection is one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise UserError(
-            f"so many requests in flight want {wanted} open files, of which {hard} are allowed; "
-            f"lower the concurrency, or raise `ulimit -n`"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

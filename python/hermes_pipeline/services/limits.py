@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import resource
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ CATCH_UP_S = 0.01  # a bucket that was held up makes good this much: 1 % of a se
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+# When a quota is full again.
+RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
 
 
 class Bucket:
@@ -113,8 +118,8 @@ def read_address(url: str, key: str) -> Address:
     """
     try:
         parts = urlsplit(url)
-    except ValueError as error:  # brackets that do not close
-        raise UserError(f"base URL {url!r} is none: {error}") from None
+    except ValueError as error:  # brackets that do not close; the URL may hold a login
+        raise UserError(f"a base URL is none: {error}") from None
     login, _, host = parts.netloc.rpartition("@")
     shown = urlunsplit(parts._replace(netloc=host)).rstrip("/")
     if parts.scheme not in ("http", "https") or not host:
@@ -167,8 +172,7 @@ def asked_pause_s(headers: Mapping[str, str], now: float) -> float | None:
             return _within(pause)
         if (date := _date(after)) is not None:
             return _within(date - (_date(headers.get("date")) or now))
-    names = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
-    resets = [pause for name in names if (pause := _span(headers.get(name))) is not None]
+    resets = [pause for name in RESETS if (pause := _span(headers.get(name))) is not None]
     return _within(max(resets)) if resets else None
 
 
@@ -197,3 +201,16 @@ def _span(text: str | None) -> float | None:
     if seconds is None and re.fullmatch(f"({_SPAN.pattern})+", text):
         seconds = sum(float(n) * _SECONDS[unit] for n, unit in _SPAN.findall(text))
     return seconds if seconds is not None and seconds > 0 else None
+
+
+def allow_files(wanted: int) -> None:
+    """Raise the limit of open files as far as it goes; a connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"so many requests in flight want {wanted} open files, of which {hard} are allowed; "
+            f"lower the concurrency, or raise `ulimit -n`"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -120,8 +120,12 @@ class RunStore:
             _keep_about(folder, about | {"fingerprint": fingerprint})
             with explained(self._path):
                 self._connection = _connect(self._path)
-                self._check(fingerprint)
-                self._reader = sqlite3.connect(self._path)
+                try:
+                    self._check(fingerprint)
+                    self._reader = sqlite3.connect(self._path)
+                except BaseException:
+                    self._connection.close()
+                    raise
         except BaseException:
             self._lock.close()
             raise
@@ -233,8 +237,8 @@ class RunStore:
 
     def _insert(self, given: Input, row: _Row) -> RecordRefused | None:
         try:
+            self._connection.execute(_ADD_RESULT, row)  # first: no input is without a result
             self._connection.execute(_ADD_INPUT, (given.number, given.id, given.body))
-            self._connection.execute(_ADD_RESULT, row)
         except (sqlite3.IntegrityError, sqlite3.DataError, OverflowError) as error:
             return RecordRefused(f"the record cannot be kept: {error}")
         return None

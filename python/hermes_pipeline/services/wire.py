@@ -12,7 +12,7 @@ import orjson
 from hermes_pipeline.records import Message
 
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
-SHOWN = 500  # characters of a server's message
+READ = 4_000  # characters of a server's message; fewer are shown, once the key is out of them
 
 
 class BrokenReply(Exception):
@@ -104,7 +104,7 @@ def read_answer(content: bytes) -> Answer:
             return Answer(replies, int(usage.get("prompt_tokens") or 0), int(tokens or 0))
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
-    raise BrokenReply(f"a reply that is not whole: {content[:100]!r}")
+    raise BrokenReply(f"a reply that is not whole: {content[:READ]!r}")
 
 
 def read_refusal(content: bytes) -> tuple[str, str]:
@@ -117,7 +117,7 @@ def read_refusal(content: bytes) -> tuple[str, str]:
         said = error.get("message") or error.get("detail") or reply
         return _line(str(said)), str(error.get("code") or error.get("type") or "")
     except (ValueError, AttributeError):
-        return _line(content[:SHOWN].decode(errors="replace")) or "no message", ""
+        return _line(content[:READ].decode(errors="replace")) or "no message", ""
 
 
 def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
@@ -194,4 +194,4 @@ def _logprobs(logprobs: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:SHOWN]
+    return " ".join(text.split())[:READ]

@@ -174,7 +174,7 @@ async def _run(
 ) -> None:
     try:
         await run_draws(benchmark, draws, ask, record, concurrency=concurrency)
-    except* EndpointError as group:
+    except* (EndpointError, UserError, OSError) as group:
         raise UserError(str(first_of(group))) from None
 
 

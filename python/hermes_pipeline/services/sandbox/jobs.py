@@ -14,7 +14,8 @@ Ended = Literal["ok", "error", "timeout", "memory", "output", "killed", "box_err
 class Limits:
     """What one run may use; all its processes together, where nothing else is said.
 
-    A limit of time or memory is met within about 0.02 s of its being passed.
+    A limit of time or memory is met within about 0.02 s of its being passed. Processor time of
+    children that nobody waits for, and that live shorter than that, is bounded by ``wall_s`` alone.
     """
 
     wall_s: float = 10.0  # from the start of the run, not of the wait for a free box
