@@ -25,6 +25,12 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, durably, whole or not at all."""
+    with write_atomically(path) as file:
+        file.write(text.encode())
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames, new and removed files in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

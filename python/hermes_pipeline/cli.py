@@ -69,6 +69,12 @@ Template = Annotated[
     ),
 ]
 
+# A model's answers.
+Temperature = Annotated[float, typer.Option(min=0)]
+TopP = Annotated[float, typer.Option(min=0, max=1)]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Of one answer.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight.")]
+
 # Training.
 Recipe = Annotated[str, typer.Option(help="A recipe of the project, or a .toml file.")]
 Settings = Annotated[
@@ -89,10 +95,10 @@ def complete(
         Path | None, typer.Option(help="Model folder to serve with vLLM, instead of --endpoint.")
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each conversation.")] = 4,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one answer.")] = None,
+    concurrency: Concurrency = 64,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    max_tokens: MaxTokens = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Context length of a --checkpoint.")
     ] = None,
@@ -327,13 +333,13 @@ def evaluate(
     draws: Annotated[
         int | None, typer.Option(min=1, help="Answers for each item; the benchmark's if None.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one answer.")] = None,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    max_tokens: MaxTokens = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Context length, where the model is served by us.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
+    concurrency: Concurrency = 64,
     seed: int = 0,
 ) -> None:
     """Score a model on a benchmark through one endpoint; every answer is logged."""

@@ -122,6 +122,15 @@ def flatten(config: Any) -> dict[str, Any]:
     }
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what each setting that differs was and is, in words."""
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
 def unflatten(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """A table of tables from what `flatten` gave; settings that are None are left out."""
     data: dict[str, dict[str, Any]] = {}

@@ -33,7 +33,8 @@ from typing import IO, Any
 import orjson
 
 from hermes_core import __version__
-from hermes_core.files import write_atomically
+from hermes_core.files import write_text
+from hermes_pipeline.config import changes
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.store_reader import FORMAT, explained, is_stage, read_about
 
@@ -188,8 +189,7 @@ class RunStore:
 
     def write_counts(self, counts: Mapping[str, int]) -> None:
         """Say what a whole pass over the data came to."""
-        with write_atomically(self.folder / "counts.json") as file:
-            file.write(json.dumps(dict(counts), indent=2).encode() + b"\n")
+        write_text(self.folder / "counts.json", json.dumps(dict(counts), indent=2) + "\n")
 
     async def _put(self, given: Input, row: _Row) -> None:
         if self._failure is not None:
@@ -324,8 +324,7 @@ def _keep_about(folder: Path, about: Mapping[str, Any]) -> None:
         versions = {"hermes4-core": __version__, "python": platform.python_version()}
         whole = {"format": FORMAT} | dict(about) | {"versions": versions}
         try:
-            with write_atomically(folder / "stage.json") as file:
-                file.write(json.dumps(whole, indent=2).encode() + b"\n")
+            write_text(folder / "stage.json", json.dumps(whole, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
         return
@@ -334,14 +333,9 @@ def _keep_about(folder: Path, about: Mapping[str, Any]) -> None:
         return
     then = {**before["settings"], "stage": before["stage"], "seed": before["seed"]}
     now = {**about["settings"], "stage": about["stage"], "seed": about["seed"]}
-    changed = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
     raise UserError(
-        f"--out {folder} was begun with other settings: {'; '.join(changed)}. Choose another "
-        f"--out, or remove this one"
+        f"--out {folder} was begun with other settings: {'; '.join(changes(then, now))}. Choose "
+        f"another --out, or remove this one"
     )
 
 

@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hermes_core.files import write_text
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmark import Benchmark
 from hermes_pipeline.evaluation.benchmarks import find_benchmark
@@ -123,7 +124,7 @@ def run(
         lines = [done[key] for d in planned if (key := (d.prompt.key, d.number)) in done]
         figures = summarize([_graded(line) for line in lines], failed=len(failures))
         scores = asdict(figures) | {"settings": settings, "seconds": time.monotonic() - start}
-        _write_whole(out / "scores.json", json.dumps(scores, indent=2) + "\n")
+        write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     sys.stderr.write(describe(benchmark, figures) + "\n")
     if failures and not lines:
         raise UserError(f"no request was answered; the first failure: {failures[0]['error']}")
@@ -267,7 +268,7 @@ def _keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
                 f"{out} holds answers of another evaluation: {'; '.join(changed)}. "
                 f"Choose another --out, or delete this one"
             )
-    _write_whole(path, json.dumps(settings, indent=2) + "\n")
+    write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def _read_answers(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -311,13 +312,6 @@ def _token_counter(model: Path) -> Callable[[str], int] | None:
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     if lines:
-        _write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     else:
         path.unlink(missing_ok=True)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hermes_core import Store
+from hermes_core.files import write_text
 from hermes_pipeline import config
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.recipes import MAY_CHANGE, Recipe
@@ -128,17 +129,7 @@ def write_record(
         "store": {"folder": str(store.resolve()), "fingerprint": fingerprint},
         "model": None if model is None else str(model.resolve()),
     }
-    replace_file(folder / "run.json", json.dumps(record, indent=2) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def refuse_changes(folder: Path, record: Mapping[str, Any], recipe: Recipe) -> None:
@@ -147,12 +138,11 @@ def refuse_changes(folder: Path, record: Mapping[str, Any], recipe: Recipe) -> N
     Raises:
         UserError: a setting differs that decides what the steps compute.
     """
-    before, now = record["recipe"], config.flatten(recipe)
-    differing = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if key not in MAY_CHANGE and before.get(key) != now.get(key)
-    ]
+    before, now = (
+        {key: value for key, value in settings.items() if key not in MAY_CHANGE}
+        for settings in (record["recipe"], config.flatten(recipe))
+    )
+    differing = config.changes(before, now)
     if differing:
         raise UserError(
             f"run folder {folder} belongs to another recipe: {'; '.join(differing)}. Choose "
@@ -167,7 +157,7 @@ class Metrics:
         """Go on after ``step``: lines of later steps, which were lost, are dropped."""
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, report: StepReport) -> None:
