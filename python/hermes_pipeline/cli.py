@@ -69,11 +69,36 @@ Template = Annotated[
     ),
 ]
 
-# A model's answers.
-Temperature = Annotated[float, typer.Option(min=0)]
-TopP = Annotated[float, typer.Option(min=0, max=1)]
+# A model, and its answers. What is not given is the recipe's, or the default that is shown.
+Endpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        help="An OpenAI-compatible endpoint, such as http://host/v1; several for a cluster. "
+        "OPENAI_API_KEY holds its key.",
+    ),
+]
+ModelName = Annotated[str | None, typer.Option("--model", help="Name of the model at --endpoint.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Model folder to serve with vLLM, instead of --endpoint.")
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=1, help="Context length of a --checkpoint; its own if not given.")
+]
+Temperature = Annotated[float | None, typer.Option(min=0, show_default="0.6")]
+TopP = Annotated[float | None, typer.Option(min=0, max=1, show_default="0.95")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Of one answer.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight.")]
+Concurrency = Annotated[
+    int | None, typer.Option(min=1, help="Requests in flight.", show_default="64")
+]
+TimeoutS = Annotated[
+    float | None, typer.Option(min=0.001, help="Seconds for one try.", show_default="600")
+]
+Seed = Annotated[int | None, typer.Option(show_default="0")]
+OwnRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A .toml file with these settings, and finer ones."),
+]
 
 # Training.
 Recipe = Annotated[str, typer.Option(help="A recipe of the project, or a .toml file.")]
@@ -85,59 +110,100 @@ Settings = Annotated[
 
 @app.command()
 def complete(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the answers, such as runs/first/answers.")],
-    endpoint: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible endpoint, such as http://host/v1.")
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversations: a .jsonl, .jsonl.gz, .json or .parquet file, a folder of them, or "
+            "the name of a Hugging Face data set."
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the model at --endpoint.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Model folder to serve with vLLM, instead of --endpoint.")
+    out: Annotated[
+        str | None, typer.Option(help="Folder of the answers, such as runs/first/answers.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each conversation.")] = 4,
-    concurrency: Concurrency = 64,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.95,
+    endpoint: Endpoints = None,
+    model: ModelName = None,
+    checkpoint: Checkpoint = None,
+    max_model_len: MaxModelLen = None,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", min=1, help="Answers to each conversation.", show_default="4"),
+    ] = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     max_tokens: MaxTokens = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Context length of a --checkpoint.")
-    ] = None,
-    timeout_s: Annotated[float, typer.Option(min=0.001, help="Seconds for one try.")] = 600.0,
     system: Annotated[
         str | None, typer.Option(help="System message of conversations that have none.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records.")] = None,
-    seed: int = 0,
+    seed: Seed = None,
+    concurrency: Concurrency = None,
+    timeout_s: TimeoutS = None,
+    requests_per_s: Annotated[float | None, typer.Option(help="At most so many requests.")] = None,
+    tokens_per_s: Annotated[
+        float | None, typer.Option(help="At most so many tokens, of prompts and answers.")
+    ] = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Draw only so many answers, at random, and say what all will cost."
+        ),
+    ] = None,
+    prompt_price: Annotated[
+        float | None, typer.Option(min=0, help="Money for a million tokens of prompts.")
+    ] = None,
+    completion_price: Annotated[
+        float | None, typer.Option(min=0, help="Money for a million tokens of answers.")
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Stop once the answers have cost so much.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Work on a Ray cluster: auto, host:port or ray://host:port."),
+    ] = None,
+    recipe: OwnRecipe = None,
+    set_: Settings = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Progress and counts as lines of JSON.")
     ] = False,
     revision: Revision = None,
-    split: Split = "train",
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data set.", show_default="train")
+    ] = None,
     subset: Subset = None,
 ) -> None:
     """Draw n answers to each conversation; resumes where the folder left off."""
-    from hermes_pipeline.services.endpoint import Sampling
-    from hermes_pipeline.services.hub import DataSource
-    from hermes_pipeline.stages.complete import Where, run
+    from hermes_pipeline.config import load
+    from hermes_pipeline.sampling.recipe import Recipe
+    from hermes_pipeline.stages.complete import run
 
-    run(
-        DataSource(data, revision=revision, split=split, subset=subset),
-        out,
-        Where(
-            endpoint=endpoint,
-            model=model,
-            checkpoint=checkpoint,
-            max_model_len=max_model_len,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-        ),
-        Sampling(temperature, top_p, max_tokens),
-        draws=n,
-        seed=seed,
-        system=system,
-        limit=limit,
-        as_json=as_json,
-    )
+    over = {
+        "data.name": data,
+        "data.revision": revision,
+        "data.split": split,
+        "data.subset": subset,
+        "data.limit": limit,
+        "data.system": system,
+        "model.endpoint": endpoint or None,
+        "model.name": model,
+        "model.checkpoint": checkpoint,
+        "model.max_model_len": max_model_len,
+        "sampling.temperature": temperature,
+        "sampling.top_p": top_p,
+        "sampling.max_tokens": max_tokens,
+        "requests.concurrency": concurrency,
+        "requests.timeout_s": timeout_s,
+        "requests.requests_per_s": requests_per_s,
+        "requests.tokens_per_s": tokens_per_s,
+        "prices.prompt": prompt_price,
+        "prices.completion": completion_price,
+        "prices.max_cost": max_cost,
+        "ray.address": ray,
+        "run.out": out,
+        "run.draws": n,
+        "run.seed": seed,
+    }
+    run(load(Recipe, recipe, set_ or [], over), pilot=pilot, as_json=as_json)
 
 
 @app.command()
@@ -321,44 +387,47 @@ def serve(
 
 @app.command()
 def evaluate(
-    benchmark: Annotated[str, typer.Option(help="Name of a benchmark.")],
-    out: Annotated[Path, typer.Option(help="Folder for the scores and every answer.")],
-    model: Annotated[
-        str, typer.Option(help="Model folder to serve with vLLM, or a name at --base-url.")
-    ],
-    base_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible endpoint, such as http://host/v1.")
-    ] = None,
+    benchmark: Annotated[str | None, typer.Option(help="Name of a benchmark.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the scores and every answer.")] = None,
+    endpoint: Endpoints = None,
+    model: ModelName = None,
+    checkpoint: Checkpoint = None,
+    max_model_len: MaxModelLen = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many items.")] = None,
     draws: Annotated[
-        int | None, typer.Option(min=1, help="Answers for each item; the benchmark's if None.")
+        int | None, typer.Option(min=1, help="Answers to each item; the benchmark's if None.")
     ] = None,
-    temperature: Temperature = 0.6,
-    top_p: TopP = 0.95,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     max_tokens: MaxTokens = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Context length, where the model is served by us.")
-    ] = None,
-    concurrency: Concurrency = 64,
-    seed: int = 0,
+    seed: Seed = None,
+    concurrency: Concurrency = None,
+    timeout_s: TimeoutS = None,
+    recipe: OwnRecipe = None,
+    set_: Settings = None,
 ) -> None:
     """Score a model on a benchmark through one endpoint; every answer is logged."""
+    from hermes_pipeline.config import load
+    from hermes_pipeline.evaluation.recipe import Recipe
     from hermes_pipeline.stages.evaluate import run
 
-    run(
-        benchmark,
-        out,
-        model,
-        base_url=base_url,
-        limit=limit,
-        draws=draws,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        max_model_len=max_model_len,
-        concurrency=concurrency,
-        seed=seed,
-    )
+    over = {
+        "benchmark.name": benchmark,
+        "benchmark.limit": limit,
+        "benchmark.draws": draws,
+        "model.endpoint": endpoint or None,
+        "model.name": model,
+        "model.checkpoint": checkpoint,
+        "model.max_model_len": max_model_len,
+        "sampling.temperature": temperature,
+        "sampling.top_p": top_p,
+        "sampling.max_tokens": max_tokens,
+        "requests.concurrency": concurrency,
+        "requests.timeout_s": timeout_s,
+        "run.out": out,
+        "run.seed": seed,
+    }
+    run(load(Recipe, recipe, set_ or [], over))
 
 
 @app.command()

@@ -73,26 +73,43 @@ def _listed() -> str:
     return ", ".join(recipe_names())
 
 
-def load(cls: type[Config], path: Path, settings: Sequence[str] = ()) -> Config:
-    """Read ``path`` into ``cls``, a dataclass whose fields are dataclasses: one for each section.
+def load(
+    cls: type[Config],
+    name: str | None,
+    settings: Sequence[str] = (),
+    over: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read a recipe into ``cls``, a dataclass whose fields are dataclasses: one for each section.
 
     Args:
+        name: see `find_recipe`; None for a recipe that says nothing.
         settings: ``section.key=value`` over what the file says; the value is TOML, a bare word
             is a string.
+        over: values by ``section.key`` over both; None says nothing.
 
     Raises:
-        UserError: not TOML; unknown, missing or wrong keys; the message names file and key.
+        UserError: no such recipe, or not TOML; unknown, missing or wrong keys; the message names
+            file and key.
     """
-    source = f"recipe {path.name}"
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not valid TOML: {error}") from None
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+    source, data = "settings", {}
+    if name is not None:
+        path = find_recipe(name)
+        source, data = f"recipe {path.name}", _read(path)
     for setting in settings:
         _apply(data, setting, cls)
+    for section, table in unflatten(over or {}).items():
+        if isinstance(data.setdefault(section, {}), dict):
+            data[section] |= table
     return build(cls, data, source)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path.name}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"recipe {path.name}: cannot be read: {error.strerror}") from None
 
 
 def build(cls: type[Config], data: Mapping[str, Any], source: str) -> Config:
@@ -156,7 +173,7 @@ def _section(
         if field.name in table:
             name = f"{section}.{field.name}"
             values[field.name] = _value(table[field.name], hints[field.name], name, source)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{source}: {section}.{field.name} is missing")
     try:
         return cls(**values)
@@ -173,6 +190,13 @@ def _value(value: Any, hint: Any, name: str, source: str) -> Any:
         options = [option for option in get_args(hint) if option is not type(None)]
         assert len(options) == 1, f"{name}: only `X | None` is supported"
         return _value(value, options[0], name, source)
+    if get_origin(hint) is tuple:
+        several = value if isinstance(value, list | tuple) else [value]
+        return tuple(_value(each, get_args(hint)[0], name, source) for each in several)
+    if get_origin(hint) is Mapping:
+        if not isinstance(value, dict):
+            raise UserError(f"{source}: {name} must be a table, got {value!r}")
+        return value
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices or isinstance(value, bool):

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from hermes_pipeline.config import load
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmarks.chain import CHAIN
+from hermes_pipeline.evaluation.recipe import Recipe
 from hermes_pipeline.stages.evaluate import run
 
 ANSWERS = {CHAIN.prompt(item).key: CHAIN.prompt(item).target for item in CHAIN.items()}
@@ -76,7 +78,22 @@ def stub() -> Iterator[Stub]:
 
 
 def evaluate(stub: Stub, out: Path, **options: Any) -> dict[str, Any]:
-    return run("chain", out, "tiny", base_url=stub.url, **{"limit": 10, "concurrency": 4} | options)
+    """Options by their keys in a recipe, `__` for the dot."""
+    over = {
+        "benchmark.name": "chain",
+        "benchmark.limit": 10,
+        "model.endpoint": stub.url,
+        "model.name": "tiny",
+        "requests.concurrency": 4,
+        "run.out": str(out),
+    }
+    return run(
+        load(
+            Recipe,
+            None,
+            over=over | {key.replace("__", "."): value for key, value in options.items()},
+        )
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -121,15 +138,15 @@ def test_a_second_run_asks_nothing_and_scores_the_same(stub: Stub, tmp_path: Pat
 
 
 def test_a_larger_limit_asks_the_new_items_alone(stub: Stub, tmp_path: Path) -> None:
-    evaluate(stub, tmp_path, limit=4)
-    evaluate(stub, tmp_path, limit=6)
+    evaluate(stub, tmp_path, benchmark__limit=4)
+    evaluate(stub, tmp_path, benchmark__limit=6)
     assert len(stub.bodies) == 6
 
 
 def test_equal_seeds_make_equal_requests(stub: Stub, tmp_path: Path) -> None:
-    evaluate(stub, tmp_path / "a", concurrency=1)
-    evaluate(stub, tmp_path / "b", concurrency=1)
-    evaluate(stub, tmp_path / "c", concurrency=1, seed=1)
+    evaluate(stub, tmp_path / "a", requests__concurrency=1)
+    evaluate(stub, tmp_path / "b", requests__concurrency=1)
+    evaluate(stub, tmp_path / "c", requests__concurrency=1, run__seed=1)
     a, b, c = stub.bodies[:10], stub.bodies[10:20], stub.bodies[20:]
     assert a == b
     assert a != c
@@ -181,7 +198,7 @@ def test_a_wrong_key_stops_with_the_servers_words(stub: Stub, tmp_path: Path) ->
 def test_other_settings_in_the_folder_are_refused(stub: Stub, tmp_path: Path) -> None:
     evaluate(stub, tmp_path)
     with pytest.raises(UserError, match=r"temperature was 0\.6 and is 0\.7"):
-        evaluate(stub, tmp_path, temperature=0.7)
+        evaluate(stub, tmp_path, sampling__temperature=0.7)
 
 
 def test_two_evaluations_in_one_folder_are_refused(stub: Stub, tmp_path: Path) -> None:
@@ -195,15 +212,24 @@ def test_two_evaluations_in_one_folder_are_refused(stub: Stub, tmp_path: Path) -
     first.join()
 
 
-def test_a_model_that_is_no_folder_asks_for_a_base_url(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'gpt-5' is not a folder.*--base-url"):
-        run("chain", tmp_path, "gpt-5")
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"model.name": "gpt-5"}, "give --endpoint with --model, or --checkpoint"),
+        ({"model.checkpoint": "gpt-5"}, "--checkpoint gpt-5 is not a folder"),
+    ],
+)
+def test_one_model_must_be_named(tmp_path: Path, over: dict[str, str], message: str) -> None:
+    given = {"benchmark.name": "chain", "run.out": str(tmp_path / "out"), **over}
+    with pytest.raises(UserError, match=message):
+        run(load(Recipe, None, over=given))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(stub: Stub, tmp_path: Path) -> None:
     stub.pause_s = 0.2
     command = [*(sys.executable, "-m", "hermes_pipeline", "evaluate"), *("--benchmark", "chain")]
-    command += [*("--out", str(tmp_path), "--model", "tiny", "--base-url", stub.url)]
+    command += [*("--out", str(tmp_path), "--model", "tiny", "--endpoint", stub.url)]
     command += ["--limit", "10", "--concurrency", "1"]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     answers = tmp_path / "answers.jsonl"

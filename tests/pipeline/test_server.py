@@ -16,9 +16,11 @@ import pytest
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
+from hermes_pipeline.sampling.recipe import Data, Recipe, Run
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Sampling
-from hermes_pipeline.services.hub import DataSource, load_template
+from hermes_pipeline.services.hub import load_template
 from hermes_pipeline.services.server import Server
+from hermes_pipeline.services.serving import Model
 from hermes_pipeline.services.store_reader import read_results
 from hermes_pipeline.stages import complete, demo, train
 from running import comes_true, processes_of
@@ -60,9 +62,13 @@ def draw_twice(base_url: str, name: str, folder: Path) -> list[list[int]]:
     """Which draws `hermes4 complete` keeps for each of two conversations."""
     data = folder / "data.jsonl"
     data.write_text('{"prompt": "a = 4 ;"}\n{"prompt": "b = 5 ;"}\n')
-    where = complete.Where(endpoint=base_url, model=name)
-    sampling = Sampling(max_tokens=4)
-    complete.run(DataSource(str(data)), folder / "out", where, sampling, draws=2)
+    recipe = Recipe(
+        Data(str(data)),
+        Model(endpoint=(base_url,), name=name),
+        Sampling(max_tokens=4),
+        run=Run(str(folder / "out"), draws=2),
+    )
+    complete.run(recipe)
     return [
         [result.draw for result in recorded.results if result.record is not None]
         for recorded in read_results(folder / "out")

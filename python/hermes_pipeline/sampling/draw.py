@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from hermes_pipeline.chat import Refused
 from hermes_pipeline.records import Conversation, Message
+from hermes_pipeline.services.account import Usage
 from hermes_pipeline.services.endpoint import EndpointError, Reply
 from hermes_pipeline.services.store import Input, Last, RecordRefused, draw_seed
 
@@ -50,7 +51,7 @@ class Tally:
     set_aside: int = 0
     inputs_set_aside: set[int] = field(default_factory=set)  # numbers of those with such a draw
     in_flight: int = 0  # asked for, and not yet answered
-    tokens: int = 0  # of the answers
+    usage: Usage = field(default_factory=Usage)  # of the answers that are kept
 
 
 class NobodyAnswers(Exception):
@@ -125,7 +126,8 @@ async def run(
         lost = 0
         await store.keep(draw.given, draw.number, draw.attempt, _record(draw, reply))
         tally.kept += 1
-        tally.tokens += reply.completion_tokens or 0
+        tally.usage.add(reply.prompt_tokens or 0, reply.completion_tokens or 0)
+        tally.usage.retries += reply.tries - 1
 
     async def set_aside(draw: Draw, error: Exception) -> None:
         await store.set_aside(draw.given, draw.number, draw.attempt, str(error))
@@ -171,6 +173,7 @@ def _record(draw: Draw, reply: Reply) -> dict[str, Any]:
         "seed": draw.seed,
         "text": reply.text,
         "finish_reason": reply.finish_reason,
+        "prompt_tokens": reply.prompt_tokens,
         "tokens": reply.completion_tokens,
     }
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
+from typing import Annotated
 
-from hermes_pipeline.services.wire import Answer
+from hermes_pipeline.config import Range
+
+Money = Annotated[float, Range(low=0)]
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Money for a million tokens, in any currency."""
+    """[prices]: money for a million tokens, in any currency."""
 
-    prompt: float
-    completion: float
+    prompt: Money = 0.0
+    completion: Money = 0.0
+    max_cost: Money | None = None  # no further request once the answers have cost so much
+
+    def __post_init__(self) -> None:
+        if self.max_cost is not None and not self.are_given:
+            raise ValueError("max_cost wants prices: give prompt and completion, too")
+
+    @property
+    def are_given(self) -> bool:
+        return self.prompt > 0 or self.completion > 0
 
     def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
@@ -22,40 +33,31 @@ class Prices:
 
 @dataclass(slots=True)
 class Usage:
-    """What an endpoint has cost so far; every request begun is in one of the first four counts."""
+    """What requests have cost so far.
+
+    Each one that has begun is answered, failed, cancelled or in flight.
+    """
 
     requests: int = 0  # answered ones
-    failed: int = 0  # for good
-    cancelled: int = 0
-    in_flight: int = 0  # or waiting to be sent again
-    retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_squares: int = 0  # sums of squares, for the margin of a forecast
     completion_squares: int = 0
-    begun_at: float | None = None  # `time.monotonic()` of the first request
+    failed: int = 0  # for good
+    cancelled: int = 0
+    in_flight: int = 0  # or waiting to be sent again
+    retries: int = 0
 
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
-    def begin(self) -> None:
-        self.in_flight += 1
-        if self.begun_at is None:
-            self.begun_at = time.monotonic()
-
-    def add(self, answer: Answer) -> None:
+    def add(self, prompt_tokens: int, completion_tokens: int) -> None:
         self.requests += 1
-        self.prompt_tokens += answer.prompt_tokens
-        self.completion_tokens += answer.completion_tokens
-        self.prompt_squares += answer.prompt_tokens**2
-        self.completion_squares += answer.completion_tokens**2
-
-    def completion_tokens_per_s(self) -> float:
-        """Tokens written for each second since the first request; 0 before it."""
-        if self.begun_at is None:
-            return 0.0
-        return self.completion_tokens / max(1e-9, time.monotonic() - self.begun_at)
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+        self.prompt_squares += prompt_tokens**2
+        self.completion_squares += completion_tokens**2
 
     def cost(self, prices: Prices) -> float:
         """Money for what was answered; tries that failed are not in it."""
@@ -72,11 +74,20 @@ class Forecast:
     prompt_margin: float
     completion_tokens: float
     completion_margin: float
-    cost: float | None = None  # None without prices
-    cost_margin: float | None = None
+    cost: float  # 0 without prices
+    cost_margin: float
+
+    def __str__(self) -> str:
+        parts = [
+            f"about {self.sent:,.0f} requests",
+            f"{self.prompt_tokens:,.0f} tokens of prompts",
+            f"{self.completion_tokens:,.0f} ± {self.completion_margin:,.0f} of answers",
+        ]
+        money = f", {self.cost:,.2f} ± {self.cost_margin:,.2f} in money" if self.cost else ""
+        return ", ".join(parts) + money
 
 
-def forecast(pilot: Usage, requests: int, prices: Prices | None = None) -> Forecast:
+def forecast(pilot: Usage, requests: int, prices: Prices) -> Forecast:
     """The cost of ``requests`` more requests like those of a pilot, drawn at random for it.
 
     Raises:
@@ -97,9 +108,9 @@ def forecast(pilot: Usage, requests: int, prices: Prices | None = None) -> Forec
         prompt_margin=prompt_margin,
         completion_tokens=completion,
         completion_margin=completion_margin,
-        cost=None if prices is None else prices.cost(prompt, completion),
+        cost=prices.cost(prompt, completion),
         # Long prompts may go with long answers: margins add up.
-        cost_margin=None if prices is None else prices.cost(prompt_margin, completion_margin),
+        cost_margin=prices.cost(prompt_margin, completion_margin),
     )
 
 

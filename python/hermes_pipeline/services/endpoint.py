@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -207,7 +207,7 @@ class Endpoint:
         if seed is not None:
             body["seed"] = seed
         async with self._turn:
-            self.usage.begin()
+            self.usage.in_flight += 1
             try:
                 answer = await self._answer(path, body, n)
             except asyncio.CancelledError:
@@ -218,7 +218,7 @@ class Endpoint:
                 raise
             finally:
                 self.usage.in_flight -= 1
-            self.usage.add(answer)
+            self.usage.add(answer.prompt_tokens, answer.completion_tokens)
         return answer.replies
 
     async def _answer(self, path: str, body: dict[str, Any], n: int) -> Answer:
@@ -255,6 +255,9 @@ class Endpoint:
         if len(answer.replies) != n:
             problem = f"{len(answer.replies)} answers where n={n} were asked for"
             raise self._failure(address, _Fault(problem, 200, is_final=True), 1)
+        if attempt:
+            replies = [replace(reply, tries=attempt + 1) for reply in answer.replies]
+            answer = replace(answer, replies=replies)
         return answer
 
     async def _take_turn(self, tokens: float, deadline: float) -> Address:

@@ -1,42 +1,104 @@
-"""Where a model answers: at a given address, or behind a server that we start and watch."""
+"""Where a model answers: at given addresses, or behind a server that we start and watch."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+import math
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, NamedTuple
 
+from hermes_pipeline.config import Range
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.records import Message
+from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
+from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
 from hermes_pipeline.services.progress import waiting
 from hermes_pipeline.services.server import Server
 
 WATCH_S = 0.5
+SLACK_S = 60.0  # a node that is silent for so long after a request's time is up is given up
+KEYS = ("OPENAI_API_KEY",)
+
+Count = Annotated[int, Range(low=1)]
+Positive = Annotated[float, Range(above=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """[model]: who answers: a model at one address or several, or a folder that we serve."""
+
+    endpoint: tuple[str, ...] = ()  # up to and with /v1
+    name: str | None = None  # its name there
+    checkpoint: str | None = None  # model folder in Hugging Face form
+    max_model_len: Count | None = None  # context length, where we serve
+
+    def identity(self) -> str:
+        """What tells this model from others.
+
+        Raises:
+            UserError: no model, or two.
+        """
+        if bool(self.endpoint) == (self.checkpoint is not None):
+            raise UserError("give --endpoint with --model, or --checkpoint, and not both")
+        if self.checkpoint is None:
+            if self.name is None:
+                raise UserError("--endpoint wants --model, the name of a model there")
+            return self.name
+        if self.name is not None:
+            raise UserError("--model is for --endpoint; a --checkpoint has its folder's name")
+        if not Path(self.checkpoint).is_dir():
+            raise UserError(f"--checkpoint {self.checkpoint} is not a folder")
+        return fingerprint(Path(self.checkpoint))
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """[requests]: how many at once, how fast, and for how long; see `Endpoint`."""
+
+    concurrency: Count = 64
+    timeout_s: Positive = 600.0
+    tries: Count = 6
+    request_timeout_s: Positive = 3600.0
+    run_timeout_s: Positive | None = None
+    requests_per_s: Positive | None = None
+    tokens_per_s: Positive | None = None
 
 
 class Address(NamedTuple):
-    base_url: str
+    base_urls: Sequence[str]
     model: str  # the name it is known by there
     check: Callable[[], None]  # raises UserError when a server of ours has died
 
 
-@contextmanager
-def at_address(
-    model: str, base_url: str | None, *, max_model_len: int | None, log: Path
-) -> Iterator[Address]:
-    """The address of a model, for the time of a block.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a model is asked."""
 
-    Args:
-        model: its name at ``base_url``; a folder that we serve where there is none.
-        max_model_len, log: of our server.
-    """
-    if base_url is not None:
-        yield Address(base_url, model, lambda: None)
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    seed: int
+
+
+Answering = Callable[[Request], Awaitable[Reply]]
+
+
+@contextmanager
+def at_address(model: Model, log: Path) -> Iterator[Address]:
+    """The address of a model, for the time of a block; a folder is served, and its log kept."""
+    if model.checkpoint is None:
+        assert model.name is not None
+        yield Address(model.endpoint, model.name, lambda: None)
         return
-    server = Server(model, max_model_len=max_model_len, log=log)
+    server = Server(model.checkpoint, max_model_len=model.max_model_len, log=log)
     with running(server):
-        yield Address(server.base_url, server.name, server.check)
+        yield Address([server.base_url], server.name, server.check)
 
 
 @contextmanager
@@ -49,6 +111,81 @@ def running(server: Server) -> Iterator[None]:
         yield
     finally:
         server.stop()
+
+
+@asynccontextmanager
+async def answering(address: Address, requests: Requests) -> AsyncIterator[Answering]:
+    """Has requests answered at an address, for the time of a block."""
+    options = asdict(requests) | {"run_timeout_s": requests.run_timeout_s or math.inf}
+    async with Endpoint(address.base_urls, address.model, **options) as endpoint:
+
+        async def answer(request: Request) -> Reply:
+            replies = await endpoint.chat(request.messages, request.sampling, seed=request.seed)
+            return replies[0]
+
+        yield answer
+
+
+@asynccontextmanager
+async def serving(model: Model, requests: Requests) -> AsyncIterator[Answering]:
+    """As `answering`, behind a server of our own on the machine where this is run."""
+    assert model.checkpoint is not None
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        server = Server(model.checkpoint, max_model_len=model.max_model_len, log=log)
+        try:
+            server.start()
+            await asyncio.to_thread(server.wait_ready)
+            address = Address([server.base_url], server.name, server.check)
+            async with answering(address, requests) as answer:
+
+                async def checked(request: Request) -> Reply:
+                    try:
+                        return await answer(request)
+                    except EndpointError as error:
+                        try:
+                            server.check()
+                        except UserError as end:
+                            raise WorkerBroken(str(end)) from error
+                        raise
+
+                yield checked
+        finally:
+            await asyncio.to_thread(server.stop)
+
+
+@asynccontextmanager
+async def answering_on_ray(
+    model: Model, requests: Requests, cluster: Cluster
+) -> AsyncIterator[Answering]:
+    """As `answering`, by workers on a Ray cluster; a folder is served by each of them."""
+    if cluster.gpus is None:
+        cluster = replace(cluster, gpus=0.0 if model.checkpoint is None else 1.0)
+    opening = functools.partial(_on_a_node, model, requests)
+    key = {name: os.environ[name] for name in KEYS if name in os.environ}
+    deadline_s = requests.request_timeout_s + SLACK_S
+    async with on_ray(opening, cluster, deadline_s=deadline_s, environment=key) as answer:
+
+        async def explained(request: Request) -> Reply:
+            try:
+                return await answer(request)
+            except ItemLost as lost:
+                raise EndpointError(f"on Ray: {lost}") from None
+
+        yield explained
+
+
+def _on_a_node(
+    model: Model, requests: Requests, workers: int
+) -> AbstractAsyncContextManager[Answering]:
+    """One worker's share of all requests."""
+    rates = requests.requests_per_s, requests.tokens_per_s
+    requests_per_s, tokens_per_s = (rate and rate / workers for rate in rates)
+    share = replace(requests, requests_per_s=requests_per_s, tokens_per_s=tokens_per_s)
+    if model.checkpoint is not None:
+        return serving(model, share)
+    assert model.name is not None
+    return answering(Address(model.endpoint, model.name, lambda: None), share)
 
 
 async def watched(work: Coroutine[Any, Any, None], check: Callable[[], None]) -> None:

@@ -2,7 +2,8 @@
 
 A folder, by custom runs/<run>/<stage>/:
 
-    stage.json      stage, settings, seed, versions, and the fingerprint of what decides a result
+    stage.json      stage, settings, seed, recipe, versions, and the fingerprint of what decides
+                    a result
     records.sqlite  inputs, and the results of each
     counts.json     what the last whole pass over the data came to
     .lock           held by the process that writes
@@ -105,20 +106,29 @@ class RunStore:
         stage: its name.
         settings: JSON values; whatever decides what a result is, and nothing else.
         seed: of the run.
+        recipe: JSON values; all that the run which began here was told, for the record.
 
     Raises:
         UserError: another process writes here, the folder holds something else or was begun with
             other settings, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, *, stage: str, settings: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stage: str,
+        settings: Mapping[str, Any],
+        seed: int,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         about = {"stage": stage, "settings": dict(settings), "seed": seed}
         fingerprint = hashlib.blake2b(_canonical(about), digest_size=16).hexdigest()
         self._path = folder / "records.sqlite"
         self._lock = _take_lock(folder)
         try:
-            _keep_about(folder, about | {"fingerprint": fingerprint})
+            _keep_about(folder, about | {"fingerprint": fingerprint}, recipe or {})
             with explained(self._path):
                 self._connection = _connect(self._path)
                 try:
@@ -312,7 +322,7 @@ def _take_lock(folder: Path) -> IO[str]:
     return lock
 
 
-def _keep_about(folder: Path, about: Mapping[str, Any]) -> None:
+def _keep_about(folder: Path, about: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
     """Write stage.json, or refuse a folder that was begun with other settings."""
     if not is_stage(folder):
         others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
@@ -322,7 +332,7 @@ def _keep_about(folder: Path, about: Mapping[str, Any]) -> None:
                 f"choose another --out"
             )
         versions = {"hermes4-core": __version__, "python": platform.python_version()}
-        whole = {"format": FORMAT} | dict(about) | {"versions": versions}
+        whole = {"format": FORMAT, **about, "recipe": dict(recipe), "versions": versions}
         try:
             write_text(folder / "stage.json", json.dumps(whole, indent=2) + "\n")
         except OSError as error:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.account import Usage
 
 FORMAT = 1
 DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR", "SQLITE_MISMATCH")
@@ -27,6 +28,13 @@ WHERE error IS NOT NULL AND attempt = (
     SELECT max(attempt) FROM results AS all_of_it
     WHERE all_of_it.input = results.input AND all_of_it.draw = results.draw
 ) ORDER BY input, draw
+"""
+# An answer's tokens stand in its record; a record that says none costs none.
+_USAGE = """
+SELECT count(*), total(prompt), total(answer), total(prompt * prompt), total(answer * answer) FROM (
+    SELECT json_extract(body, '$.prompt_tokens') AS prompt, json_extract(body, '$.tokens') AS answer
+    FROM (SELECT CAST(body AS TEXT) AS body FROM results WHERE body IS NOT NULL)
+)
 """
 _COUNTS = "SELECT (SELECT count(*) FROM inputs), (SELECT count(body) FROM results)"
 
@@ -91,6 +99,12 @@ def count(folder: Path) -> Counts:
     """How much is committed."""
     with _reading(folder) as connection:
         return Counts(*connection.execute(_COUNTS).fetchone())
+
+
+def read_usage(folder: Path) -> Usage:
+    """What the records that are kept have cost."""
+    with _reading(folder) as connection:
+        return Usage(*map(int, connection.execute(_USAGE).fetchone()))
 
 
 def read_results(folder: Path) -> Iterator[Recorded]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 
+from hermes_pipeline.config import Range
 from hermes_pipeline.records import Message
 
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
@@ -19,17 +20,22 @@ class BrokenReply(Exception):
     """A reply that was cut, or is something else than an answer."""
 
 
+Share = Annotated[float, Range(low=0, high=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a model draws its answers; None leaves the choice to the server."""
+    """[sampling]: how a model draws its answers; None leaves the choice to the server."""
 
-    temperature: float | None = 0.6
-    top_p: float | None = 0.95
-    max_tokens: int | None = None
-    top_k: int | None = None  # vLLM and SGLang take it, and `min_p`; hosted services refuse them
-    min_p: float | None = None
+    temperature: Annotated[float, Range(low=0)] | None = 0.6
+    top_p: Share | None = 0.95
+    max_tokens: Annotated[int, Range(low=1)] | None = None  # of one answer
+    # vLLM and SGLang take these two; hosted services refuse them.
+    top_k: Annotated[int, Range(low=-1)] | None = None
+    min_p: Share | None = None
     stop: tuple[str, ...] = ()
-    logprobs: int | None = None  # how many likely tokens beside each chosen one; 0: that one alone
+    # How many likely tokens beside each chosen one; 0: that one alone.
+    logprobs: Annotated[int, Range(low=0)] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # sent as it stands
 
 
@@ -49,6 +55,8 @@ class Reply:
     text: str
     finish_reason: str  # "stop", "length", "tool_calls", ...
     completion_tokens: int | None = None  # None when several answers share one count
+    prompt_tokens: int | None = None  # of the request, which several answers share
+    tries: int = 1  # how often the request was sent
     tool_calls: tuple[Mapping[str, Any], ...] = ()  # as the server parsed them
     logprobs: tuple[TokenLogprob, ...] | None = None  # where asked for
 
@@ -96,12 +104,13 @@ def read_answer(content: bytes) -> Answer:
         reply = orjson.loads(content)
         choices = reply["choices"]
         usage = reply.get("usage") or {}
-        tokens = usage.get("completion_tokens")
+        prompt, tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if len(choices) > 1:
             choices = sorted(choices, key=lambda choice: choice.get("index") or 0)
-        replies = [_reply(choice, tokens if len(choices) == 1 else None) for choice in choices]
+        each = tokens if len(choices) == 1 else None
+        replies = [_reply(choice, prompt, each) for choice in choices]
         if replies:
-            return Answer(replies, int(usage.get("prompt_tokens") or 0), int(tokens or 0))
+            return Answer(replies, int(prompt or 0), int(tokens or 0))
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise BrokenReply(f"a reply that is not whole: {content[:READ]!r}")
@@ -153,13 +162,14 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return dict(call) | {"function": function}
 
 
-def _reply(choice: Mapping[str, Any], tokens: int | None) -> Reply:
+def _reply(choice: Mapping[str, Any], prompt_tokens: int | None, tokens: int | None) -> Reply:
     message = choice.get("message")
     logprobs = choice.get("logprobs")
     return Reply(
         text=choice["text"] if message is None else _text(message),
         finish_reason=choice.get("finish_reason") or "unknown",
         completion_tokens=tokens,
+        prompt_tokens=prompt_tokens,
         tool_calls=() if message is None else tuple(message.get("tool_calls") or ()),
         logprobs=None if logprobs is None else _logprobs(logprobs),
     )

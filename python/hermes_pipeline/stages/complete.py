@@ -11,125 +11,138 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sys
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hermes_core.files import write_atomically
-from hermes_pipeline.chat import Refused, parse_json, parse_prompt
+from hermes_pipeline.config import flatten
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.records import Conversation, Message
-from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, as_input, plan
+from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, plan
 from hermes_pipeline.sampling.draw import run as run_draws
-from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
-from hermes_pipeline.services.files import Record, quarantine_entry, without_numbers
+from hermes_pipeline.sampling.reading import Reading
+from hermes_pipeline.sampling.recipe import Data, Recipe
+from hermes_pipeline.sampling.spending import Show, Spending, Tell, describe
+from hermes_pipeline.services.endpoint import EndpointError, Reply
+from hermes_pipeline.services.files import without_numbers
 from hermes_pipeline.services.hub import DataSource
+from hermes_pipeline.services.limits import read_address
 from hermes_pipeline.services.progress import JsonLines, progress
-from hermes_pipeline.services.serving import Address, at_address, fingerprint, first_of, watched
-from hermes_pipeline.services.store import Input, RunStore
-from hermes_pipeline.services.store_reader import count, is_stage, read_errors
+from hermes_pipeline.services.serving import (
+    Answering,
+    Request,
+    answering,
+    answering_on_ray,
+    at_address,
+    first_of,
+    watched,
+)
+from hermes_pipeline.services.store import RunStore
+from hermes_pipeline.services.store_reader import count, is_stage, read_errors, read_usage
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-RATE_LOOKS = 20  # tokens/s are those of so many looks, half a second apart
 # Calls of tools are wanted as the model wrote them; taken out by the server, they would be lost.
 AS_WRITTEN = {"tool_choice": "none"}
 
-Tell = Callable[[float, Mapping[str, float]], None]
 
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Which model answers: one at an address, or a folder that we serve."""
-
-    endpoint: str | None = None  # up to and with /v1
-    model: str | None = None  # its name there
-    checkpoint: Path | None = None
-    max_model_len: int | None = None  # context length, where we serve
-    concurrency: int = 64  # requests in flight
-    timeout_s: float = 600.0  # of one try
-
-
-def run(
-    source: DataSource,
-    out: Path,
-    where: Where,
-    sampling: Sampling,
-    *,
-    draws: int = 4,
-    seed: int = 0,
-    system: str | None = None,
-    limit: int | None = None,
-    as_json: bool = False,
-) -> None:
-    """Have the draws answered that ``out`` does not hold yet.
+def run(recipe: Recipe, *, pilot: int | None = None, as_json: bool = False) -> None:
+    """Have the draws answered that the folder does not hold yet.
 
     Args:
-        draws: answers to each conversation.
-        system: the system message of conversations that have none.
-        limit: read only so many records.
+        pilot: have so many of them answered, chosen at random, and say what the others will cost.
         as_json: tell progress and counts as lines of JSON on standard output.
 
     Raises:
-        UserError: no model, nothing to read, other settings in the folder, or no answer at all.
+        UserError: no data, folder or model, nothing to read, other settings in the folder, or no
+            answer at all.
         SystemExit: interrupted; what is kept is safe.
     """
-    settings = _settings(source, where, sampling, system)
-    tally = Tally()
+    if recipe.data.name is None:
+        raise UserError("which conversations? give --data, or data.name in a recipe")
+    if recipe.run.out is None:
+        raise UserError("where shall the answers go? give --out, or run.out in a recipe")
+    name, data, out, seed = recipe.data.name, recipe.data, Path(recipe.run.out), recipe.run.seed
+    source = DataSource(name, revision=data.revision, split=data.split, subset=data.subset)
+    settings, told = _settings(recipe, source), _shown(recipe)
     try:
-        with RunStore(out, stage="complete", settings=settings, seed=seed) as store:
-            reading = _Reading(source, out / "quarantine.jsonl", limit, system)
-            planned = plan(reading.inputs(), store.past, draws=draws, seed=seed)
-            # A run that has nothing to ask starts no server.
-            if first := next((draw for draw in planned if draw is not None), None):
-                total = max(0, draws * _count(source, limit) - count(out).records)
-                todo = chain([first], planned)
-                with _address(where, out) as address, _telling(total, as_json) as tell:
-                    show = _Show(tell, tally, lambda: draws * reading.quarantined)
-                    asyncio.run(_ask(todo, where, address, sampling, store, tally, show))
-            counts = reading.counts(tally) | {"answers": count(out).records}
-            store.write_counts(counts)
-            errors = _write_errors(out)
+        with RunStore(out, stage="complete", settings=settings, seed=seed, recipe=told) as store:
+            if pilot is None:
+                _run_whole(recipe, source, store, as_json)
+            else:
+                _run_pilot(recipe, source, store, pilot, as_json)
     except KeyboardInterrupt:
         if is_stage(out):
             sys.stderr.write(f"hermes4: interrupted; {_safe(out)}\n")
             raise SystemExit(INTERRUPTED) from None
         raise
+
+
+def _run_whole(recipe: Recipe, source: DataSource, store: RunStore, as_json: bool) -> None:
+    """Every draw of every conversation."""
+    out, draws = store.folder, recipe.run.draws
+    tally = Tally()
+    spending = Spending(recipe.prices, read_usage(out), tally)
+    left = max(0, draws * _count(source, recipe.data.limit) - count(out).records)
+    reading = _read(source, recipe.data, out)
+    planned = plan(reading.inputs(), store.past, draws=draws, seed=recipe.run.seed)
+    # A run that has nothing to ask starts no server.
+    if first := next((draw for draw in planned if draw is not None), None):
+        _tell_forecast(spending, left, as_json)
+        with _showing(recipe, out, left, as_json) as (tell, model):
+            show = Show(tell, spending, left, lambda: draws * reading.quarantined)
+            _ask(chain([first], planned), recipe, model, store, show)
+    if spending.used_up:
+        limit = f"and max_cost is {recipe.prices.max_cost:,.2f}"
+        raise UserError(f"the answers have cost {spending.cost:,.2f}, {limit}; {_safe(out)}")
+    counts = _counts(reading, tally) | {"answers": count(out).records}
+    store.write_counts(counts)
+    errors = _write_errors(out)
     _check_useful(source, out, counts, reading.reasons, errors)
     _summarize(out, counts, errors, as_json)
 
 
-async def _ask(
-    draws: Iterable[Draw | None],
-    where: Where,
-    address: Address,
-    sampling: Sampling,
-    store: RunStore,
-    tally: Tally,
-    show: Callable[[], None],
+def _run_pilot(
+    recipe: Recipe, source: DataSource, store: RunStore, wanted: int, as_json: bool
+) -> None:
+    """The first draws of some conversations, chosen at random; then what the others will cost."""
+    out, seed = store.folder, recipe.run.seed
+    there = _count(source, recipe.data.limit)
+    chosen = set(random.Random(seed).sample(range(1, there + 1), min(wanted, there)))
+    tally = Tally()
+    spending = Spending(recipe.prices, read_usage(out), tally)
+    reading = _read(source, recipe.data, out)
+    inputs = (each if each and each[0].number in chosen else None for each in reading.inputs())
+    planned = plan(inputs, store.past, draws=1, seed=seed)
+    if first := next((draw for draw in planned if draw is not None), None):
+        with _showing(recipe, out, len(chosen), as_json) as (tell, model):
+            show = Show(tell, spending, len(chosen), lambda: 0)
+            _ask(chain([first], planned), recipe, model, store, show)
+    answers = count(out).records
+    left = max(0, recipe.run.draws * (there - reading.quarantined) - answers)
+    errors = _write_errors(out)
+    if answers < 2:
+        why = f", most often: {errors.most_common(1)[0][0]}" if errors else ""
+        raise UserError(f"{answers} answers, of which a forecast wants two{why}")
+    _tell_forecast(spending, left, as_json)
+
+
+def _ask(
+    draws: Iterator[Draw | None], recipe: Recipe, model: _Model, store: RunStore, show: Show
 ) -> None:
     """Have the draws answered; stops at once when a server of ours is found dead."""
 
-    async def ask(draw: Draw) -> Reply:
-        tools = [dict(tool) for tool in draw.conversation.tools]
-        how = replace(sampling, extra={"tools": tools, **AS_WRITTEN}) if tools else sampling
-        return (await endpoint.chat(draw.conversation.messages, how, seed=draw.seed))[0]
-
     def look() -> None:
-        address.check()
+        model.check()
         show()
 
-    concurrency = where.concurrency
     try:
-        async with Endpoint(
-            address.base_url, address.model, concurrency=concurrency, timeout_s=where.timeout_s
-        ) as endpoint:
-            await watched(run_draws(draws, ask, store, tally, concurrency=concurrency), look)
+        asyncio.run(watched(_answer(draws, recipe, model.opened, store, show.spending), look))
     except* NobodyAnswers as group:
         raise UserError(f"{first_of(group)}; {_safe(store.folder)}") from None
     except* (EndpointError, UserError, OSError) as group:
@@ -138,126 +151,100 @@ async def _ask(
         show()
 
 
-class _Reading:
-    """The conversations of a data source; what is none goes to quarantine."""
+async def _answer(
+    draws: Iterator[Draw | None],
+    recipe: Recipe,
+    opened: AbstractAsyncContextManager[Answering],
+    store: RunStore,
+    spending: Spending,
+) -> None:
+    async with opened as answer:
 
-    def __init__(
-        self, source: DataSource, quarantine: Path, limit: int | None, system: str | None
-    ) -> None:
-        self.read = self.quarantined = 0
-        self.reasons: Counter[str] = Counter()
-        self._source, self._quarantine, self._limit = source, quarantine, limit
-        self._system = () if system is None else (Message("system", system),)
+        async def ask(draw: Draw) -> Reply:
+            tools = [dict(tool) for tool in draw.conversation.tools]
+            how = recipe.sampling
+            if tools:
+                how = replace(how, extra={**how.extra, "tools": tools, **AS_WRITTEN})
+            return await answer(Request(draw.conversation.messages, how, draw.seed))
 
-    def inputs(self) -> Iterator[tuple[Input, Conversation] | None]:
-        """Every conversation, by its place; None for a record that is none."""
-        self._quarantine.unlink(missing_ok=True)
-        for record in islice(self._source.records(), self._limit):
-            self.read += 1
-            entry = None
-            try:
-                conversation = self._parse(record)
-                entry = as_input(self.read, conversation), conversation
-            except Refused as error:
-                self._set_aside(record, str(error).encode("utf-8", "replace").decode())
-            yield entry
-
-    def counts(self, tally: Tally) -> dict[str, int]:
-        """What has become of the records: read = done + set_aside + quarantined."""
-        set_aside = len(tally.inputs_set_aside)
-        return {
-            "read": self.read,
-            "done": self.read - set_aside - self.quarantined,
-            "set_aside": set_aside,
-            "quarantined": self.quarantined,
-        }
-
-    def _parse(self, record: Record) -> Conversation:
-        if record.error is not None:
-            raise Refused(record.error)
-        data = parse_json(record.data) if isinstance(record.data, bytes) else record.data
-        conversation = parse_prompt(data, record.source)
-        if conversation.messages[0].role == "system":
-            return conversation
-        return replace(conversation, messages=self._system + conversation.messages)
-
-    def _set_aside(self, record: Record, reason: str) -> None:
-        self.quarantined += 1
-        self.reasons[without_numbers(reason)] += 1
-        with self._quarantine.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(quarantine_entry(record, reason), ensure_ascii=False) + "\n")
+        todo, concurrency = spending.keep_within(draws), recipe.requests.concurrency
+        await run_draws(todo, ask, store, spending.tally, concurrency=concurrency)
 
 
-class _Show:
-    """Tells what has become of the draws, whenever it is called."""
-
-    def __init__(self, tell: Tell, tally: Tally, passed_over: Callable[[], int]) -> None:
-        self._tell, self._tally, self._passed_over = tell, tally, passed_over
-        self._shown = 0
-        self._looks = deque([(time.monotonic(), 0)], maxlen=RATE_LOOKS)
-
-    def __call__(self) -> None:
-        tally = self._tally
-        self._looks.append((time.monotonic(), tally.tokens))
-        (then, before), (now, tokens) = self._looks[0], self._looks[-1]
-        figures = {
-            "set_aside": tally.set_aside,
-            "in_flight": tally.in_flight,
-            "tokens_per_s": round((tokens - before) / max(1e-3, now - then), 1),
-        }
-        done = tally.kept + tally.set_aside + self._passed_over()
-        self._tell(done - self._shown, figures)
-        self._shown = done
+class _Model(NamedTuple):
+    opened: AbstractAsyncContextManager[Answering]
+    check: Callable[[], None]  # raises UserError when a server of ours has died
 
 
 @contextmanager
-def _telling(total: int, as_json: bool) -> Iterator[Tell]:
-    if as_json:
-        yield JsonLines("complete", total=total).advance
+def _showing(recipe: Recipe, out: Path, total: int, as_json: bool) -> Iterator[tuple[Tell, _Model]]:
+    """The model, and where progress is told once it is there."""
+    with _model(recipe, out) as model:
+        if as_json:
+            yield JsonLines("complete", total=total).advance, model
+            return
+        with progress("complete", total=total, unit="draws") as bar:
+            yield lambda done, figures: bar.advance(done, describe(figures)), model
+
+
+@contextmanager
+def _model(recipe: Recipe, out: Path) -> Iterator[_Model]:
+    if recipe.ray.address is not None:
+        yield _Model(answering_on_ray(recipe.model, recipe.requests, recipe.ray), lambda: None)
         return
-    with progress("complete", total=total, unit="draws") as bar:
-        yield lambda done, figures: bar.advance(done, _note(figures))
+    with at_address(recipe.model, out / "server.log") as address:
+        yield _Model(answering(address, recipe.requests), address.check)
 
 
-def _note(figures: Mapping[str, float]) -> str:
-    failed = f"{figures['set_aside']:,} set aside, " if figures["set_aside"] else ""
-    return f"{failed}{figures['in_flight']:,} in flight, {figures['tokens_per_s']:,.0f} tokens/s"
+def _read(source: DataSource, data: Data, out: Path) -> Reading:
+    """The conversations of the data; what is none goes to quarantine.jsonl."""
+    path = out / "quarantine.jsonl"
+    path.unlink(missing_ok=True)
+
+    def quarantine(entry: Mapping[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    return Reading(islice(source.records(), data.limit), quarantine, data.system)
 
 
-def _settings(
-    source: DataSource, where: Where, sampling: Sampling, system: str | None
-) -> dict[str, Any]:
-    """What decides an answer; how many there are, and how fast they come, may change."""
+def _counts(reading: Reading, tally: Tally) -> dict[str, int]:
+    """What has become of the records: read = done + set_aside + quarantined."""
+    set_aside = len(tally.inputs_set_aside)
     return {
-        "model": _identity(where),
-        "max_model_len": where.max_model_len,
-        "data": source.identity(),
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-        "system": system,
+        "read": reading.read,
+        "done": reading.read - set_aside - reading.quarantined,
+        "set_aside": set_aside,
+        "quarantined": reading.quarantined,
     }
 
 
-def _identity(where: Where) -> str:
-    """What tells this model from others."""
-    if (where.endpoint is None) == (where.checkpoint is None):
-        raise UserError("give --endpoint with --model, or --checkpoint, and not both")
-    if where.checkpoint is None:
-        if where.model is None:
-            raise UserError("--endpoint wants --model, the name of a model there")
-        return where.model
-    if where.model is not None:
-        raise UserError("--model is for --endpoint; a --checkpoint has its folder's name")
-    if not where.checkpoint.is_dir():
-        raise UserError(f"--checkpoint {where.checkpoint} is not a folder")
-    return fingerprint(where.checkpoint)
+def _tell_forecast(spending: Spending, left: int, as_json: bool) -> None:
+    told = spending.forecast(left)
+    if told is None:
+        return
+    if as_json:
+        _say(json.dumps({"stage": "complete", "forecast": asdict(told)}))
+    else:
+        sys.stderr.write(f"complete: {left:,} draws to go: {told}\n")
 
 
-def _address(where: Where, out: Path) -> AbstractContextManager[Address]:
-    model = where.model or str(where.checkpoint)
-    log = out / "server.log"
-    return at_address(model, where.endpoint, max_model_len=where.max_model_len, log=log)
+def _settings(recipe: Recipe, source: DataSource) -> dict[str, Any]:
+    """What decides an answer; how many there are, and how fast they come, may change."""
+    return {
+        "model": recipe.model.identity(),
+        "max_model_len": recipe.model.max_model_len,
+        "data": source.identity(),
+        "system": recipe.data.system,
+        **asdict(recipe.sampling),
+        "stop": list(recipe.sampling.stop),
+    }
+
+
+def _shown(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it may stand in a file: without the logins of addresses."""
+    shown = [read_address(url, "").shown for url in recipe.model.endpoint]
+    return flatten(recipe) | {"model.endpoint": shown}
 
 
 def _count(source: DataSource, limit: int | None) -> int:

@@ -7,6 +7,7 @@ goes on where one was interrupted, and makes anew what has another key.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
@@ -25,8 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.evaluation.recipe import Questions, Recipe, Run
+from hermes_pipeline.services.endpoint import Sampling
 from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.services.progress import progress
+from hermes_pipeline.services.serving import Model
 from hermes_pipeline.stages import evaluate, pack, report, tokenize, train
 from hermes_pipeline.tasks.chain import build_tokenizer, conversations, tokenizer_config
 
@@ -34,7 +38,7 @@ RECIPE, TEMPLATE, ROW_LENGTH = "tiny", "hermes_chatml", 256
 CONVERSATIONS = 27_000
 PACKING = "best"
 # The context of an answer with its question; training saw 256 tokens at most.
-ANSWERING: Mapping[str, Any] = {"temperature": 0.6, "top_p": 1.0, "max_model_len": 384}
+MAX_MODEL_LEN, TEMPERATURE, TOP_P = 384, 0.6, 1.0
 ITEMS_BEFORE, ITEMS_AFTER = 100, 400
 
 
@@ -117,13 +121,25 @@ def model_steps(out: Path, seed: int) -> list[Step]:
             raise UserError(f"training ended with {code}; its log is {trained / 'log.txt'}")
 
     def score(name: str, of: Path, items: int) -> Step:
-        given = {"limit": items, "seed": seed, **ANSWERING}
-        return Step(
-            f"score {name} training",
-            [name],
-            _command("evaluate", benchmark="chain", model=of, out=out / name, **given),
-            lambda: evaluate.run("chain", out / name, str(of), label=f"score {name}", **given),
+        command = _command(
+            "evaluate",
+            benchmark="chain",
+            checkpoint=of,
+            max_model_len=MAX_MODEL_LEN,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            limit=items,
+            seed=seed,
+            out=out / name,
         )
+        recipe = Recipe(
+            Questions("chain", limit=items),
+            Model(checkpoint=str(of), max_model_len=MAX_MODEL_LEN),
+            Sampling(TEMPERATURE, TOP_P),
+            run=Run(str(out / name), seed),
+        )
+        work = functools.partial(evaluate.run, recipe, label=f"score {name}")
+        return Step(f"score {name} training", [name], command, work)
 
     return [
         Step(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import sys
@@ -29,17 +28,20 @@ from hermes_core.files import write_text
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmark import Benchmark
 from hermes_pipeline.evaluation.benchmarks import find_benchmark
-from hermes_pipeline.evaluation.run import Ask, Draw, is_overlong, plan
+from hermes_pipeline.evaluation.recipe import Recipe
+from hermes_pipeline.evaluation.run import Draw, is_overlong, plan
 from hermes_pipeline.evaluation.run import run as run_draws
 from hermes_pipeline.evaluation.table import Figures, Graded, summarize
 from hermes_pipeline.records import Message, Score
-from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
+from hermes_pipeline.services.endpoint import EndpointError, Reply
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.services.server import Server
 from hermes_pipeline.services.serving import (
     WATCH_S,
+    Address,
+    Request,
+    answering,
     at_address,
-    fingerprint,
     first_of,
     running,
     watched,
@@ -62,22 +64,7 @@ def serve(
     sys.stderr.write("stopped\n")
 
 
-def run(
-    benchmark: str,
-    out: Path,
-    model: str,
-    *,
-    base_url: str | None = None,
-    limit: int | None = None,
-    draws: int | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
-    max_tokens: int | None = None,
-    max_model_len: int | None = None,
-    concurrency: int = 64,
-    seed: int = 0,
-    label: str | None = None,
-) -> dict[str, Any]:
+def run(recipe: Recipe, *, label: str | None = None) -> dict[str, Any]:
     """Score a model on a benchmark; what an earlier run has answered is not asked again.
 
     Args:
@@ -87,45 +74,47 @@ def run(
         The content of scores.json.
 
     Raises:
-        UserError: unknown benchmark, other settings in the folder, no server, wrong key.
+        UserError: no benchmark or folder, other settings in the folder, no server, wrong key.
     """
-    chosen = find_benchmark(benchmark)
+    asked, model, seed = recipe.benchmark, recipe.model, recipe.run.seed
+    if asked.name is None:
+        raise UserError("which benchmark? give --benchmark, or benchmark.name in a recipe")
+    if recipe.run.out is None:
+        raise UserError("where shall the scores go? give --out, or run.out in a recipe")
+    chosen, out = find_benchmark(asked.name), Path(recipe.run.out)
     settings = {
-        "benchmark": benchmark,
-        "model": model if base_url else _fingerprint(Path(model)),
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_tokens": max_tokens,
-        "max_model_len": max_model_len,
+        "benchmark": asked.name,
+        "model": model.identity(),
+        "max_model_len": model.max_model_len,
+        **asdict(recipe.sampling),
+        "stop": list(recipe.sampling.stop),
         "seed": seed,
     }
     with _locked(out):
         _keep_settings(out, settings)
         done = _read_answers(out)
-        planned = list(plan(chosen, seed=seed, limit=limit, draws=draws))
+        planned = list(plan(chosen, seed=seed, limit=asked.limit, draws=asked.draws))
         todo = [d for d in planned if (d.prompt.key, d.number) not in done]
         failures: list[dict[str, Any]] = []
         start = time.monotonic()
         if todo:
-            sampling = Sampling(temperature, top_p, max_tokens)
-            count = None if base_url else _token_counter(Path(model))
+            count = None if model.checkpoint is None else _token_counter(Path(model.checkpoint))
+            name = label or f"evaluate {asked.name}"
             with (
-                at_address(
-                    model, base_url, max_model_len=max_model_len, log=out / "server.log"
-                ) as (url, name, check),
+                at_address(model, out / "server.log") as address,
                 (out / "answers.jsonl").open("ab", buffering=0) as file,
-                progress(label or f"evaluate {benchmark}", total=len(todo), unit="answers") as bar,
+                progress(name, total=len(todo), unit="answers") as bar,
             ):
                 record = _Recorder(file.write, failures, bar, count)
-                endpoint = functools.partial(Endpoint, url, name, concurrency=concurrency)
-                asyncio.run(_answer(chosen, todo, endpoint, sampling, record, check, concurrency))
+                work = _answer(chosen, todo, address, recipe, record)
+                asyncio.run(watched(work, address.check))
         _write_lines(out / "failures.jsonl", failures)
         done = _read_answers(out)
         lines = [done[key] for d in planned if (key := (d.prompt.key, d.number)) in done]
         figures = summarize([_graded(line) for line in lines], failed=len(failures))
         scores = asdict(figures) | {"settings": settings, "seconds": time.monotonic() - start}
         write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
-    sys.stderr.write(describe(benchmark, figures) + "\n")
+    sys.stderr.write(describe(asked.name, figures) + "\n")
     if failures and not lines:
         raise UserError(f"no request was answered; the first failure: {failures[0]['error']}")
     return scores
@@ -151,32 +140,21 @@ def describe(benchmark: str, figures: Figures) -> str:
 async def _answer(
     benchmark: Benchmark[Any],
     draws: Sequence[Draw],
-    open_endpoint: Callable[[], Endpoint],
-    sampling: Sampling,
+    address: Address,
+    recipe: Recipe,
     record: Callable[[Draw, Score], None],
-    check: Callable[[], None],
-    concurrency: int,
 ) -> None:
-    """Have the draws answered; stops at once when the server is found dead."""
-    async with open_endpoint() as endpoint:
+    """Have the draws answered and scored."""
+    async with answering(address, recipe.requests) as answer:
 
         async def ask(messages: Sequence[Message], *, seed: int) -> Reply:
-            return (await endpoint.chat(messages, sampling, seed=seed))[0]
+            return await answer(Request(tuple(messages), recipe.sampling, seed))
 
-        await watched(_run(benchmark, draws, ask, record, concurrency), check)
-
-
-async def _run(
-    benchmark: Benchmark[Any],
-    draws: Sequence[Draw],
-    ask: Ask,
-    record: Callable[[Draw, Score], None],
-    concurrency: int,
-) -> None:
-    try:
-        await run_draws(benchmark, draws, ask, record, concurrency=concurrency)
-    except* (EndpointError, UserError, OSError) as group:
-        raise UserError(str(first_of(group))) from None
+        try:
+            concurrency = recipe.requests.concurrency
+            await run_draws(benchmark, draws, ask, record, concurrency=concurrency)
+        except* (EndpointError, UserError, OSError) as group:
+            raise UserError(str(first_of(group))) from None
 
 
 class _Recorder:
@@ -288,16 +266,6 @@ def _read_answers(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {number} is damaged; move the folder away") from None
     return answers
-
-
-def _fingerprint(model: Path) -> str:
-    """The model folder with what tells one state of its files from another."""
-    if not model.is_dir():
-        raise UserError(
-            f"model {str(model)!r} is not a folder; for a model that is served elsewhere give "
-            f"--base-url too"
-        )
-    return fingerprint(model)
 
 
 def _token_counter(model: Path) -> Callable[[str], int] | None:

@@ -220,4 +220,4 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     Args:
         settings: ``section.key=value`` over what the recipe says.
     """
-    return config.load(Recipe, config.find_recipe(name), settings)
+    return config.load(Recipe, name, settings)

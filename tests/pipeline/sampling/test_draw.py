@@ -83,7 +83,7 @@ def test_every_draw_is_kept_with_its_seed_and_counted() -> None:
     tally = drawn(planned(5), echo, kept)
     assert len(kept.records) == tally.kept == 10
     assert kept.records[3, 1, 0]["text"] == "3?"
-    assert (tally.tokens, tally.in_flight, tally.set_aside) == (30, 0, 0)
+    assert (tally.usage.completion_tokens, tally.in_flight, tally.set_aside) == (30, 0, 0)
 
 
 def test_no_more_is_read_than_there_are_turns_for() -> None:

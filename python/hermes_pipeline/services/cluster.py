@@ -1,0 +1,267 @@
+"""The same work on other machines: workers on a Ray cluster, lost ones replaced.
+
+A worker is an actor that opens, on its node, what the caller would have opened here: an async
+context manager that gives an async function. Items go to the worker with the fewest in flight. When
+a node dies, what its workers had in flight goes to others, and new workers take their place where
+there is room; none of this is left to Ray's own retries, which wait for ever where there is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
+
+from hermes_pipeline.config import Range
+from hermes_pipeline.errors import UserError
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+Work = Callable[[Item], Awaitable[Made]]
+# Opens the work on a node; told how many workers there are, so that they can share a rate.
+Open = Callable[[int], AbstractAsyncContextManager[Work[Item, Made]]]
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a worker is started in a lost one's place
+PATIENCE_S = 180.0  # without any worker
+CLOSE_S = 20.0
+MOST_LOST = 5  # workers under one item: then it is the item
+SHOWN = 300  # characters of what went wrong
+MOST_IN_FLIGHT = 100_000  # of one worker: who gives it items keeps the bound
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """[ray]: other machines to work on."""
+
+    address: str | None = None  # "auto", host:port, or ray://host:port; None for this process alone
+    workers: Annotated[int, Range(low=1)] | None = None  # one for each GPU asked for, or node
+    cpus: Annotated[float, Range(low=0)] = 0.1  # of each worker; leave room for replacements
+    gpus: Annotated[float, Range(low=0)] | None = None  # one for a served model, where there are
+
+
+class WorkerBroken(Exception):
+    """A worker can do nothing any more; others may."""
+
+
+class ItemLost(Exception):
+    """Worker after worker was lost under an item; the message says how the last one was."""
+
+
+class _Worker:
+    """What runs on a node."""
+
+    def __init__(self, opening: Open[Any, Any], workers: int) -> None:
+        self._opening, self._workers = opening, workers
+        self._stack = AsyncExitStack()
+
+    async def open(self, environment: Mapping[str, str]) -> BaseException | None:
+        """Get ready; what stands against it as a value."""
+        os.environ.update(environment)
+        try:
+            self._work = await self._stack.enter_async_context(self._opening(self._workers))
+        except Exception as error:
+            return error
+        return None
+
+    async def run(self, item: Any) -> tuple[Any, BaseException | None]:
+        """What came of an item; errors as values, so that they arrive as what they are."""
+        try:
+            return await self._work(item), None
+        except Exception as error:
+            return None, error
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
+@asynccontextmanager
+async def on_ray(
+    opening: Open[Item, Made],
+    cluster: Cluster,
+    *,
+    deadline_s: float,
+    environment: Mapping[str, str],
+) -> AsyncIterator[Work[Item, Made]]:
+    """Does what ``opening`` would open here on the workers of a Ray cluster.
+
+    Args:
+        opening: pickled, and called once by each worker, with the number of workers.
+        deadline_s: of one item; a worker that is silent for longer is given up, the item is not.
+        environment: variables that workers want, such as keys; Ray keeps and shows none of them.
+
+    Raises:
+        UserError: no Ray, no cluster there, no room in it, or no worker for `PATIENCE_S`.
+    """
+    ray = _connect(cluster.address or "auto")
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        there = sum(node.get("GPU", 0) for node in nodes)
+        gpus = min(cluster.gpus or 0.0, there)
+        count = cluster.workers or max(1, int(there // gpus) if gpus else len(nodes))
+        remote = ray.remote(_Worker).options(
+            num_cpus=cluster.cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=MOST_IN_FLIGHT,
+            scheduling_strategy="SPREAD",
+        )
+        start = functools.partial(remote.remote, opening, count)
+        pool: _Pool[Item, Made] = _Pool(ray, start, count, deadline_s, environment)
+        try:
+            yield pool.work
+        finally:
+            await pool.close()
+    finally:
+        ray.shutdown()
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A worker that takes items."""
+
+    actor: Any
+    lost: asyncio.Event
+    in_flight: int = 0
+
+
+class _Pool(Generic[Item, Made]):
+    """The workers of one run: each place is filled again when its worker is lost."""
+
+    def __init__(
+        self,
+        ray: Any,
+        start: Callable[[], Any],
+        count: int,
+        deadline_s: float,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._ray, self._start, self._deadline_s = ray, start, deadline_s
+        self._environment = environment
+        self._live: list[_Live] = []
+        self._changed = asyncio.Event()
+        self._failed = 0  # workers that could not get ready, since one could
+        self._problem: BaseException | str = "none could start"
+        self._lost: tuple[type[Exception], ...] = (
+            ray.exceptions.RayError,
+            TimeoutError,
+            WorkerBroken,
+        )
+        self._places = [asyncio.create_task(self._fill()) for _ in range(count)]
+
+    async def work(self, item: Item) -> Made:
+        """What a worker makes of an item, however many workers are lost on the way.
+
+        Raises:
+            UserError: there is no worker, and has been none for long.
+            ItemLost: `MOST_LOST` workers were lost under it.
+        """
+        for _ in range(MOST_LOST):
+            worker = await self._choose()
+            worker.in_flight += 1
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    made, error = await worker.actor.run.remote(item)
+                if isinstance(error, WorkerBroken):
+                    raise error
+            except self._lost as lost:
+                self._give_up(worker, lost)
+                continue
+            finally:
+                worker.in_flight -= 1
+            if error is not None:
+                raise error
+            return made  # type: ignore[no-any-return]
+        raise ItemLost(f"{MOST_LOST} workers were lost under it, the last: {_line(self._problem)}")
+
+    async def close(self) -> None:
+        for place in self._places:
+            place.cancel()
+        await asyncio.gather(*self._places, return_exceptions=True)
+        await asyncio.gather(*(self._close(worker.actor) for worker in self._live))
+
+    async def _close(self, actor: Any) -> None:
+        with contextlib.suppress(*self._lost):
+            async with asyncio.timeout(CLOSE_S):
+                await actor.close.remote()
+        self._end(actor)
+
+    async def _choose(self) -> _Live:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not self._live:
+                    if self._failed >= len(self._places):
+                        raise UserError(f"no worker on Ray gets ready: {_line(self._problem)}")
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            free = self._ray.available_resources()
+            raise UserError(
+                f"no worker on Ray for {PATIENCE_S:.0f} s: {_line(self._problem)}; free there: "
+                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+            ) from None
+        return min(self._live, key=lambda worker: worker.in_flight)
+
+    async def _fill(self) -> None:
+        """Keep one place filled."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            worker = _Live(self._start(), asyncio.Event())
+            try:
+                problem = await worker.actor.open.remote(self._environment)
+            except self._ray.exceptions.RayError as error:
+                problem = error
+            except BaseException:
+                self._end(worker.actor)
+                raise
+            if problem is None:
+                self._failed, pause_s = 0, FIRST_PAUSE_S
+                self._live.append(worker)
+                self._changed.set()
+                await worker.lost.wait()
+            else:
+                self._end(worker.actor)
+                self._failed, self._problem = self._failed + 1, problem
+                self._changed.set()
+            await asyncio.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+
+    def _give_up(self, worker: _Live, lost: Exception) -> None:
+        """Ask this worker nothing more."""
+        if worker in self._live:
+            self._problem = lost
+            self._live.remove(worker)
+            self._end(worker.actor)
+            worker.lost.set()
+
+    def _end(self, actor: Any) -> None:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(actor)
+
+
+def _connect(address: str) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError(
+            "--ray wants Ray, which is not installed: pip install 'hermes4-core[ray]', on every "
+            "node of the cluster"
+        ) from None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"no Ray cluster at {address}: {_line(error)}") from None
+    return ray
+
+
+def _line(problem: BaseException | str) -> str:
+    if isinstance(problem, TimeoutError):
+        return "a worker was silent for too long"
+    return " ".join(str(problem).split())[:SHOWN]
