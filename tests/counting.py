@@ -28,6 +28,7 @@ class CountingServer:
     Attributes:
         bodies: every request, as it came.
         answered: how often each (messages, seed) was answered as a whole.
+        tokens: how many tokens each of those answers has.
     """
 
     def __init__(self, decide: Decide = answer_all, *, delay_s: float = 0.0) -> None:
@@ -35,6 +36,7 @@ class CountingServer:
         self.bodies: list[dict[str, Any]] = []
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
+        self.tokens: dict[str, int] = {}
         self.url = ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -83,7 +85,9 @@ class CountingServer:
             said = {"error": {"message": f"the test says {what}"}}
             connection.transport.write(_http(what, json.dumps(said).encode()))
             return
-        whole = _http(200, _completion(key))
+        text = _text(key)
+        self.tokens[key] = len(text) // 4
+        whole = _http(200, _completion(text))
         if what == "cut":
             connection.transport.write(whole[: len(whole) // 2])
             connection.transport.close()
@@ -121,10 +125,13 @@ def key_of(body: dict[str, Any]) -> str:
     return json.dumps([body["messages"], body["seed"]])
 
 
-def _completion(key: str) -> bytes:
+def _text(key: str) -> str:
     """The answer to a request: long, and the same each time."""
     digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    text = (digest * (ANSWER_BYTES // len(digest)))[: ANSWER_BYTES - int(digest[:2], 16)]
+    return (digest * (ANSWER_BYTES // len(digest)))[: ANSWER_BYTES - int(digest[:2], 16)]
+
+
+def _completion(text: str) -> bytes:
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 5, "completion_tokens": len(text) // 4}
     return json.dumps({"choices": [choice], "usage": usage}).encode()

@@ -51,7 +51,7 @@ class Tally:
     set_aside: int = 0
     inputs_set_aside: set[int] = field(default_factory=set)  # numbers of those with such a draw
     in_flight: int = 0  # asked for, and not yet answered
-    usage: Usage = field(default_factory=Usage)  # of the answers that are kept
+    usage: Usage = field(default_factory=Usage)  # of the answers, from when they are there
 
 
 class NobodyAnswers(Exception):
@@ -124,10 +124,10 @@ async def run(
         finally:
             tally.in_flight -= 1
         lost = 0
-        await store.keep(draw.given, draw.number, draw.attempt, _record(draw, reply))
-        tally.kept += 1
         tally.usage.add(reply.prompt_tokens or 0, reply.completion_tokens or 0)
         tally.usage.retries += reply.tries - 1
+        await store.keep(draw.given, draw.number, draw.attempt, _record(draw, reply))
+        tally.kept += 1
 
     async def set_aside(draw: Draw, error: Exception) -> None:
         await store.set_aside(draw.given, draw.number, draw.attempt, str(error))

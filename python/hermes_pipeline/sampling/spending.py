@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,10 +38,11 @@ class Spending:
         return forecast(usage, left, self.prices) if usage.requests > 1 and left > 0 else None
 
     def keep_within(self, draws: Iterable[Draw | None]) -> Iterator[Draw | None]:
-        """The draws, as long as there is money for them."""
-        limit = self.prices.max_cost
+        """The draws, as long as there is money for them and for those in flight."""
+        limit = math.inf if self.prices.max_cost is None else self.prices.max_cost
         for draw in draws:
-            if draw is not None and limit is not None and self.cost >= limit:
+            told = self.forecast(self.tally.in_flight)
+            if draw is not None and self.cost + (told.cost if told else 0.0) >= limit:
                 self.used_up = True
                 return
             yield draw

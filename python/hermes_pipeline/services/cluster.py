@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ Open = Callable[[int], AbstractAsyncContextManager[Work[Item, Made]]]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a worker is started in a lost one's place
 PATIENCE_S = 180.0  # without any worker
-CLOSE_S = 20.0
+CLOSE_S, CONNECT_S = 20.0, 10.0
 MOST_LOST = 5  # workers under one item: then it is the item
 SHOWN = 300  # characters of what went wrong
 MOST_IN_FLIGHT = 100_000  # of one worker: who gives it items keeps the bound
@@ -87,6 +88,7 @@ async def on_ray(
     *,
     deadline_s: float,
     environment: Mapping[str, str],
+    tell: Callable[[str], object],
 ) -> AsyncIterator[Work[Item, Made]]:
     """Does what ``opening`` would open here on the workers of a Ray cluster.
 
@@ -94,6 +96,7 @@ async def on_ray(
         opening: pickled, and called once by each worker, with the number of workers.
         deadline_s: of one item; a worker that is silent for longer is given up, the item is not.
         environment: variables that workers want, such as keys; Ray keeps and shows none of them.
+        tell: takes what happens to workers, in a line.
 
     Raises:
         UserError: no Ray, no cluster there, no room in it, or no worker for `PATIENCE_S`.
@@ -113,7 +116,7 @@ async def on_ray(
             scheduling_strategy="SPREAD",
         )
         start = functools.partial(remote.remote, opening, count)
-        pool: _Pool[Item, Made] = _Pool(ray, start, count, deadline_s, environment)
+        pool: _Pool[Item, Made] = _Pool(ray, start, count, deadline_s, environment, tell)
         try:
             yield pool.work
         finally:
@@ -141,9 +144,10 @@ class _Pool(Generic[Item, Made]):
         count: int,
         deadline_s: float,
         environment: Mapping[str, str],
+        tell: Callable[[str], object],
     ) -> None:
         self._ray, self._start, self._deadline_s = ray, start, deadline_s
-        self._environment = environment
+        self._environment, self._tell = environment, tell
         self._live: list[_Live] = []
         self._changed = asyncio.Event()
         self._failed = 0  # workers that could not get ready, since one could
@@ -224,6 +228,7 @@ class _Pool(Generic[Item, Made]):
                 self._failed, pause_s = 0, FIRST_PAUSE_S
                 self._live.append(worker)
                 self._changed.set()
+                self._tell(f"{len(self._live)} of {len(self._places)} workers on Ray are ready")
                 await worker.lost.wait()
             else:
                 self._end(worker.actor)
@@ -239,6 +244,10 @@ class _Pool(Generic[Item, Made]):
             self._live.remove(worker)
             self._end(worker.actor)
             worker.lost.set()
+            self._tell(
+                f"a worker on Ray was lost, and {len(self._live)} are left: {_line(lost)}; its "
+                f"work goes to others"
+            )
 
     def _end(self, actor: Any) -> None:
         with contextlib.suppress(self._ray.exceptions.RayError):
@@ -247,6 +256,8 @@ class _Pool(Generic[Item, Made]):
 
 def _connect(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Pages on a node that has died; what it means to this run is said by `tell`.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ImportError:
@@ -255,10 +266,18 @@ def _connect(address: str) -> Any:
             "node of the cluster"
         ) from None
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {address}: {_line(error)}") from None
     return ray
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` if nobody listens there; Ray itself would try for an hour."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 def _line(problem: BaseException | str) -> str:

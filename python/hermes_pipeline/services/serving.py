@@ -156,15 +156,20 @@ async def serving(model: Model, requests: Requests) -> AsyncIterator[Answering]:
 
 @asynccontextmanager
 async def answering_on_ray(
-    model: Model, requests: Requests, cluster: Cluster
+    model: Model, requests: Requests, cluster: Cluster, tell: Callable[[str], object]
 ) -> AsyncIterator[Answering]:
-    """As `answering`, by workers on a Ray cluster; a folder is served by each of them."""
+    """As `answering`, by workers on a Ray cluster; a folder is served by each of them.
+
+    ``tell`` takes what happens to workers, in a line.
+    """
     if cluster.gpus is None:
         cluster = replace(cluster, gpus=0.0 if model.checkpoint is None else 1.0)
     opening = functools.partial(_on_a_node, model, requests)
     key = {name: os.environ[name] for name in KEYS if name in os.environ}
     deadline_s = requests.request_timeout_s + SLACK_S
-    async with on_ray(opening, cluster, deadline_s=deadline_s, environment=key) as answer:
+    async with on_ray(
+        opening, cluster, deadline_s=deadline_s, environment=key, tell=tell
+    ) as answer:
 
         async def explained(request: Request) -> Reply:
             try:

@@ -98,8 +98,10 @@ def _run_whole(recipe: Recipe, source: DataSource, store: RunStore, as_json: boo
             show = Show(tell, spending, left, lambda: draws * reading.quarantined)
             _ask(chain([first], planned), recipe, model, store, show)
     if spending.used_up:
-        limit = f"and max_cost is {recipe.prices.max_cost:,.2f}"
-        raise UserError(f"the answers have cost {spending.cost:,.2f}, {limit}; {_safe(out)}")
+        raise UserError(
+            f"max_cost is reached: {count(out).records:,} answers have cost {spending.cost:,.2f} "
+            f"and are safe in {out}; raise it to go on"
+        )
     counts = _counts(reading, tally) | {"answers": count(out).records}
     store.write_counts(counts)
     errors = _write_errors(out)
@@ -190,7 +192,8 @@ def _showing(recipe: Recipe, out: Path, total: int, as_json: bool) -> Iterator[t
 @contextmanager
 def _model(recipe: Recipe, out: Path) -> Iterator[_Model]:
     if recipe.ray.address is not None:
-        yield _Model(answering_on_ray(recipe.model, recipe.requests, recipe.ray), lambda: None)
+        opened = answering_on_ray(recipe.model, recipe.requests, recipe.ray, _warn)
+        yield _Model(opened, lambda: None)
         return
     with at_address(recipe.model, out / "server.log") as address:
         yield _Model(answering(address, recipe.requests), address.check)
@@ -226,7 +229,7 @@ def _tell_forecast(spending: Spending, left: int, as_json: bool) -> None:
     if as_json:
         _say(json.dumps({"stage": "complete", "forecast": asdict(told)}))
     else:
-        sys.stderr.write(f"complete: {left:,} draws to go: {told}\n")
+        _warn(f"{left:,} draws to go: {told}")
 
 
 def _settings(recipe: Recipe, source: DataSource) -> dict[str, Any]:
@@ -309,6 +312,11 @@ def _summarize(out: Path, counts: Mapping[str, int], errors: Counter[str], as_js
 
 def _safe(out: Path) -> str:
     return f"{count(out).records:,} answers are safe in {out}: run the same command again to go on"
+
+
+def _warn(line: str) -> None:
+    sys.stderr.write(f"complete: {line}\n")
+    sys.stderr.flush()
 
 
 def _say(line: str) -> None:

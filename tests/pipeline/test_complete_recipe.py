@@ -1,0 +1,236 @@
+"""What `hermes4 complete` is told, by recipe and options, and what it says of its cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counting import CountingServer
+from hermes_pipeline.config import find_recipe, load
+from hermes_pipeline.sampling.recipe import Recipe
+from running import Ended, Hermes4
+
+pytestmark = pytest.mark.timeout(100)
+
+RECORDS = 100
+PRICES = ("--prompt-price", 1000, "--completion-price", 2000)
+
+
+@pytest.fixture
+def server() -> Iterator[CountingServer]:
+    with CountingServer() as server:
+        yield server
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}?"}}\n' for i in range(RECORDS)))
+    return path
+
+
+def recipe_of(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def refused(ended: Ended) -> str:
+    assert ended.code == 2
+    return ended.err.splitlines()[-1]
+
+
+def tokens_of(server: CountingServer) -> int:
+    """What the answers cost, by the server's own account."""
+    return sum(server.tokens[key] for key in server.answered)
+
+
+# Recipes.
+
+
+def test_the_recipe_of_the_project_says_every_setting_and_its_default() -> None:
+    text = find_recipe("answers").read_text()
+    assert load(Recipe, "answers") == Recipe()
+    uncommented = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    keys = set(re.findall(r"^(\w+) = ", uncommented, flags=re.MULTILINE))
+    sections = Recipe.__dataclass_fields__
+    wanted = {key for name in sections for key in getattr(Recipe(), name).__dataclass_fields__}
+    assert keys == wanted
+
+
+def test_a_recipe_runs_and_options_stand_over_it(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    recipe = recipe_of(
+        tmp_path / "my.toml",
+        f"""
+        [data]
+        name = "{data}"
+        limit = 3
+        [model]
+        endpoint = "{server.url}"
+        name = "tiny"
+        [sampling]
+        top_k = 7
+        stop = ["\\n"]
+        extra = {{chat_template_kwargs = {{thinking = true}}}}
+        [run]
+        out = "{tmp_path / "out"}"
+        draws = 9
+        """,
+    )
+    ended = hermes4(
+        *("complete", "--recipe", recipe, "--n", 2, "--set", "sampling.min_p=0.25"),
+        *("--set", "requests.tries=2", "--temperature", 0.5),
+    )
+    assert ended.code == 0
+    assert len(server.bodies) == 6
+    body = server.bodies[0]
+    assert (body["top_k"], body["min_p"], body["temperature"], body["top_p"]) == (
+        7,
+        0.25,
+        0.5,
+        0.95,
+    )
+    assert (body["stop"], body["chat_template_kwargs"]) == (["\n"], {"thinking": True})
+    about = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert about["recipe"]["run.draws"] == 2
+    assert about["recipe"]["requests.tries"] == 2
+    assert about["settings"]["top_k"] == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("[samplng]", (), "unknown section [samplng]; did you mean 'sampling'?"),
+        ("[sampling]\ntop_q = 1", (), "unknown key 'top_q' in [sampling]; did you mean 'top_p'?"),
+        ("[sampling]\ntop_p = 2", (), "sampling.top_p is 2.0, but must be between 0 and 1"),
+        ("[sampling]\nstop = [1]", (), "sampling.stop must be a string, got 1"),
+        ("[sampling]\nextra = 1", (), "sampling.extra must be a table, got 1"),
+        ("[run]\ndraws = 1.5", (), "run.draws must be an integer, got 1.5"),
+        ("[run", (), "not valid TOML"),
+        (
+            "",
+            ("--set", "requests.trys=1"),
+            "unknown key 'trys' in [requests]; did you mean 'tries'",
+        ),
+        ("", ("--max-cost", 3), "[prices] max_cost wants prices"),
+        ("", (), "which conversations? give --data, or data.name in a recipe"),
+        (
+            "",
+            ("--data", "x.jsonl"),
+            "where shall the answers go? give --out, or run.out in a recipe",
+        ),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_one_line(
+    tmp_path: Path, hermes4: Hermes4, text: str, options: Any, message: str
+) -> None:
+    recipe = recipe_of(tmp_path / "my.toml", text)
+    assert message in refused(hermes4("complete", "--recipe", recipe, *options))
+
+
+def test_a_login_in_an_address_is_not_kept(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    url = server.url.replace("http://", "http://me:secret@")
+    out = tmp_path / "out"
+    words = ("complete", "--data", data, "--limit", 1, "--out", out, "--model", "tiny")
+    assert hermes4(*words, "--endpoint", url).code == 0
+    assert all(b"secret" not in path.read_bytes() for path in out.iterdir())
+
+
+def test_several_endpoints_share_the_requests(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    with CountingServer(delay_s=0.01) as other:
+        server.delay_s = 0.01
+        words = ("complete", "--data", data, "--out", tmp_path / "out", "--model", "tiny")
+        ended = hermes4(*words, "--endpoint", server.url, "--endpoint", other.url)
+        assert ended.code == 0
+        assert min(len(server.bodies), len(other.bodies)) > 100
+
+
+# Cost.
+
+
+def words(server: CountingServer, data: Path, out: Path, *options: object) -> tuple[object, ...]:
+    fixed = ("complete", "--data", data, "--out", out, "--endpoint", server.url, "--model", "tiny")
+    return (*fixed, "--n", 2, *options)
+
+
+def test_a_pilot_tells_what_the_rest_costs_and_pays_for_nothing_twice(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    out = tmp_path / "out"
+    ended = hermes4(*words(server, data, out, "--pilot", 20, *PRICES))
+    assert (ended.code, ended.out) == (0, "")
+    assert len(server.bodies) == 20
+    asked = {body["messages"][0]["content"] for body in server.bodies}
+    assert len(asked) == 20
+    assert max(int(text[:-1]) for text in asked) > 50  # from all over the data
+    told = re.search(
+        r"180 draws to go: about 180 requests, 900 tokens of prompts, ([\d,]+) ± ([\d,]+) of "
+        r"answers, ([\d.,]+) ± ([\d.,]+) in money$",
+        ended.err.strip(),
+    )
+    assert told is not None, ended.err
+    tokens, margin, money, _ = (float(number.replace(",", "")) for number in told.groups())
+    before = tokens_of(server)
+    assert hermes4(*words(server, data, out, *PRICES)).code == 0
+    assert server.answered.total() == len(server.answered) == 200
+    spent = tokens_of(server) - before
+    assert abs(spent - tokens) <= margin
+    assert money == pytest.approx((900 * 1000 + tokens * 2000) / 1e6, abs=0.01)
+
+
+def test_a_second_pilot_asks_nothing_and_tells_the_same(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    out = tmp_path / "out"
+    told = [
+        hermes4(*words(server, data, out, "--pilot", 20, *PRICES, "--json")).out.splitlines()[-1]
+        for _ in range(2)
+    ]
+    assert told[0] == told[1]
+    forecast = json.loads(told[0])["forecast"]
+    assert (forecast["requests"], forecast["prompt_tokens"]) == (180, 900)
+    assert len(server.bodies) == 20
+
+
+def test_a_pilot_without_answers_is_a_users_error(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    server.decide = lambda *_: 400
+    said = refused(hermes4(*words(server, data, tmp_path / "out", "--pilot", 5)))
+    assert "0 answers, of which a forecast wants two, most often: " in said
+
+
+def test_the_money_ends_the_run_and_more_goes_on(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    out = tmp_path / "out"
+    limited = words(server, data, out, *PRICES, "--concurrency", 16, "--max-cost")
+    said = refused(hermes4(*limited, 50))
+    found = re.search(r"max_cost is reached: (\d+) answers have cost ([\d.]+) and are safe", said)
+    assert found is not None
+    assert int(found[1]) == server.answered.total() < 200
+    spent = (5 * server.answered.total() * 1000 + tokens_of(server) * 2000) / 1e6
+    assert float(found[2]) == pytest.approx(spent, abs=0.01)
+    assert 48 < spent < 52
+    assert "max_cost is reached" in refused(hermes4(*limited, 50))
+    assert server.answered.total() == int(found[1])
+    assert hermes4(*limited, 10_000).code == 0
+    assert server.answered.total() == 200
+
+
+def test_progress_tells_the_cost_so_far_and_what_is_expected(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    ended = hermes4(*words(server, data, tmp_path / "out", *PRICES))
+    spent = (5 * 200 * 1000 + tokens_of(server) * 2000) / 1e6
+    assert ended.err.strip().endswith(f", cost {spent:,.2f} of about {spent:,.2f}")

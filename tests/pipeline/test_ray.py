@@ -1,0 +1,235 @@
+"""Work on a Ray cluster of several nodes, one of which is lost on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counting import CountingServer
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.services import cluster
+from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
+from hermes_pipeline.stages.export import export
+from nodes import Nodes
+from running import Ended, comes_true
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(240),
+    pytest.mark.filterwarnings("default"),  # Ray's own
+]
+
+Opening = Callable[[int], Any]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with Nodes(3) as nodes:
+        yield nodes
+
+
+def work(nodes: Nodes, opening: Opening, items: list[Any], **options: Any) -> tuple[Any, list[str]]:
+    """What workers make of the items, errors as values; and what was told."""
+    told: list[str] = []
+    settings = Cluster(nodes.address, workers=2)
+    fixed: dict[str, Any] = {"deadline_s": 30.0, "environment": {}, "tell": told.append}
+
+    async def run() -> list[Any]:
+        turns = asyncio.Semaphore(4)
+        async with on_ray(opening, settings, **fixed | options) as made:
+
+            async def in_turn(item: Any) -> Any:
+                async with turns:
+                    return await made(item)
+
+            return await asyncio.gather(*map(in_turn, items), return_exceptions=True)
+
+    return asyncio.run(asyncio.wait_for(run(), 120)), told
+
+
+def test_items_go_to_all_workers_and_errors_come_back_as_they_are(nodes: Nodes) -> None:
+    @asynccontextmanager
+    async def opening(workers: int) -> AsyncIterator[Callable[[int], Awaitable[Any]]]:
+        async def made(item: int) -> Any:
+            await asyncio.sleep(0.2)
+            if item == 3:
+                raise UserError("three")
+            return item, workers, os.getpid(), os.environ["A_KEY"]
+
+        yield made
+
+    found, told = work(nodes, opening, list(range(80)), environment={"A_KEY": "secret"})
+    assert isinstance(found[3], UserError)
+    assert str(found.pop(3)) == "three"
+    assert [(item, workers, key) for item, workers, _, key in found] == [
+        (item, 2, "secret") for item in range(80) if item != 3
+    ]
+    assert len({pid for _, _, pid, _ in found}) == 2
+    assert told == [f"{count} of 2 workers on Ray are ready" for count in (1, 2)]
+
+
+def test_a_worker_that_dies_breaks_or_is_silent_is_replaced(nodes: Nodes, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+
+    @asynccontextmanager
+    async def opening(workers: int) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+        async def made(item: str) -> str:
+            seen = Path(folder, item)
+            if item != "well" and not seen.exists():
+                seen.touch()
+                if item == "dies":
+                    os._exit(1)
+                if item == "breaks":
+                    raise WorkerBroken("its server has ended")
+                await asyncio.sleep(100)
+            return item
+
+        yield made
+
+    for item in ("dies", "breaks", "silent"):
+        found, told = work(nodes, opening, [item, "well"], deadline_s=3.0)
+        assert found == [item, "well"]
+        lost = [line for line in told if line.startswith("a worker on Ray was lost, and ")]
+        assert len(lost) == 1
+
+
+def test_an_item_that_kills_every_worker_is_given_up(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(cluster, "MOST_LOST", 2)
+
+    @asynccontextmanager
+    async def opening(workers: int) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
+        async def made(item: str) -> str:
+            if item == "poison":
+                raise WorkerBroken("out of memory")
+            return item
+
+        yield made
+
+    (poison, well), _ = work(nodes, opening, ["poison", "well"])
+    assert isinstance(poison, ItemLost)
+    assert str(poison) == "2 workers were lost under it, the last: out of memory"
+    assert well == "well"
+
+
+def test_workers_that_cannot_get_ready_are_a_users_error(nodes: Nodes) -> None:
+    @asynccontextmanager
+    async def opening(workers: int) -> AsyncIterator[Callable[[int], Awaitable[int]]]:
+        raise UserError("no such model")
+        yield
+
+    (error,), _ = work(nodes, opening, [1])
+    assert isinstance(error, UserError)
+    assert str(error) == "no worker on Ray gets ready: no such model"
+
+
+def test_a_cluster_without_room_is_a_users_error(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "PATIENCE_S", 3.0)
+
+    async def run() -> None:
+        settings = Cluster(nodes.address, workers=1, cpus=50.0)
+        fixed: dict[str, Any] = {"deadline_s": 9.0, "environment": {}, "tell": print}
+        async with on_ray(lambda _: None, settings, **fixed) as made:  # type: ignore[arg-type]
+            await made(1)
+
+    with pytest.raises(UserError, match=r"no worker on Ray for 3 s: none could start; free there"):
+        asyncio.run(run())
+
+
+# The command.
+
+
+def words(url: str, data: Path, out: Path, *options: object) -> list[str]:
+    fixed = ["complete", "--data", data, "--out", out, "--endpoint", url, "--model", "tiny"]
+    command = [sys.executable, "-m", "hermes_pipeline", *fixed, "--concurrency", 32, *options]
+    return [str(word) for word in command]
+
+
+def run(*command: str) -> Ended:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}?"}}\n' for i in range(200)))
+    return path
+
+
+def exported(out: Path) -> bytes:
+    export(out, out.with_suffix(".jsonl"))
+    return out.with_suffix(".jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_no_cluster_is_one_line(data: Path, tmp_path: Path, address: str) -> None:
+    began = time.monotonic()
+    ended = run(*words("http://127.0.0.1:1/v1", data, tmp_path / "out", "--ray", address))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.splitlines()[-1].startswith(f"hermes4: error: no Ray cluster at {address}: ")
+    assert time.monotonic() - began < 30
+
+
+def test_a_hopeless_error_stops_the_run_in_one_line(
+    nodes: Nodes, data: Path, tmp_path: Path
+) -> None:
+    with CountingServer(lambda *_: 401) as server:
+        ended = run(*words(server.url, data, tmp_path / "out", "--ray", nodes.address, "--json"))
+    assert ended.code == 2
+    assert all(json.loads(line)["done"] == 0 for line in ended.out.splitlines())
+    assert "401: the test says 401" in ended.err
+    assert len(ended.err.splitlines()) == 1, ended.err
+
+
+def test_ctrl_c_leaves_no_worker_behind(nodes: Nodes, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with CountingServer(delay_s=0.5) as server:
+        command = words(server.url, data, out, "--ray", nodes.address)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert comes_true(lambda: server.answered.total() >= 40, 60)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert said.splitlines()[-1].startswith("hermes4: interrupted; ")
+        assert comes_true(lambda: not any(map(nodes.workers, range(3))), 20)
+        asked = len(server.bodies)
+        time.sleep(1)
+        assert len(server.bodies) == asked
+
+
+def test_a_lost_node_costs_no_more_than_was_in_flight(
+    nodes: Nodes, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with CountingServer(delay_s=0.5) as server:
+        command = words(server.url, data, out, "--ray", nodes.address, "--seed", 3)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert comes_true(lambda: server.answered.total() >= 150, 60)
+            busy = next(number for number in (2, 1) if nodes.workers(number))
+            nodes.kill(busy)
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        assert "a worker on Ray was lost, and " in said
+        assert len(server.answered) == 800
+        assert server.answered.total() - 800 <= 32
+    counts = json.loads((out / "counts.json").read_text())
+    assert counts == {"read": 200, "done": 200, "set_aside": 0, "quarantined": 0, "answers": 800}
+    with CountingServer() as server:
+        assert run(*words(server.url, data, tmp_path / "calm", "--seed", 3)).code == 0
+    assert exported(out) == exported(tmp_path / "calm")
