@@ -30,7 +30,13 @@ MESSAGES = [
 
 def answer(number: int, draw: int) -> dict[str, Any]:
     tokens = 10 * number + draw
-    return {"seed": draw, "text": f"{number}.{draw}", "finish_reason": "stop", "tokens": tokens}
+    return {
+        "seed": draw,
+        "text": f"{number}.{draw}",
+        "finish_reason": "stop",
+        "prompt_tokens": 7,
+        "tokens": tokens,
+    }
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,13 +38,18 @@ class Spending:
 
     def keep_within(self, draws: Iterable[Draw | None]) -> Iterator[Draw | None]:
         """The draws, as long as there is money for them and for those in flight."""
-        limit = math.inf if self.prices.max_cost is None else self.prices.max_cost
+        limit = self.prices.max_cost
         for draw in draws:
-            told = self.forecast(self.tally.in_flight)
-            if draw is not None and self.cost + (told.cost if told else 0.0) >= limit:
+            if draw is not None and limit is not None and self._committed >= limit:
                 self.used_up = True
                 return
             yield draw
+
+    @property
+    def _committed(self) -> float:
+        """Money for what is answered and for what is in flight."""
+        told = self.forecast(self.tally.in_flight)
+        return self.cost + (told.cost if told else 0.0)
 
 
 class Show:

@@ -117,7 +117,14 @@ def _write_parquet(file: BinaryIO, results: Iterable[Recorded]) -> None:
 def _schema(pa: Any) -> Any:
     text, number = pa.string(), pa.int64()
     names = ("role", "content", "reasoning", "tool_calls", "name", "tool_call_id")
-    answer = {"draw": number, "seed": number, "text": text, "finish_reason": text, "tokens": number}
+    answer = {
+        "draw": number,
+        "seed": number,
+        "text": text,
+        "finish_reason": text,
+        "prompt_tokens": number,
+        "tokens": number,
+    }
     return pa.schema(
         {
             "id": text,
