@@ -94,6 +94,9 @@ Concurrency = Annotated[
 TimeoutS = Annotated[
     float | None, typer.Option(min=0.001, help="Seconds for one try.", show_default="600")
 ]
+OnRay = Annotated[
+    str | None, typer.Option(help="Work on a Ray cluster: auto, host:port or ray://host:port.")
+]
 Seed = Annotated[int | None, typer.Option(show_default="0")]
 OwnRecipe = Annotated[
     str | None,
@@ -157,10 +160,7 @@ def complete(
     max_cost: Annotated[
         float | None, typer.Option(min=0, help="Stop once the answers have cost so much.")
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Work on a Ray cluster: auto, host:port or ray://host:port."),
-    ] = None,
+    ray: OnRay = None,
     recipe: OwnRecipe = None,
     set_: Settings = None,
     as_json: Annotated[
@@ -403,6 +403,7 @@ def evaluate(
     seed: Seed = None,
     concurrency: Concurrency = None,
     timeout_s: TimeoutS = None,
+    ray: OnRay = None,
     recipe: OwnRecipe = None,
     set_: Settings = None,
 ) -> None:
@@ -424,6 +425,7 @@ def evaluate(
         "sampling.max_tokens": max_tokens,
         "requests.concurrency": concurrency,
         "requests.timeout_s": timeout_s,
+        "ray.address": ray,
         "run.out": out,
         "run.seed": seed,
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from hermes_pipeline.config import Range
+from hermes_pipeline.services.cluster import Cluster
 from hermes_pipeline.services.endpoint import Sampling
 from hermes_pipeline.services.serving import Model, Requests
 
@@ -37,4 +38,5 @@ class Recipe:
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
     requests: Requests = field(default_factory=Requests)
+    ray: Cluster = field(default_factory=Cluster)
     run: Run = field(default_factory=Run)

@@ -89,6 +89,30 @@ class Request:
 Answering = Callable[[Request], Awaitable[Reply]]
 
 
+class Answerer(NamedTuple):
+    """A model that is ready to be asked, for the time of the block that `opened` is for."""
+
+    opened: AbstractAsyncContextManager[Answering]
+    check: Callable[[], None]  # raises UserError when a server of ours has died
+
+
+@contextmanager
+def answerer(
+    model: Model, requests: Requests, cluster: Cluster, log: Path, tell: Callable[[str], object]
+) -> Iterator[Answerer]:
+    """Who answers, for the time of a block: from here, or by workers on a Ray cluster.
+
+    Args:
+        log: of a server that is started here.
+        tell: takes what happens to workers, in a line.
+    """
+    if cluster.address is not None:
+        yield Answerer(_on_ray(model, requests, cluster, tell), lambda: None)
+        return
+    with at_address(model, log) as address:
+        yield Answerer(answering(address, requests), address.check)
+
+
 @contextmanager
 def at_address(model: Model, log: Path) -> Iterator[Address]:
     """The address of a model, for the time of a block; a folder is served, and its log kept."""
@@ -155,13 +179,10 @@ async def serving(model: Model, requests: Requests) -> AsyncIterator[Answering]:
 
 
 @asynccontextmanager
-async def answering_on_ray(
+async def _on_ray(
     model: Model, requests: Requests, cluster: Cluster, tell: Callable[[str], object]
 ) -> AsyncIterator[Answering]:
-    """As `answering`, by workers on a Ray cluster; a folder is served by each of them.
-
-    ``tell`` takes what happens to workers, in a line.
-    """
+    """As `answering`, by workers on a Ray cluster; a folder is served by each of them."""
     if cluster.gpus is None:
         cluster = replace(cluster, gpus=0.0 if model.checkpoint is None else 1.0)
     opening = functools.partial(_on_a_node, model, requests)

@@ -14,12 +14,12 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hermes_core.files import write_atomically
 from hermes_pipeline.config import flatten
@@ -35,11 +35,10 @@ from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.services.limits import read_address
 from hermes_pipeline.services.progress import JsonLines, progress
 from hermes_pipeline.services.serving import (
+    Answerer,
     Answering,
     Request,
-    answering,
-    answering_on_ray,
-    at_address,
+    answerer,
     first_of,
     watched,
 )
@@ -135,7 +134,7 @@ def _run_pilot(
 
 
 def _ask(
-    draws: Iterator[Draw | None], recipe: Recipe, model: _Model, store: RunStore, show: Show
+    draws: Iterator[Draw | None], recipe: Recipe, model: Answerer, store: RunStore, show: Show
 ) -> None:
     """Have the draws answered; stops at once when a server of ours is found dead."""
 
@@ -173,30 +172,18 @@ async def _answer(
         await run_draws(todo, ask, store, spending.tally, concurrency=concurrency)
 
 
-class _Model(NamedTuple):
-    opened: AbstractAsyncContextManager[Answering]
-    check: Callable[[], None]  # raises UserError when a server of ours has died
-
-
 @contextmanager
-def _showing(recipe: Recipe, out: Path, total: int, as_json: bool) -> Iterator[tuple[Tell, _Model]]:
+def _showing(
+    recipe: Recipe, out: Path, total: int, as_json: bool
+) -> Iterator[tuple[Tell, Answerer]]:
     """The model, and where progress is told once it is there."""
-    with _model(recipe, out) as model:
+    log = out / "server.log"
+    with answerer(recipe.model, recipe.requests, recipe.ray, log, _warn) as model:
         if as_json:
             yield JsonLines("complete", total=total).advance, model
             return
         with progress("complete", total=total, unit="draws") as bar:
             yield lambda done, figures: bar.advance(done, describe(figures)), model
-
-
-@contextmanager
-def _model(recipe: Recipe, out: Path) -> Iterator[_Model]:
-    if recipe.ray.address is not None:
-        opened = answering_on_ray(recipe.model, recipe.requests, recipe.ray, _warn)
-        yield _Model(opened, lambda: None)
-        return
-    with at_address(recipe.model, out / "server.log") as address:
-        yield _Model(answering(address, recipe.requests), address.check)
 
 
 def _read(source: DataSource, data: Data, out: Path) -> Reading:

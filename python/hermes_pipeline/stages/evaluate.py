@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,9 @@ from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.services.server import Server
 from hermes_pipeline.services.serving import (
     WATCH_S,
-    Address,
+    Answering,
     Request,
-    answering,
-    at_address,
+    answerer,
     first_of,
     running,
     watched,
@@ -101,13 +100,15 @@ def run(recipe: Recipe, *, label: str | None = None) -> dict[str, Any]:
             count = None if model.checkpoint is None else _token_counter(Path(model.checkpoint))
             name = label or f"evaluate {asked.name}"
             with (
-                at_address(model, out / "server.log") as address,
+                answerer(
+                    model, recipe.requests, recipe.ray, out / "server.log", _warn
+                ) as answering,
                 (out / "answers.jsonl").open("ab", buffering=0) as file,
                 progress(name, total=len(todo), unit="answers") as bar,
             ):
                 record = _Recorder(file.write, failures, bar, count)
-                work = _answer(chosen, todo, address, recipe, record)
-                asyncio.run(watched(work, address.check))
+                work = _answer(chosen, todo, answering.opened, recipe, record)
+                asyncio.run(watched(work, answering.check))
         _write_lines(out / "failures.jsonl", failures)
         done = _read_answers(out)
         lines = [done[key] for d in planned if (key := (d.prompt.key, d.number)) in done]
@@ -140,12 +141,12 @@ def describe(benchmark: str, figures: Figures) -> str:
 async def _answer(
     benchmark: Benchmark[Any],
     draws: Sequence[Draw],
-    address: Address,
+    opened: AbstractAsyncContextManager[Answering],
     recipe: Recipe,
     record: Callable[[Draw, Score], None],
 ) -> None:
     """Have the draws answered and scored."""
-    async with answering(address, recipe.requests) as answer:
+    async with opened as answer:
 
         async def ask(messages: Sequence[Message], *, seed: int) -> Reply:
             return await answer(Request(tuple(messages), recipe.sampling, seed))
@@ -276,6 +277,11 @@ def _token_counter(model: Path) -> Callable[[str], int] | None:
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _warn(line: str) -> None:
+    sys.stderr.write(f"evaluate: {line}\n")
+    sys.stderr.flush()
 
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
