@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from counting import CountingServer, key_of
+from bench.counting_server import CountingServer, key_of
 from hermes_pipeline.services import limits
 from hermes_pipeline.stages.export import export
 from running import Ended, Hermes4, comes_true

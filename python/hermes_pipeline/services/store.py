@@ -33,7 +33,7 @@ from typing import IO, Any
 import orjson
 
 from hermes_core import __version__
-from hermes_core.files import write_text
+from hermes_core.files import remove_unfinished, write_text
 from hermes_pipeline.config import changes
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.store_reader import FORMAT, explained, is_stage, read_about
@@ -118,6 +118,7 @@ class RunStore:
         self._path = folder / "records.sqlite"
         self._lock = _take_lock(folder)
         try:
+            remove_unfinished(folder)
             _keep_about(folder, about | {"fingerprint": fingerprint})
             with explained(self._path):
                 self._connection = _connect(self._path)
