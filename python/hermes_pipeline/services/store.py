@@ -287,18 +287,18 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _take_lock(folder: Path) -> IO[str]:
+def _take_lock(folder: Path) -> IO[bytes]:
     """Hold the folder; the kernel lets go when the process ends, however it does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = lock.read().decode().strip() or "another process"
         lock.close()
         raise UserError(
             f"--out {folder} is in use by {holder}; wait for it, stop it, or choose another --out"
@@ -308,8 +308,7 @@ def _take_lock(folder: Path) -> IO[str]:
         raise UserError(f"--out {folder} cannot be locked: {error.strerror}") from None
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
 
 

@@ -132,6 +132,8 @@ async def _ask(
             await watched(run_draws(draws, ask, store, tally, concurrency=concurrency), look)
     except* NobodyAnswers as group:
         raise UserError(f"{first_of(group)}; {_safe(store.folder)}") from None
+    except* BrokenPipeError as group:  # nobody reads our progress
+        raise first_of(group) from None
     except* (EndpointError, UserError, OSError) as group:
         raise UserError(str(first_of(group))) from None
     finally:
