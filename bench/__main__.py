@@ -1,10 +1,15 @@
-"""`python -m bench BENCHMARK [--static] [--json]`; `--help` names the benchmarks."""
+"""`python -m bench BENCHMARK [--static] [--json]`; `--help` names the benchmarks.
+
+`python -m bench kills` is a trial with options of its own: see its `--help`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
+from bench import kills
 from bench.harness import tell
 
 BENCHMARKS = (
@@ -16,7 +21,9 @@ STATIC = {"attention": "attention_static", "loss": "loss_static"}
 
 
 def main() -> None:
-    """Run one benchmark; its correctness gate goes first."""
+    """Run one benchmark, its correctness gate first; or the trial."""
+    if sys.argv[1:2] == ["kills"]:
+        raise SystemExit(kills.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each result")

@@ -31,6 +31,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` had not finished when it was killed; no one may be writing."""
+    for path in folder.glob(".*.unfinished"):
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames, new and removed files in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

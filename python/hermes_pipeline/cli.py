@@ -5,8 +5,12 @@ Every command imports what it needs when it runs, so that `--help` is instant.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +18,25 @@ import typer
 
 from hermes_pipeline.errors import UserError
 
-INTERRUPTED = 130
+MISTAKEN, STOPPED, INTERRUPTED, UNREAD = 2, 75, 130, 141
 UsageError: Any = typer.BadParameter.__base__  # its home has moved from click into typer
+# Typer keeps lines apart that have an empty one between them.
+EXIT_CODES = """Exit codes:
+
+0: done, or served until stopped
+
+1: a defect, with its traceback
+
+2: a mistake, a file or a disk; one line says which, and the way out
+
+75: stopped by SIGTERM; what is done is safe, and the same command goes on
+
+128 + n: ended by signal n, as 130 by Ctrl-C and 141 where nobody reads the output"""
 
 app = typer.Typer(
     name="hermes4",
     help="From conversations to a trained, served and scored model.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -446,26 +463,80 @@ def demo(
 
 
 def main() -> None:
-    """Run `hermes4`; a user's mistake is one line on standard error and exit code 2."""
+    """Run `hermes4`; ends the process with one of `EXIT_CODES`."""
+    _open_closed_streams()
+    is_told_to_stop = _take_sigterm_as_ctrl_c()
+    code = _run()
+    if code == INTERRUPTED:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second one changes nothing any more
+        code = STOPPED if is_told_to_stop() else INTERRUPTED
+    raise SystemExit(code)
+
+
+def _run() -> Any:
+    """Run the command; a user's mistake is one line on standard error. The exit code."""
     try:
         code = app(prog_name="hermes4", standalone_mode=False)
         sys.stdout.flush()
         if code == INTERRUPTED:  # typer keeps Ctrl-C to itself
             raise KeyboardInterrupt
+    except SystemExit as end:
+        # Typer makes 1 of a broken pipe.
+        return _unread() if isinstance(end.__context__, BrokenPipeError) else end.code
     except UsageError as error:
         # Without any argument the help has been printed, and nothing is left to say.
         if message := error.format_message():
             command = error.ctx.command_path if error.ctx else "hermes4"
-            sys.stderr.write(f"hermes4: error: {message.rstrip('.')} (see {command} --help)\n")
-        raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+            _say(f"hermes4: error: {message.rstrip('.')} (see {command} --help)")
+        return MISTAKEN
+    except BrokenPipeError:
+        return _unread()
     except (UserError, OSError) as error:  # files and disks, too, are the user's
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
-        sys.stderr.write(f"hermes4: error: {error}\n")
-        raise SystemExit(2) from None
+        _say(f"hermes4: error: {error}")
+        return MISTAKEN
     except KeyboardInterrupt:
-        sys.stderr.write("hermes4: interrupted\n")
-        raise SystemExit(INTERRUPTED) from None
+        _say("hermes4: interrupted")
+        return INTERRUPTED
+    return 0
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # where standard error cannot be written, the code says it
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+def _unread() -> int:
+    """End in silence: the reader has seen enough, as `head` has."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())  # what is still in a buffer is written at the end
+    return UNREAD
+
+
+def _open_closed_streams() -> None:
+    """Lead streams that the caller has closed nowhere, before a file takes their number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 - for as long as we run
+            os.dup2(stream.fileno(), number)
+            setattr(sys, name, stream)
+
+
+def _take_sigterm_as_ctrl_c() -> Callable[[], bool]:
+    """Let SIGTERM, which schedulers send, end a command as Ctrl-C does; tells if it has come."""
+    came: list[int] = []
+
+    def on_sigterm(number: int, frame: types.FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            return
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    return lambda: bool(came)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def tokenizer_folder(backend: Tokenizer, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Hermes4:
+def hermes4(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hermes4]:
     """Runs the command `hermes4` in this process."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
 
@@ -119,7 +122,10 @@ def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             code = ended.code
         return Ended(code, *capsys.readouterr())
 
-    return run
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def kept_texts(tokenization: Tokenization, record: Any) -> list[str]:

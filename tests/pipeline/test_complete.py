@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from counting import CountingServer, key_of
-from hermes_pipeline.services import limits
-from hermes_pipeline.stages.export import export
+from bench.counting_server import CountingServer, key_of
+from completing import await_answers, exported, lines, records, refused, start, words, write
+from hermes_pipeline.services import endpoint, limits
 from running import Ended, Hermes4, comes_true
 
 pytestmark = pytest.mark.timeout(100)
@@ -35,41 +35,9 @@ def server() -> Iterator[CountingServer]:
         yield server
 
 
-def write(path: Path, *records: Any) -> Path:
-    lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write(tmp_path / "data.jsonl", *({"prompt": f"{i}?"} for i in range(RECORDS)))
-
-
-def words(server: CountingServer, data: Path, out: Path, *options: object) -> list[str]:
-    fixed = ["complete", "--data", data, "--out", out, "--endpoint", server.url, "--model", "tiny"]
-    return [str(word) for word in (*fixed, *options)]
-
-
-def exported(out: Path) -> bytes:
-    export(out, out.with_suffix(".jsonl"))
-    return out.with_suffix(".jsonl").read_bytes()
-
-
-def records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in exported(out).splitlines()]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def refused(ended: Ended) -> str:
-    """The one line that a user's mistake is."""
-    assert ended.code == 2
-    *_, last = ended.err.splitlines()
-    assert last.startswith("hermes4: error: ")
-    return last
 
 
 # What is asked, and what comes of it.
@@ -254,6 +222,7 @@ def test_a_server_that_is_gone_stops_the_run_and_costs_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(limits, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(endpoint, "OUTAGE_S", 0.1)
     out = tmp_path / "out"
     server.decide = lambda *_: "answer" if len(server.bodies) <= 50 else 502
     said = refused(hermes4(*words(server, data, out, "--concurrency", 4)))
@@ -310,17 +279,6 @@ def test_other_settings_in_the_folder_are_refused(
 
 
 # Processes.
-
-
-def start(server: CountingServer, data: Path, out: Path, *options: object) -> Any:
-    command = [sys.executable, "-m", "hermes_pipeline", *words(server, data, out, *options)]
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes)
-
-
-def await_answers(server: CountingServer, more: int) -> None:
-    wanted = server.answered.total() + more
-    assert comes_true(lambda: server.answered.total() >= wanted, 30)
 
 
 @pytest.mark.heavy

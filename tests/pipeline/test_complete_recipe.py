@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from counting import CountingServer
+from bench.counting_server import CountingServer
+from completing import refused, words
 from hermes_pipeline.config import find_recipe, load
 from hermes_pipeline.sampling.recipe import Recipe
-from running import Ended, Hermes4
+from running import Hermes4
 
 pytestmark = pytest.mark.timeout(100)
 
@@ -37,11 +38,6 @@ def data(tmp_path: Path) -> Path:
 def recipe_of(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
-
-
-def refused(ended: Ended) -> str:
-    assert ended.code == 2
-    return ended.err.splitlines()[-1]
 
 
 def tokens_of(server: CountingServer) -> int:
@@ -158,16 +154,11 @@ def test_several_endpoints_share_the_requests(
 # Cost.
 
 
-def words(server: CountingServer, data: Path, out: Path, *options: object) -> tuple[object, ...]:
-    fixed = ("complete", "--data", data, "--out", out, "--endpoint", server.url, "--model", "tiny")
-    return (*fixed, "--n", 2, *options)
-
-
 def test_a_pilot_tells_what_the_rest_costs_and_pays_for_nothing_twice(
     server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     out = tmp_path / "out"
-    ended = hermes4(*words(server, data, out, "--pilot", 20, *PRICES))
+    ended = hermes4(*words(server, data, out, "--n", 2, "--pilot", 20, *PRICES))
     assert (ended.code, ended.out) == (0, "")
     assert len(server.bodies) == 20
     asked = {body["messages"][0]["content"] for body in server.bodies}
@@ -181,7 +172,7 @@ def test_a_pilot_tells_what_the_rest_costs_and_pays_for_nothing_twice(
     assert told is not None, ended.err
     tokens, margin, money, _ = (float(number.replace(",", "")) for number in told.groups())
     before = tokens_of(server)
-    assert hermes4(*words(server, data, out, *PRICES)).code == 0
+    assert hermes4(*words(server, data, out, "--n", 2, *PRICES)).code == 0
     assert server.answered.total() == len(server.answered) == 200
     spent = tokens_of(server) - before
     assert abs(spent - tokens) <= margin
@@ -193,7 +184,9 @@ def test_a_second_pilot_asks_nothing_and_tells_the_same(
 ) -> None:
     out = tmp_path / "out"
     told = [
-        hermes4(*words(server, data, out, "--pilot", 20, *PRICES, "--json")).out.splitlines()[-1]
+        hermes4(
+            *words(server, data, out, "--n", 2, "--pilot", 20, *PRICES, "--json")
+        ).out.splitlines()[-1]
         for _ in range(2)
     ]
     assert told[0] == told[1]
@@ -206,7 +199,7 @@ def test_a_pilot_without_answers_is_a_users_error(
     server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     server.decide = lambda *_: 400
-    said = refused(hermes4(*words(server, data, tmp_path / "out", "--pilot", 5)))
+    said = refused(hermes4(*words(server, data, tmp_path / "out", "--n", 2, "--pilot", 5)))
     assert "0 answers, of which a forecast wants two, most often: " in said
 
 
@@ -214,7 +207,7 @@ def test_the_money_ends_the_run_and_more_goes_on(
     server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
     out = tmp_path / "out"
-    limited = words(server, data, out, *PRICES, "--concurrency", 16, "--max-cost")
+    limited = words(server, data, out, "--n", 2, *PRICES, "--concurrency", 16, "--max-cost")
     said = refused(hermes4(*limited, 50))
     found = re.search(r"max_cost is reached: (\d+) answers have cost ([\d.]+) and are safe", said)
     assert found is not None
@@ -231,6 +224,6 @@ def test_the_money_ends_the_run_and_more_goes_on(
 def test_progress_tells_the_cost_so_far_and_what_is_expected(
     server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
-    ended = hermes4(*words(server, data, tmp_path / "out", *PRICES))
+    ended = hermes4(*words(server, data, tmp_path / "out", "--n", 2, *PRICES))
     spent = (5 * 200 * 1000 + tokens_of(server) * 2000) / 1e6
     assert ended.err.strip().endswith(f", cost {spent:,.2f} of about {spent:,.2f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import socket
 import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from aiohttp import web
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
+from hermes_pipeline.services import endpoint as endpoint_module
 from hermes_pipeline.services import limits
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
 from scripted import Script, Step, at_random, cut_body, drop, good, half_json, reply, slow, status
@@ -136,6 +138,73 @@ def test_a_pause_that_a_server_asks_for_holds_for_all_calls(number: int) -> None
     assert len(others) == 11
     assert min(others) - first >= 0.4
     assert max(others) - min(others) > 0.001  # not all in the same moment
+
+
+@pytest.mark.parametrize("gone", [None, 502, 503, 504])
+def test_an_outage_uses_up_no_try(gone: int | None) -> None:
+    script = Script(good)
+
+    async def work(endpoint: Endpoint) -> None:
+        await one(endpoint)
+        if gone is None:
+            await script.__aexit__()
+        else:
+            script.steps = [status(gone)]
+        asked = asyncio.create_task(one(endpoint))
+        while endpoint.usage.retries < 20:
+            await asyncio.sleep(0.01)
+        script.steps = [good]
+        if gone is None:
+            await script.__aenter__()
+        await asked
+
+    _, endpoint = against(script, work, tries=3)
+    assert endpoint.usage.retries >= 20
+    assert endpoint.usage.failed == 0
+
+
+def test_an_outage_ends_some_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "OUTAGE_S", 0.3)
+
+    async def work(endpoint: Endpoint) -> None:
+        await one(endpoint)
+        await one(endpoint)
+
+    with pytest.raises(EndpointError, match="failed 3 times; the last time 503"):
+        against(Script(good, status(503)), work, tries=3)
+
+
+def test_one_that_fails_alone_is_no_outage() -> None:
+    async def refuse_some(request: web.Request) -> web.StreamResponse:
+        refused = "never" in str(await request.json())
+        return await (status(503) if refused else good)(request)
+
+    async def work(endpoint: Endpoint) -> None:
+        async def others() -> None:
+            while True:
+                await one(endpoint)
+
+        answered = asyncio.create_task(others())
+        try:
+            await endpoint.chat((Message("user", "never"),), Sampling())
+        finally:
+            answered.cancel()
+
+    with pytest.raises(EndpointError, match="failed 3 times"):
+        against(Script(refuse_some), work, tries=3)
+
+
+def test_a_server_that_never_answered_is_not_waited_for() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    async def run() -> None:
+        async with Endpoint(f"http://127.0.0.1:{port}/v1", "tiny") as endpoint:
+            await one(endpoint)
+
+    with pytest.raises(EndpointError, match="failed 6 times"):
+        asyncio.run(run())
 
 
 def test_a_request_gives_up_on_429_when_its_time_is_up() -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from counting import CountingServer
+from bench.counting_server import CountingServer
+from completing import exported
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services import cluster
 from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
-from hermes_pipeline.stages.export import export
 from nodes import Nodes
 from running import Ended, comes_true
 
@@ -172,11 +172,6 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def exported(out: Path) -> bytes:
-    export(out, out.with_suffix(".jsonl"))
-    return out.with_suffix(".jsonl").read_bytes()
-
-
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_no_cluster_is_one_line(data: Path, tmp_path: Path, address: str) -> None:
     began = time.monotonic()
@@ -197,15 +192,18 @@ def test_a_hopeless_error_stops_the_run_in_one_line(
     assert len(ended.err.splitlines()) == 1, ended.err
 
 
-def test_ctrl_c_leaves_no_worker_behind(nodes: Nodes, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_leaves_no_worker_behind(
+    nodes: Nodes, data: Path, tmp_path: Path, number: int, code: int
+) -> None:
     out = tmp_path / "out"
     with CountingServer(delay_s=0.5) as server:
         command = words(server.url, data, out, "--ray", nodes.address)
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             assert comes_true(lambda: server.answered.total() >= 40, 60)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, said = process.communicate(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode == code
         assert said.splitlines()[-1].startswith("hermes4: interrupted; ")
         assert comes_true(lambda: not any(map(nodes.workers, range(3))), 20)
         asked = len(server.bodies)

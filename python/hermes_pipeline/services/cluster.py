@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -265,9 +266,11 @@ def _connect(address: str) -> Any:
             "--ray wants Ray, which is not installed: pip install 'hermes4-core[ray]', on every "
             "node of the cluster"
         ) from None
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        signal.signal(signal.SIGTERM, ours)  # Ray's would end us where we stand
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {address}: {_line(error)}") from None
     return ray

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import os
 import random
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -23,11 +22,15 @@ from hermes_pipeline.services.limits import (
     RESETS,
     Address,
     Bucket,
+    TooLate,
     allow_files,
     asked_pause_s,
     backoff_s,
     choose,
     read_address,
+    read_key,
+    sleep,
+    wait,
 )
 from hermes_pipeline.services.wire import (
     CHAT,
@@ -48,6 +51,8 @@ RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
 GONE = frozenset({502, 503, 504})  # what stands behind the address does not answer
 HOPELESS = frozenset({401, 403, 404})  # no other request would fare better
 HOPELESS_CODES = frozenset({"insufficient_quota", "invalid_api_key", "model_not_found"})
+OUTAGE_S = 300.0  # a server that has answered is waited for so long, from its last answer on
+OUTAGE_PAUSE_S = 5.0  # at most, while nobody is there: asking costs nothing
 CONNECT_S = 30.0
 KEEP_ALIVE_S = 4.0  # uvicorn closes after 5: a request must not meet that
 SPARE_FILES = 128
@@ -79,6 +84,7 @@ class _Fault:
     status: int | None = None
     is_final: bool = False
     is_hopeless: bool = False
+    is_gone: bool = False  # nobody was there to take the request
     pause_asked: bool = False  # the address is paused already
 
     @property
@@ -86,16 +92,13 @@ class _Fault:
         return self.status == 429
 
 
-class _TooLate(Exception):
-    """The time of a request is up, or will be before it may go on."""
-
-
 class Endpoint:
     """One model at one address or several, for the time of an `async with` block.
 
     Requests are spread over the addresses by what each has in flight. One that fails is set aside
     for a while and tried again with a single request; one that asks for a pause gets no request
-    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`.
+    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`. Nor
+    does an outage of a server that has answered before, for `OUTAGE_S`.
 
     Args:
         base_url: up to and with `/v1`; several for a cluster.
@@ -133,7 +136,7 @@ class Endpoint:
         urls = [base_url] if isinstance(base_url, str) else base_url
         self.model = model
         self.usage = Usage()
-        self._key = _read_key()
+        self._key = read_key()
         self._addresses = [read_address(url, self._key) for url in urls or [""]]
         self._concurrency, self._tries = concurrency, tries
         self._request_timeout_s, self._run_timeout_s = request_timeout_s, run_timeout_s
@@ -233,6 +236,7 @@ class Endpoint:
         cost = 0.0 if self._tokens is None else self._expected_tokens(data, body, n)
         address, fault = self._addresses[0], _Fault("none has ended")
         attempt = tries = 0
+        gone_since = math.inf
         try:
             while True:
                 address = await self._take_turn(cost, deadline)
@@ -242,13 +246,17 @@ class Endpoint:
                 fault, attempt = answer, attempt + 1
                 if fault.is_throttled and self._tokens is not None:
                     self._tokens.charge(-cost)  # nothing was computed for it
-                tries += not fault.is_throttled
+                now = asyncio.get_running_loop().time()
+                gone_since = min(gone_since, now) if fault.is_gone else math.inf
+                is_out = fault.is_gone and self._is_out(gone_since, now)
+                tries += not (fault.is_throttled or is_out)
                 if fault.is_final or tries == self._tries:
                     raise self._failure(address, fault, tries)
                 self.usage.retries += 1
                 if not fault.pause_asked:
-                    await _sleep(backoff_s(attempt - 1), deadline)
-        except _TooLate:
+                    longest = OUTAGE_PAUSE_S if fault.is_gone else math.inf
+                    await sleep(min(longest, backoff_s(attempt - 1)), deadline)
+        except TooLate:
             raise self._late(address, fault, began, deadline) from None
         if self._tokens is not None and answer.tokens:
             self._tokens.charge(answer.tokens - cost)
@@ -260,6 +268,10 @@ class Endpoint:
             answer = replace(answer, replies=replies)
         return answer
 
+    def _is_out(self, since: float, now: float) -> bool:
+        """Has nobody been answered since then, but not long before?"""
+        return self._answered_at < since and now < self._answered_at + OUTAGE_S
+
     async def _take_turn(self, tokens: float, deadline: float) -> Address:
         """Where to send now, once no pause and no rate stands against it."""
         loop = asyncio.get_running_loop()
@@ -267,10 +279,10 @@ class Endpoint:
             await self._sit_out_pause(deadline)
             for bucket, amount in ((self._requests, 1.0), (self._tokens, tokens)):
                 if bucket is not None and not bucket.takes_now(amount):
-                    await _wait(bucket.take(amount), deadline)
+                    await wait(bucket.take(amount), deadline)
             now = loop.time()
             if now >= deadline:
-                raise _TooLate
+                raise TooLate
             address = choose(self._addresses, now)
             if address.paused_until <= now:
                 return address
@@ -282,7 +294,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         while (pause := min(a.paused_until for a in self._addresses) - loop.time()) > 0:
             # All wait for the same moment: not one goes before, and not all at once.
-            await _sleep(pause * random.uniform(1, 1.1), deadline)
+            await sleep(pause * random.uniform(1, 1.1), deadline)
 
     async def _send(
         self, address: Address, path: str, data: bytes, deadline: float
@@ -310,9 +322,11 @@ class Endpoint:
         except (aiohttp.ClientError, BrokenReply, TimeoutError, OSError) as error:
             now = loop.time()
             if now >= deadline:
-                raise _TooLate from None
+                raise TooLate from None
             address.set_aside(now)
-            return _Fault(f"{type(error).__name__}: {error}" if str(error) else "timed out")
+            problem = f"{type(error).__name__}: {error}" if str(error) else "timed out"
+            nobody = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+            return _Fault(problem, is_gone=isinstance(error, nobody))
         finally:
             address.in_flight -= 1
         if reply.status in GONE:
@@ -335,7 +349,8 @@ class Endpoint:
         pause = None if is_final else asked_pause_s(headers, time.time())
         if pause is not None:
             address.pause(asyncio.get_running_loop().time() + pause)
-        return _Fault(f"{reply.status}: {said}", reply.status, is_final, is_hopeless, bool(pause))
+        how = (reply.status, is_final, is_hopeless, reply.status in GONE, bool(pause))
+        return _Fault(f"{reply.status}: {said}", *how)
 
     def _expected_tokens(self, data: bytes, body: Mapping[str, Any], n: int) -> float:
         if self.usage.tokens:
@@ -373,24 +388,3 @@ class Endpoint:
         if self._key:
             problem = problem.replace(self._key, "***")
         return f"{address.shown} (model {self.model}): {problem[:SHOWN]}"
-
-
-async def _sleep(seconds: float, deadline: float) -> None:
-    if asyncio.get_running_loop().time() + seconds >= deadline:
-        raise _TooLate
-    await asyncio.sleep(seconds)
-
-
-async def _wait(waiting: Coroutine[Any, Any, None], deadline: float) -> None:
-    try:
-        async with asyncio.timeout_at(deadline):
-            await waiting
-    except TimeoutError:
-        raise _TooLate from None
-
-
-def _read_key() -> str:
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY holds characters that no header can carry")
-    return key

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import resource
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from hermes_pipeline.errors import UserError
@@ -86,6 +88,10 @@ class Bucket:
             self._waiting.popleft()
 
 
+class TooLate(Exception):
+    """The time of a request is up, or will be before it may go on."""
+
+
 @dataclass(slots=True, eq=False)
 class Address:
     """One address of a model; times are the event loop's."""
@@ -131,6 +137,18 @@ def read_address(url: str, key: str) -> Address:
     return Address(url.rstrip("/"), shown)
 
 
+def read_key() -> str:
+    """OPENAI_API_KEY; empty where there is none.
+
+    Raises:
+        UserError: no header can carry it.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY holds characters that no header can carry")
+    return key
+
+
 def choose(addresses: Sequence[Address], now: float) -> Address:
     """The address for the next request; one that is paused only when all are.
 
@@ -150,6 +168,22 @@ def choose(addresses: Sequence[Address], now: float) -> Address:
         best = returning[0]
         best.set_aside(now)  # from the others' point of view, until this one is answered
     return best
+
+
+async def sleep(seconds: float, deadline: float) -> None:
+    """Sleep; raises `TooLate` at once when the deadline would pass meanwhile."""
+    if asyncio.get_running_loop().time() + seconds >= deadline:
+        raise TooLate
+    await asyncio.sleep(seconds)
+
+
+async def wait(waiting: Coroutine[Any, Any, None], deadline: float) -> None:
+    """Wait; raises `TooLate` at the deadline."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            await waiting
+    except TimeoutError:
+        raise TooLate from None
 
 
 def backoff_s(attempt: int) -> float:

@@ -7,6 +7,9 @@ import functools
 import hashlib
 import math
 import os
+import signal
+import threading
+import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -222,17 +225,38 @@ async def watched(work: Coroutine[Any, Any, None], check: Callable[[], None]) ->
             check()
             await asyncio.sleep(WATCH_S)
 
-    watching = asyncio.create_task(watch())
-    working = asyncio.create_task(work)
+    with _hearing_ctrl_c_once():
+        watching = asyncio.create_task(watch())
+        working = asyncio.create_task(work)
+        try:
+            await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            await working
+        finally:
+            for task in (watching, working):
+                task.cancel()
+            await asyncio.gather(watching, working, return_exceptions=True)
+
+
+@contextmanager
+def _hearing_ctrl_c_once() -> Iterator[None]:
+    """The first Ctrl-C cancels the work; a second one would leave its tasks half ended."""
+    before: Any = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hear(number: int, frame: types.FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
     try:
-        await asyncio.wait({watching, working}, return_when=asyncio.FIRST_COMPLETED)
-        if watching.done():
-            watching.result()
-        await working
+        yield
     finally:
-        for task in (watching, working):
-            task.cancel()
-        await asyncio.gather(watching, working, return_exceptions=True)
+        if signal.getsignal(signal.SIGINT) is hear:
+            signal.signal(signal.SIGINT, before)
 
 
 def first_of(group: BaseExceptionGroup[Any]) -> BaseException:

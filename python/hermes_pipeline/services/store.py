@@ -34,7 +34,7 @@ from typing import IO, Any
 import orjson
 
 from hermes_core import __version__
-from hermes_core.files import write_text
+from hermes_core.files import remove_unfinished, write_text
 from hermes_pipeline.config import changes
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.store_reader import FORMAT, explained, is_stage, read_about
@@ -128,6 +128,7 @@ class RunStore:
         self._path = folder / "records.sqlite"
         self._lock = _take_lock(folder)
         try:
+            remove_unfinished(folder)
             _keep_about(folder, about | {"fingerprint": fingerprint}, recipe or {})
             with explained(self._path):
                 self._connection = _connect(self._path)
@@ -296,18 +297,18 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _take_lock(folder: Path) -> IO[str]:
+def _take_lock(folder: Path) -> IO[bytes]:
     """Hold the folder; the kernel lets go when the process ends, however it does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = lock.read().decode().strip() or "another process"
         lock.close()
         raise UserError(
             f"--out {folder} is in use by {holder}; wait for it, stop it, or choose another --out"
@@ -317,8 +318,7 @@ def _take_lock(folder: Path) -> IO[str]:
         raise UserError(f"--out {folder} cannot be locked: {error.strerror}") from None
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
 
 

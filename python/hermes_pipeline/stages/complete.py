@@ -146,6 +146,8 @@ def _ask(
         asyncio.run(watched(_answer(draws, recipe, model.opened, store, show.spending), look))
     except* NobodyAnswers as group:
         raise UserError(f"{first_of(group)}; {_safe(store.folder)}") from None
+    except* BrokenPipeError as group:  # nobody reads our progress
+        raise first_of(group) from None
     except* (EndpointError, UserError, OSError) as group:
         raise UserError(str(first_of(group))) from None
     finally:

@@ -38,24 +38,41 @@ class CountingServer:
         self.answered: Counter[str] = Counter()
         self.tokens: dict[str, int] = {}
         self.url = ""
+        self._port = 0  # any; from then on the same
+        self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> CountingServer:
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        self.appear()
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+        self.vanish()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
 
+    def appear(self) -> None:
+        """Listen, where it did before if it did."""
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+
+    def vanish(self) -> None:
+        """Cut every connection, and refuse new ones."""
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._connections)
+
     async def _start(self) -> None:
-        self._connections: set[_Connection] = set()
-        self._server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+        self._server = await self._loop.create_server(
+            lambda: _Connection(self), "127.0.0.1", self._port
+        )
+        self._port = self._server.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}/v1"
 
     async def _stop(self) -> None:
         self._server.close()
