@@ -6,9 +6,11 @@ Every command imports what it needs when it runs, so that `--help` is instant.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import typer
 from hermes_pipeline.errors import UserError
 
 MISTAKEN, STOPPED, INTERRUPTED, UNREAD = 2, 75, 130, 141
+SAME_S = 3.0  # what comes so soon after a Ctrl-C is the same one
 UsageError: Any = typer.BadParameter.__base__  # its home has moved from click into typer
 # Typer keeps lines apart that have an empty one between them.
 EXIT_CODES = """Exit codes:
@@ -394,7 +397,7 @@ def demo(
 def main() -> None:
     """Run `hermes4`; ends the process with one of `EXIT_CODES`."""
     _open_closed_streams()
-    is_told_to_stop = _take_sigterm_as_ctrl_c()
+    is_told_to_stop = _hear_signals()
     code = _run()
     if code == INTERRUPTED:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -455,17 +458,27 @@ def _open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def _take_sigterm_as_ctrl_c() -> Callable[[], bool]:
-    """Let SIGTERM, which schedulers send, end a command as Ctrl-C does; tells if it has come."""
-    came: list[int] = []
+def _hear_signals() -> Callable[[], bool]:
+    """Let SIGTERM, which schedulers send, end a command as Ctrl-C does; tells if it has come.
+
+    Another Ctrl-C in the midst of cleaning up would leave a mess, or a worker that waits for ever.
+    """
+    told: list[int] = []
+    last = -math.inf
+
+    def on_sigint(number: int, frame: types.FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > SAME_S:
+            last = time.monotonic()
+            raise KeyboardInterrupt
 
     def on_sigterm(number: int, frame: types.FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            return
+        told.append(number)
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, on_sigint)
         signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGTERM, on_sigterm)
-    return lambda: bool(came)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, on_sigint)
+    return lambda: bool(told)
