@@ -55,11 +55,11 @@ def run(
         if shown == count:
             break
         try:
-            text = describe(number, record, tokenization, marked=_is_plain(console))
+            told = describe(number, record, tokenization, marked=_is_plain(console))
         except Refused as error:
-            text = _describe_refused(number, record, error)
+            told = _describe_refused(number, record, error)
             refused += 1
-        console.print(text)
+        console.print(told)
         shown += 1
     if shown == 0:
         raise UserError(f"--index {index}: {source.name} has no conversation of that number")
