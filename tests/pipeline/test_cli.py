@@ -14,7 +14,7 @@ import pytest
 
 from hermes_core import __version__
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.stages import pack
+from hermes_pipeline.stages import demo, pack
 from running import Ended, Hermes4
 
 pytestmark = pytest.mark.timeout(100)
@@ -151,6 +151,18 @@ def test_a_signal_is_one_line_and_has_its_exit_code(tmp_path: Path, number: int,
         finally:
             process.kill()
     assert (process.returncode, *said) == (code, "", "hermes4: interrupted\n")
+
+
+def test_a_demo_that_is_stopped_while_it_trains_ends_as_training_does(
+    hermes4: Hermes4, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopped = [step for step in demo.model_steps(tmp_path, 0) if step.name == "train"]
+    monkeypatch.setattr(demo, "data_steps", lambda *_: [])
+    monkeypatch.setattr(demo, "model_steps", lambda *_: stopped)
+    monkeypatch.setattr(demo.train, "run", lambda *_, **__: 75)
+    ended = hermes4("demo", "--out", tmp_path / "demo")
+    assert ended.code == 75
+    assert ended.err.endswith("hermes4: interrupted; run the same command again to go on\n")
 
 
 def test_a_reader_that_is_gone_from_the_start_has_its_exit_code() -> None:
