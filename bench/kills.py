@@ -235,7 +235,7 @@ def kill_in_turn(world: World, out: Path, rng: random.Random, kills: int) -> Fou
             break
         elif not (wanted or _could_be_answered(world, out)):
             break
-    _settle(found, runs, out.name)
+    settle(found, runs, out.name)
     made = _made(out)
     for name in made.keys() | world.calm.keys():
         if made.get(name) != world.calm.get(name):
@@ -255,7 +255,7 @@ def _kill(run: Run, moment: Moment, rng: random.Random) -> bool:
     return run.process.wait() < 0
 
 
-def _settle(found: Found, runs: Sequence[Ended], name: str) -> None:
+def settle(found: Found, runs: Sequence[Ended], name: str) -> None:
     """Lay each call that was paid for again to the run that had paid for it before."""
     last: dict[int, int] = {}
     repeated = [0] * len(runs)

@@ -209,7 +209,9 @@ Int64Array shuffle(std::int64_t count, const std::vector<std::uint64_t>& seed_wo
 
 // ---- mapping ----------------------------------------------------------------------------------
 
-Array<std::uint8_t> map_file(const std::string& path) {
+// A path is bytes: the names of files need be no text.
+Array<std::uint8_t> map_file(const py::bytes& name) {
+    const std::string path(name);
     hermes::Mapping* mapping = nullptr;
     try {
         mapping = new hermes::Mapping(hermes::map_file(path));

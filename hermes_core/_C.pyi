@@ -100,7 +100,7 @@ def build_rows(
     Input ids, labels, positions, cu_seqlens of these rows of a plan; how many are kept.
     """
 
-def map_file(path: str) -> numpy.typing.NDArray[numpy.uint8]:
+def map_file(path: bytes) -> numpy.typing.NDArray[numpy.uint8]:
     """
     The bytes of a file, mapped read-only; holds no file descriptor.
     """

@@ -139,6 +139,8 @@ def _check(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> N
                 f"{name} is {x.dtype} on {x.device} but q is {q_TNH.dtype} on {q_TNH.device}"
             )
     tokens, heads, size = q_TNH.shape
+    if size == 0:
+        raise ValueError(f"q is {tuple(q_TNH.shape)}: the head size is 0, want 1 or more")
     if k_TKH.shape != v_TKH.shape:
         raise ValueError(f"k is {tuple(k_TKH.shape)} but v is {tuple(v_TKH.shape)}")
     if (k_TKH.shape[0], k_TKH.shape[2]) != (tokens, size):

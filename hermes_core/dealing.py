@@ -99,7 +99,8 @@ def row_costs(
 
     Raises:
         TypeError: lengths are not integers.
-        ValueError: a coefficient out of range, or the plan was made from other lengths.
+        ValueError: lengths of another shape, a coefficient out of range, or the plan was made from
+            other lengths.
     """
     for name, value in (("linear", linear), ("quadratic", quadratic)):
         if not 0 <= value < math.inf:
@@ -124,8 +125,10 @@ def row_costs(
 def _packed_lengths(packing: Packing, lengths: ArrayLike) -> NDArray[np.int64]:
     """[P] tokens of each packed sample, row after row."""
     values = np.asarray(lengths)
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise TypeError(f"lengths is {values.dtype} {list(values.shape)}, want [samples] integers")
+    if values.ndim != 1:
+        raise ValueError(f"lengths has shape {list(values.shape)}, want [samples]")
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"lengths is {values.dtype}, want integers")
     if len(packing.samples) and packing.samples.max() >= len(values):
         raise ValueError(
             f"the plan names sample {packing.samples.max()} but there are {len(values)} lengths: "
@@ -157,7 +160,8 @@ def deal(costs: ArrayLike, *, ranks: int, micro_batches: int, local_rows: int = 
 
     Raises:
         TypeError: costs or sizes are not numbers.
-        ValueError: no costs, a cost that is not finite and above 0, or sizes out of range.
+        ValueError: no costs or costs of another shape, one that is not finite and above 0, or sizes
+            out of range.
     """
     values, sizes = _check(costs, ranks, micro_batches, local_rows)
     rows = _places(len(values), sizes)
@@ -192,8 +196,10 @@ def _check(
     values = np.asarray(costs)
     if values.size == 0:
         raise ValueError("costs is empty: nothing to deal")
-    if values.ndim != 1 or values.dtype.kind not in "iuf":
-        raise TypeError(f"costs is {values.dtype} {list(values.shape)}, want [rows] numbers")
+    if values.ndim != 1:
+        raise ValueError(f"costs has shape {list(values.shape)}, want [rows]")
+    if values.dtype.kind not in "iuf":
+        raise TypeError(f"costs is {values.dtype}, want numbers")
     bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
     if bad.size:
         raise ValueError(f"costs[{bad[0]}] is {values[bad[0]]}, want a finite number above 0")

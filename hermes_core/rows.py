@@ -104,12 +104,12 @@ def build_rows(
 
     Raises:
         TypeError: an argument or an array of ``out`` of another type.
-        ValueError: a row number out of range, a plan of other samples, a corrupt store, an array of
-            ``out`` that cannot be written so, a token id over int32.
+        ValueError: row numbers of another shape or out of range, a plan of other samples, a corrupt
+            store, an array of ``out`` that cannot be written so, a token id over int32.
     """
     if dtype is None:
         dtype = np.int64 if out is None else np.asarray(out.input_ids).dtype
-    ids = _id_dtype(dtype)
+    ids, pad_id, threads = check_options(pad_id, dtype, threads)
     built = _C.build_rows(  # by place: names would cost a tenth of a small batch
         samples._in_use,
         samples.shard,
@@ -118,10 +118,10 @@ def build_rows(
         row_numbers(rows, packing.rows),
         packing.row_length,
         packing.too_long == "truncate",
-        check_integer("pad_id", pad_id, 0, LARGEST_ID[ids]),
+        pad_id,
         ids.itemsize,
         None if out is None else (out.input_ids, out.labels, out.positions, out.cu_seqlens),
-        check_integer("threads", threads, 1, _C.MAX_THREADS),
+        threads,
     )
     return Rows(*built)
 
@@ -134,8 +134,10 @@ def row_numbers(rows: RowNumbers, count: int) -> NDArray[np.int64]:
             raise ValueError(f"rows[{i}] is {number}, outside [0, {count})")
         return np.arange(rows.start, rows.stop, rows.step, np.int64)
     numbers = np.asarray(rows)
-    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise TypeError(f"rows is {numbers.dtype} {list(numbers.shape)}, want a list of integers")
+    if numbers.ndim != 1:
+        raise ValueError(f"rows has shape {list(numbers.shape)}, want [rows]")
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise TypeError(f"rows is {numbers.dtype}, want integers")
     if numbers.dtype == np.uint64:
         check_row_numbers(numbers, count)
     return np.ascontiguousarray(numbers, np.int64)
@@ -146,6 +148,13 @@ def check_row_numbers(numbers: NDArray[np.integer], count: int) -> None:
     bad = np.flatnonzero((numbers < 0) | (numbers >= count))
     if bad.size:
         raise ValueError(f"rows[{bad[0]}] is {numbers[bad[0]]}, outside [0, {count})")
+
+
+def check_options(pad_id: int, dtype: DTypeLike, threads: int) -> tuple[np.dtype[Any], int, int]:
+    """The dtype of ids, the padding's id and how many threads write, as `build_rows` takes them."""
+    ids = _id_dtype(dtype)
+    pad_id = check_integer("pad_id", pad_id, 0, LARGEST_ID[ids])
+    return ids, pad_id, check_integer("threads", threads, 1, _C.MAX_THREADS)
 
 
 def _id_dtype(dtype: DTypeLike) -> np.dtype[Any]:

@@ -90,7 +90,7 @@ class Store(Samples):
             raise StoreError(
                 f"{path} is not the shard that store.json lists: {found}, want {entry}"
             )
-        data = _C.map_file(str(path))
+        data = _C.map_file(os.fsencode(path))
 
         def section(number: int, count: int, dtype: Any) -> Any:
             start = starts[number]
@@ -115,7 +115,7 @@ class Store(Samples):
             raise StoreError(f"{quarantine} has {lines} lines, want {self.quarantined}")
         for entry in self.entries:
             path = self.folder / entry.name
-            if checksum(_C.map_file(str(path))) != entry.sha256:
+            if checksum(_C.map_file(os.fsencode(path))) != entry.sha256:
                 raise StoreError(f"{path} is damaged: its checksum differs from store.json")
         if fingerprint_of(self._about) != self.fingerprint:
             raise StoreError(f"{self.folder / 'store.json'} is damaged: its fingerprint differs")

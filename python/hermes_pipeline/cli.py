@@ -5,33 +5,27 @@ Every command imports what it needs when it runs, so that `--help` is instant.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.exits import (
+    EXIT_CODES,
+    INTERRUPTED,
+    MISTAKEN,
+    STOPPED,
+    hearing_signals,
+    open_closed_streams,
+    say,
+    unread,
+)
 
-MISTAKEN, STOPPED, INTERRUPTED, UNREAD = 2, 75, 130, 141
 UsageError: Any = typer.BadParameter.__base__  # its home has moved from click into typer
-# Typer keeps lines apart that have an empty one between them.
-EXIT_CODES = """Exit codes:
-
-0: done, or served until stopped
-
-1: a defect, with its traceback
-
-2: a mistake, a file or a disk; one line says which, and the way out
-
-75: stopped by SIGTERM; what is done is safe, and the same command goes on
-
-128 + n: ended by signal n, as 130 by Ctrl-C and 141 where nobody reads the output"""
 
 app = typer.Typer(
     name="hermes4",
@@ -464,12 +458,12 @@ def demo(
 
 def main() -> None:
     """Run `hermes4`; ends the process with one of `EXIT_CODES`."""
-    _open_closed_streams()
-    is_told_to_stop = _take_sigterm_as_ctrl_c()
-    code = _run()
+    open_closed_streams()
+    with hearing_signals() as is_told_to_stop:
+        code = _run()
     if code == INTERRUPTED:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second one changes nothing any more
+            signal.signal(number, signal.SIG_IGN)  # another one changes nothing any more
         code = STOPPED if is_told_to_stop() else INTERRUPTED
     raise SystemExit(code)
 
@@ -483,60 +477,21 @@ def _run() -> Any:
             raise KeyboardInterrupt
     except SystemExit as end:
         # Typer makes 1 of a broken pipe.
-        return _unread() if isinstance(end.__context__, BrokenPipeError) else end.code
+        return unread() if isinstance(end.__context__, BrokenPipeError) else end.code
     except UsageError as error:
         # Without any argument the help has been printed, and nothing is left to say.
         if message := error.format_message():
             command = error.ctx.command_path if error.ctx else "hermes4"
-            _say(f"hermes4: error: {message.rstrip('.')} (see {command} --help)")
+            say(f"hermes4: error: {message.rstrip('.')} (see {command} --help)")
         return MISTAKEN
     except BrokenPipeError:
-        return _unread()
+        return unread()
     except (UserError, OSError) as error:  # files and disks, too, are the user's
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
-        _say(f"hermes4: error: {error}")
+        say(f"hermes4: error: {error}")
         return MISTAKEN
     except KeyboardInterrupt:
-        _say("hermes4: interrupted")
+        say("hermes4: interrupted")
         return INTERRUPTED
     return 0
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # where standard error cannot be written, the code says it
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-
-
-def _unread() -> int:
-    """End in silence: the reader has seen enough, as `head` has."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(nowhere, stream.fileno())  # what is still in a buffer is written at the end
-    return UNREAD
-
-
-def _open_closed_streams() -> None:
-    """Lead streams that the caller has closed nowhere, before a file takes their number."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        if getattr(sys, name) is None:
-            stream = open(os.devnull, mode)  # noqa: SIM115 - for as long as we run
-            os.dup2(stream.fileno(), number)
-            setattr(sys, name, stream)
-
-
-def _take_sigterm_as_ctrl_c() -> Callable[[], bool]:
-    """Let SIGTERM, which schedulers send, end a command as Ctrl-C does; tells if it has come."""
-    came: list[int] = []
-
-    def on_sigterm(number: int, frame: types.FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            return
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.raise_signal(signal.SIGINT)
-
-    signal.signal(signal.SIGTERM, on_sigterm)
-    return lambda: bool(came)

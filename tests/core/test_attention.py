@@ -140,6 +140,7 @@ def test_no_token_is_no_work() -> None:
         ([(8, 4, 16), (7, 4, 16), (7, 4, 16)], [8], "k is"),
         ([(8, 4, 16), (8, 4, 16), (8, 4, 16)], [9], "ends at 9 but q has 8"),
         ([(8, 64), (8, 64), (8, 64)], [8], "q must be"),
+        ([(8, 4, 0), (8, 4, 0), (8, 4, 0)], [8], "the head size is 0, want 1 or more"),
     ],
 )
 def test_shapes_that_disagree_are_refused(

@@ -141,8 +141,13 @@ def test_row_costs_rejects_lengths_in_another_order(plan: Packing) -> None:
 
 
 def test_row_costs_rejects_lengths_that_are_not_integers(plan: Packing) -> None:
-    with pytest.raises(TypeError, match=r"lengths is float64 \[3\], want \[samples\] integers"):
+    with pytest.raises(TypeError, match="lengths is float64, want integers"):
         row_costs(plan, [7.0, 3.0, 6.0], linear=1, quadratic=1)
+
+
+def test_row_costs_rejects_lengths_of_another_shape(plan: Packing) -> None:
+    with pytest.raises(ValueError, match=r"lengths has shape \[1, 3\], want \[samples\]"):
+        row_costs(plan, [[7, 3, 6]], linear=1, quadratic=1)
 
 
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
@@ -350,9 +355,15 @@ def test_deal_rejects_no_costs() -> None:
         deal([], ranks=1, micro_batches=1)
 
 
-@pytest.mark.parametrize("costs", [["one"], [True], [[1.0]]])
+@pytest.mark.parametrize("costs", [["one"], [True]])
 def test_deal_rejects_what_are_no_costs(costs: Any) -> None:
-    with pytest.raises(TypeError, match=r"costs is .*, want \[rows\] numbers"):
+    with pytest.raises(TypeError, match=r"costs is .*, want numbers"):
+        deal(costs, ranks=1, micro_batches=1)
+
+
+@pytest.mark.parametrize("costs", [[[1.0]], 1.0])
+def test_deal_rejects_costs_of_another_shape(costs: Any) -> None:
+    with pytest.raises(ValueError, match=r"costs has shape \[.*\], want \[rows\]"):
         deal(costs, ranks=1, micro_batches=1)
 
 

@@ -206,7 +206,11 @@ def test_missing_shard_is_told_as_the_store_tells_it(
         ({"start": 10_000}, ValueError, r"start is 10000, outside \[0, "),
         ({"rows": [0, 10_000]}, ValueError, r"rows\[1\] is 10000, outside \[0, "),
         ({"rows": range(5, -2, -1)}, ValueError, r"rows\[6\] is -1, outside \[0, "),
-        ({"rows": [0.5]}, TypeError, "rows is float64 .1., want a list of integers"),
+        ({"rows": [0.5]}, TypeError, "rows is float64, want integers"),
+        ({"pad_id": -1}, ValueError, r"pad_id is -1, outside \[0, "),
+        ({"pad_id": 1 << 31, "dtype": np.int32}, ValueError, r"pad_id is 2147483648, outside "),
+        ({"dtype": np.int16}, TypeError, "dtype is int16, want int64 or int32"),
+        ({"threads": 0}, ValueError, r"threads is 0, outside \[1, "),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(

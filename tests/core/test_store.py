@@ -185,6 +185,13 @@ def test_one_flipped_bit_fails_verification(tmp_path: Path) -> None:
         open_store(tmp_path).verify()
 
 
+def test_a_folder_whose_name_is_no_text_holds_a_store(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    store = write(folder)
+    store.verify()
+    assert [ids.tolist() for ids, *_ in store] == [ids for ids, _ in records(1000, 40)]
+
+
 def test_missing_and_unfinished_folders_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"nowhere is not a token store"):
         open_store(tmp_path / "nowhere")

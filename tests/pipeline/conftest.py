@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +106,7 @@ def tokenizer_folder(backend: Tokenizer, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def hermes4(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Hermes4]:
+def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Hermes4:
     """Runs the command `hermes4` in this process."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
 
@@ -122,10 +119,7 @@ def hermes4(
             code = ended.code
         return Ended(code, *capsys.readouterr())
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return run
 
 
 def kept_texts(tokenization: Tokenization, record: Any) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from hermes_core import __version__
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.stages import pack
+from hermes_pipeline.stages import demo, pack
 from running import Ended, Hermes4
 
 pytestmark = pytest.mark.timeout(100)
@@ -136,7 +136,8 @@ def test_a_defect_keeps_its_traceback(hermes4: Hermes4, monkeypatch: pytest.Monk
         hermes4("pack", "store")
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_is_one_line_and_has_its_exit_code(tmp_path: Path, number: int, code: int) -> None:
     os.mkfifo(tmp_path / "store.json")
     words = [sys.executable, "-m", "hermes_pipeline", "pack", str(tmp_path)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -144,12 +145,41 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
         try:
             # Opens once the command has opened it too, and is about to wait for what we write.
             with (tmp_path / "store.json").open("wb"):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
             # Closed by now: a signal that came just before the wait would not have ended it.
             said = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, *said) == (130, "", "hermes4: interrupted\n")
+    assert (process.returncode, *said) == (code, "", "hermes4: interrupted\n")
+
+
+def test_a_demo_that_is_stopped_while_it_trains_ends_as_training_does(
+    hermes4: Hermes4, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopped = [step for step in demo.model_steps(tmp_path, 0) if step.name == "train"]
+    monkeypatch.setattr(demo, "data_steps", lambda *_: [])
+    monkeypatch.setattr(demo, "model_steps", lambda *_: stopped)
+    monkeypatch.setattr(demo.train, "run", lambda *_, **__: 75)
+    ended = hermes4("demo", "--out", tmp_path / "demo")
+    assert ended.code == 75
+    assert ended.err.endswith("hermes4: interrupted; run the same command again to go on\n")
+
+
+def test_a_reader_that_is_gone_from_the_start_has_its_exit_code() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "hermes_pipeline", "--help"]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_tells_the_exit_codes(hermes4: Hermes4, repository: Path) -> None:
+    told = " ".join(hermes4("--help").out.split())
+    readme = (repository / "README.md").read_text()
+    for code in ("0", "1", "2", "75", "128 + n"):
+        assert f" {code}: " in told
+        assert f"\n| {code} |" in readme
 
 
 def show(tmp_path: Path, shared_data: Path) -> list[str]:
@@ -182,4 +212,4 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, shared_data: 
         assert process.stdout.readline().startswith("conversation 0")
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(timeout=80) == 1
+        assert process.wait(timeout=80) == 141

@@ -140,7 +140,7 @@ def test_a_pause_that_a_server_asks_for_holds_for_all_calls(number: int) -> None
     assert max(others) - min(others) > 0.001  # not all in the same moment
 
 
-@pytest.mark.parametrize("gone", [None, 502, 503, 504])
+@pytest.mark.parametrize("gone", [None, 502, 503])
 def test_an_outage_uses_up_no_try(gone: int | None) -> None:
     script = Script(good)
 

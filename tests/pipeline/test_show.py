@@ -258,8 +258,10 @@ def test_without_a_template_that_of_the_tokenizer_is_used(
 def test_a_refused_record_says_why_in_one_line_and_the_next_is_shown(
     show: Show, chats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert show(chats, "--index", "2", "--count", "2") == 0
-    refused, record, title, *_ = capsys.readouterr().out.splitlines()
+    assert show(chats, "--index", "2", "--count", "2") == 2
+    out, err = capsys.readouterr()
+    assert err == "hermes4: error: 1 of 2 conversations shown cannot be used; see there\n"
+    refused, record, title, *_ = out.splitlines()
     assert refused.startswith(
         f"conversation 2 ({chats}:3): refused: message 1: role 'assistnt' is not known; known: "
     )
@@ -281,7 +283,7 @@ def test_every_refusal_is_one_line_above_the_record(
 ) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(line)
-    assert show(path) == 0
+    assert show(path) == 2
     refused, record = capsys.readouterr().out.splitlines()
     assert refused.startswith(f"conversation 0 ({path}:1): refused: {reason}")
     assert record == line
@@ -330,7 +332,7 @@ def test_a_template_that_refuses_says_so_in_one_line(
     show: Show, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x.jinja").write_text("{{ raise_exception('no\\nmore') }}")
-    assert show(chats, "--template", str(tmp_path / "x.jinja")) == 0
+    assert show(chats, "--template", str(tmp_path / "x.jinja")) == 2
     refused = capsys.readouterr().out.splitlines()[0]
     assert refused.endswith("refused: the chat template refuses: no more")
 
@@ -376,5 +378,5 @@ def test_the_installed_command_shows_a_refused_record_without_a_traceback(
         text=True,
         timeout=60,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "refused: message 1: role 'assistnt' is not known" in done.stdout

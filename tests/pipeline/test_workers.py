@@ -242,12 +242,16 @@ def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("seconds", [0, 0.2])
-def test_ctrl_c_while_workers_start_is_without_a_traceback(start: Start, seconds: float) -> None:
+@pytest.mark.parametrize(("seconds", "times"), [(0, 1), (0.2, 1), (0.2, 4)])
+def test_ctrl_c_while_workers_start_is_without_a_traceback(
+    start: Start, seconds: float, times: int
+) -> None:
     started = start()
     started.wait_for_worker()
     time.sleep(seconds)
-    os.killpg(started.process.pid, signal.SIGINT)
+    for _ in range(times):
+        os.killpg(started.process.pid, signal.SIGINT)
+        time.sleep(0.03)
     ended = started.end()
     assert ended.code == 130
     assert "Traceback" not in ended.err

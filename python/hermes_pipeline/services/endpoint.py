@@ -49,10 +49,11 @@ __all__ = ["Endpoint", "EndpointError", "Reply", "Sampling", "Usage"]
 
 RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
 GONE = frozenset({502, 503, 504})  # what stands behind the address does not answer
+UNTAKEN = frozenset({502, 503})  # nor has it begun: asking again costs nothing
 HOPELESS = frozenset({401, 403, 404})  # no other request would fare better
 HOPELESS_CODES = frozenset({"insufficient_quota", "invalid_api_key", "model_not_found"})
 OUTAGE_S = 300.0  # a server that has answered is waited for so long, from its last answer on
-OUTAGE_PAUSE_S = 5.0  # at most, while nobody is there: asking costs nothing
+OUTAGE_PAUSE_S = 5.0  # at most, while nobody is there
 CONNECT_S = 30.0
 KEEP_ALIVE_S = 4.0  # uvicorn closes after 5: a request must not meet that
 SPARE_FILES = 128
@@ -349,7 +350,7 @@ class Endpoint:
         pause = None if is_final else asked_pause_s(headers, time.time())
         if pause is not None:
             address.pause(asyncio.get_running_loop().time() + pause)
-        how = (reply.status, is_final, is_hopeless, reply.status in GONE, bool(pause))
+        how = (reply.status, is_final, is_hopeless, reply.status in UNTAKEN, bool(pause))
         return _Fault(f"{reply.status}: {said}", *how)
 
     def _expected_tokens(self, data: bytes, body: Mapping[str, Any], n: int) -> float:

@@ -225,7 +225,7 @@ async def watched(work: Coroutine[Any, Any, None], check: Callable[[], None]) ->
             check()
             await asyncio.sleep(WATCH_S)
 
-    with _hearing_ctrl_c_once():
+    with _ctrl_c_cancels():
         watching = asyncio.create_task(watch())
         working = asyncio.create_task(work)
         try:
@@ -240,22 +240,29 @@ async def watched(work: Coroutine[Any, Any, None], check: Callable[[], None]) ->
 
 
 @contextmanager
-def _hearing_ctrl_c_once() -> Iterator[None]:
-    """The first Ctrl-C cancels the work; a second one would leave its tasks half ended."""
+def _ctrl_c_cancels() -> Iterator[None]:
+    """The first Ctrl-C cancels this task; a second one would leave others half ended."""
     before: Any = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
         return
+    loop, this, came = asyncio.get_running_loop(), asyncio.current_task(), list[int]()
+    assert this is not None
 
     def hear(number: int, frame: types.FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        before(number, frame)
+        came.append(number)
+        if len(came) == 1:
+            loop.call_soon_threadsafe(this.cancel)
 
     signal.signal(signal.SIGINT, hear)
     try:
         yield
+    except asyncio.CancelledError:
+        if came:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        if signal.getsignal(signal.SIGINT) is hear:
+        if not came:
             signal.signal(signal.SIGINT, before)
 
 

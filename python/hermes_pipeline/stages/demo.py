@@ -27,6 +27,7 @@ from rich.table import Table
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.recipe import Questions, Recipe, Run
+from hermes_pipeline.exits import INTERRUPTED, STOPPED, say
 from hermes_pipeline.services.endpoint import Sampling
 from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.services.progress import progress
@@ -117,6 +118,9 @@ def model_steps(out: Path, seed: int) -> list[Step]:
 
     def learn() -> None:
         code = train.run(RECIPE, store=store, model=start, out=trained, settings=[setting])
+        if code in (STOPPED, INTERRUPTED):
+            say("hermes4: interrupted; run the same command again to go on")
+            raise SystemExit(code)
         if code:
             raise UserError(f"training ended with {code}; its log is {trained / 'log.txt'}")
 

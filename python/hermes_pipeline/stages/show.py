@@ -37,7 +37,8 @@ def run(
     brackets. A refused one is shown with the reason, in its place.
 
     Raises:
-        UserError: no such data, tokenizer or template, or fewer conversations.
+        UserError: no such data, tokenizer or template, or fewer conversations; or, at the end, one
+            of them was refused.
     """
     loaded = load_tokenizer(tokenizer, tokenizer_revision)
     name, text = load_template(template, loaded)
@@ -49,34 +50,38 @@ def run(
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    shown = 0
+    shown = refused = 0
     for number, record in enumerate(source.records(start=index), index):
         if shown == count:
             break
-        console.print(describe(number, record, tokenization, marked=_is_plain(console)))
+        try:
+            told = describe(number, record, tokenization, marked=_is_plain(console))
+        except Refused as error:
+            told = _describe_refused(number, record, error)
+            refused += 1
+        console.print(told)
         shown += 1
     if shown == 0:
         raise UserError(f"--index {index}: {source.name} has no conversation of that number")
+    if refused:
+        raise UserError(f"{refused:,} of {shown:,} conversations shown cannot be used; see there")
 
 
 def describe(number: int, record: Record, tokenization: Tokenization, *, marked: bool) -> Text:
-    """Return one conversation for people, or why it is refused.
+    """Return one conversation for people.
 
     Args:
         marked: put kept text in brackets, besides its colour.
+
+    Raises:
+        Refused: it cannot be used.
     """
-    title = f"conversation {number} ({_visible(record.source)})"
-    try:
-        if record.error is not None:
-            raise Refused(record.error)
-        data = parse_json(record.data) if isinstance(record.data, bytes) else record.data
-        conversation = parse(data, record.source)
-        rendering = tokenization.render(conversation)
-        sample = tokenization.tokens(rendering)
-    except Refused as error:
-        reason = _visible(" ".join(str(error).split()))
-        start = "" if record.data is None else _visible(f"\n{_beginning(record.data)}")
-        return Text.assemble((title, "bold"), ": ", ("refused", "bold red"), f": {reason}{start}")
+    if record.error is not None:
+        raise Refused(record.error)
+    data = parse_json(record.data) if isinstance(record.data, bytes) else record.data
+    conversation = parse(data, record.source)
+    rendering = tokenization.render(conversation)
+    sample = tokenization.tokens(rendering)
     total = len(sample.token_ids)
     kept = int((sample.kept_spans[:, 1] - sample.kept_spans[:, 0]).sum())
     counts = (
@@ -84,7 +89,18 @@ def describe(number: int, record: Record, tokenization: Tokenization, *, marked:
         f"{kept:,} kept ({kept / total:.1%})\n"
     )
     body = _coloured(rendering.text, rendering.kept, marked=marked)
-    return Text.assemble((title, "bold"), counts, body)
+    return Text.assemble((_title(number, record), "bold"), counts, body)
+
+
+def _describe_refused(number: int, record: Record, error: Refused) -> Text:
+    reason = _visible(" ".join(str(error).split()))
+    start = "" if record.data is None else _visible(f"\n{_beginning(record.data)}")
+    title = (_title(number, record), "bold")
+    return Text.assemble(title, ": ", ("refused", "bold red"), f": {reason}{start}")
+
+
+def _title(number: int, record: Record) -> str:
+    return f"conversation {number} ({_visible(record.source)})"
 
 
 def _coloured(text: str, kept: Sequence[Span], *, marked: bool) -> Text:

@@ -21,6 +21,7 @@ from typing import Any
 from hermes_core import StoreError, StoreWriter, open_store
 from hermes_pipeline.chat import Refused, count_chars, parse, parse_json
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.exits import INTERRUPTED
 from hermes_pipeline.records import Sample
 from hermes_pipeline.services.files import Record, quarantine_entry, without_numbers
 from hermes_pipeline.services.hub import (
@@ -36,7 +37,6 @@ from hermes_pipeline.tokenization import Tokenization, TokenizerState, template_
 RULES = 1  # raised when the same data and settings give other bytes
 BATCH_RECORDS, BATCH_BYTES = 64, 1 << 20
 BYTES_A_CHAR = 12  # of JSON at most: \ud83d\ude00
-INTERRUPTED = 130  # exit code after Ctrl-C
 # What a user chooses: its option, where the meta keeps it, and where its name.
 CHOICES = (
     ("--data", "source", "source"),

@@ -1,0 +1,83 @@
+"""How the command `hermes4` ends: exit codes, signals, streams that nobody reads."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+
+MISTAKEN, STOPPED, INTERRUPTED, UNREAD = 2, 75, 130, 141
+SAME_S = 3.0  # what comes so soon after a Ctrl-C is the same one
+# Typer keeps lines apart that have an empty one between them.
+EXIT_CODES = """Exit codes:
+
+0: done, or served until stopped
+
+1: a defect, with its traceback
+
+2: a mistake, a file or a disk; one line says which, and the way out
+
+75: stopped by SIGTERM; what is done is safe, and the same command goes on
+
+128 + n: ended by signal n, as 130 by Ctrl-C and 141 where nobody reads the output"""
+
+
+def say(line: str) -> None:
+    """Tell it on standard error."""
+    with contextlib.suppress(OSError):  # where standard error cannot be written, the code says it
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+def unread() -> int:
+    """End in silence: the reader has seen enough, as `head` has."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())  # what is still in a buffer is written at the end
+    return UNREAD
+
+
+def open_closed_streams() -> None:
+    """Lead streams that the caller has closed nowhere, before a file takes their number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 - for as long as we run
+            os.dup2(stream.fileno(), number)
+            setattr(sys, name, stream)
+
+
+@contextlib.contextmanager
+def hearing_signals() -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM, which schedulers send, end a command as Ctrl-C does; tells if it has come.
+
+    Another Ctrl-C in the midst of cleaning up would leave a mess, or a worker that waits for ever.
+    """
+    told: list[int] = []
+    last = -math.inf
+
+    def on_sigint(number: int, frame: types.FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > SAME_S:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    def on_sigterm(number: int, frame: types.FrameType | None) -> None:
+        told.append(number)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background
+            signal.signal(signal.SIGINT, on_sigint)
+        signal.raise_signal(signal.SIGINT)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, on_sigterm)
+    if before[signal.SIGINT] != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, on_sigint)
+    try:
+        yield lambda: bool(told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
