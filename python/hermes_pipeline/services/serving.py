@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hermes_pipeline.services.guarded import Guarded
 from hermes_pipeline.services.progress import waiting
 from hermes_pipeline.services.server import Server
 
@@ -40,15 +41,15 @@ def at_address(
 
 
 @contextmanager
-def running(server: Server) -> Iterator[None]:
-    """The server, from its start to its end, with something to look at until it is ready."""
+def running(program: Guarded) -> Iterator[None]:
+    """The program, from its start to its end, with something to look at until it is ready."""
     try:
-        with waiting(f"start vLLM on {server.model} (log: {server.log})") as tick:
-            server.start()
-            server.wait_ready(tick)
+        with waiting(f"start {program.called} (log: {program.log})") as tick:
+            program.start()
+            program.wait_ready(tick)
         yield
     finally:
-        server.stop()
+        program.stop()
 
 
 async def watched(work: Coroutine[Any, Any, None], check: Callable[[], None]) -> None:

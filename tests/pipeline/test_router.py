@@ -1,0 +1,308 @@
+"""`hermes4 route` and `hermes4 serve --join`: a real router; workers that are killed and return.
+
+But for one test, a scripted program stands in for vLLM, which would take a minute to start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scripted_vllm
+from counting import CountingServer
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.services import router as router_module
+from hermes_pipeline.services.router import Router, find_address, read_url
+from hermes_pipeline.services.store_reader import read_results
+from running import Hermes4, comes_true, processes_of
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(100)]
+
+READY_S = 30
+
+
+class Commands:
+    """Commands `hermes4` of one test, each a process with its own log."""
+
+    def __init__(self, folder: Path, python_path: Path) -> None:
+        self.folder, self.model = folder, scripted_vllm.put(folder / "scripted")
+        tests = Path(scripted_vllm.__file__).parent
+        paths = [str(python_path), str(tests), os.environ.get("PYTHONPATH", "")]
+        self.mark = f"HERMES4_TEST_MARK={folder}"
+        self._environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "HERMES4_TEST_MARK": str(folder),
+        }
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *words: object, **environment: str) -> tuple[subprocess.Popen[bytes], Path]:
+        """The command, running in its own folder, and where its standard error goes."""
+        number = len(self._started)
+        log = self.folder / f"{number}.{words[0]}.err"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hermes_pipeline", *map(str, words)],
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                cwd=self.folder,
+                env=self._environment | environment,
+                start_new_session=True,
+            )
+        self._started.append(process)
+        return process, log
+
+    def route(self, port: int = 0, *workers: str) -> tuple[subprocess.Popen[bytes], str]:
+        """A router, and its address."""
+        log = self.folder / f"{len(self._started)}.log"
+        process, said = self.start("route", *workers, "--port", port, "--log", log)
+        return process, find(r"router at (http://[^ ]+)/v1;", said)
+
+    def serve(self, router: str, port: int = 0, *words: object) -> subprocess.Popen[bytes]:
+        """A worker that is to join."""
+        log = self.folder / f"{len(self._started)}.log"
+        fixed = ["serve", self.model, "--port", port, "--join", router, "--log", log]
+        return self.start(*fixed, *words)[0]
+
+    def complete(self, router: str, out: str, *words: object) -> subprocess.Popen[bytes]:
+        fixed = ["--endpoint", f"{router}/v1", "--model", "tiny", "--concurrency", 16]
+        data = self.folder / "data.jsonl"
+        return self.start("complete", "--data", data, "--out", self.folder / out, *fixed, *words)[0]
+
+    def answers(self, out: str) -> Counter[str]:
+        """Who gave how many of the answers that are kept."""
+        return Counter(
+            result.record["text"]
+            for recorded in read_results(self.folder / out)
+            for result in recorded.results
+            if result.record is not None
+        )
+
+    def counts(self, out: str) -> dict[str, int]:
+        return dict(json.loads((self.folder / out / "counts.json").read_text()))
+
+    def end(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    commands = Commands(tmp_path, tmp_path / "scripted")
+    records = (json.dumps({"prompt": f"{i}?"}) for i in range(200))
+    (tmp_path / "data.jsonl").write_text("\n".join(records))
+    try:
+        yield commands
+    finally:
+        commands.end()
+    # Killed as they were, no command has left anything running.
+    assert comes_true(lambda: not processes_of(commands.mark), 30), processes_of(commands.mark)
+
+
+def find(pattern: str, log: Path) -> str:
+    """What a command says sooner or later."""
+    assert comes_true(lambda: bool(re.search(pattern, log.read_text())), READY_S), log.read_text()
+    found = re.search(pattern, log.read_text())
+    assert found is not None
+    return found[1]
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return json.load(reply)
+
+
+def has_workers(router: str, count: int) -> bool:
+    """Do so many workers answer?"""
+    try:
+        return bool(get(f"{router}/readiness")["healthy_workers"] == count)
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def server_of(port: int) -> int:
+    """The id of the API server on a port."""
+    lines = processes_of("vllm.entrypoints.openai.api_server").items()
+    (found,) = (n for n, line in lines if f"--port {port} " in f"{line} " and " -c " not in line)
+    return found
+
+
+def test_workers_join_share_the_work_and_leave(commands: Commands) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    early = commands.serve(url)  # before there is a router
+    router, address = commands.route(port)
+    assert address == url
+    late = commands.serve(f"{url}/v1")
+    assert comes_true(lambda: has_workers(url, 2), READY_S)
+
+    assert commands.complete(url, "out", "--n", 2).wait(60) == 0
+    assert commands.counts("out")["answers"] == 400
+    assert min(commands.answers("out").values()) >= 100
+    assert len(commands.answers("out")) == 2
+
+    early.send_signal(signal.SIGTERM)
+    assert early.wait(15) == 0
+    assert len(get(f"{url}/list_workers")["urls"]) == 1
+    late.send_signal(signal.SIGINT)
+    assert late.wait(15) == 0
+    assert get(f"{url}/list_workers")["urls"] == []
+    router.send_signal(signal.SIGTERM)
+    assert router.wait(15) == 0
+
+
+@pytest.mark.parametrize("whom", ["the command", "its server"])
+def test_a_killed_worker_loses_nothing_and_gets_work_again(commands: Commands, whom: str) -> None:
+    port = free_port()
+    _, url = commands.route()
+    commands.serve(url)
+    worker = commands.serve(url, port)
+    assert comes_true(lambda: has_workers(url, 2), READY_S)
+    server = server_of(port)
+
+    run = commands.complete(url, "out", "--n", 5)
+    answered = commands.folder / "out" / "records.sqlite"
+    assert comes_true(answered.exists, 20)
+    assert comes_true(lambda: commands.answers("out")[str(server)] > 20, 20)
+    os.kill(worker.pid if whom == "the command" else server, signal.SIGKILL)
+    assert run.wait(60) == 0
+    counts = commands.counts("out")
+    assert (counts["answers"], counts["set_aside"]) == (1000, 0)
+    assert 20 < commands.answers("out")[str(server)] < 400
+    assert worker.wait(15) == (-signal.SIGKILL if whom == "the command" else 2)
+
+    commands.serve(url, port)
+    assert comes_true(lambda: has_workers(url, 2), READY_S)
+    assert commands.complete(url, "again").wait(60) == 0
+    answers = commands.answers("again")
+    assert answers.total() == 800
+    assert answers[str(server_of(port))] >= 200
+
+
+def test_a_killed_router_returns_and_nothing_is_lost(commands: Commands) -> None:
+    port = free_port()
+    router, url = commands.route(port)
+    for _ in range(2):
+        commands.serve(url)
+    assert comes_true(lambda: has_workers(url, 2), READY_S)
+
+    run = commands.complete(url, "out", "--n", 5)
+    assert comes_true((commands.folder / "out" / "records.sqlite").exists, 20)
+    assert comes_true(lambda: commands.answers("out").total() > 100, 20)
+    router.send_signal(signal.SIGKILL)
+    router.wait()
+    assert comes_true(lambda: not processes_of(f"--port {port} "), 10)  # the guard saw to it
+    commands.route(port)
+    assert comes_true(lambda: has_workers(url, 2), READY_S)
+    assert run.wait(60) == 0
+    counts = commands.counts("out")
+    assert (counts["answers"], counts["set_aside"]) == (1000, 0)
+
+
+def test_a_router_adds_the_workers_it_was_told_of(commands: Commands) -> None:
+    port = free_port()
+    worker, missing = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+    _, url = commands.route(0, f"{worker}/v1", missing)
+    assert get(f"{url}/list_workers")["urls"] == []
+    commands.start("serve", commands.model, "--port", port)
+    assert comes_true(lambda: has_workers(url, 1), READY_S)
+    assert get(f"{url}/list_workers")["urls"] == [worker]
+
+
+def test_a_worker_says_when_the_router_cannot_reach_it(commands: Commands) -> None:
+    _, url = commands.route()
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    words = ["serve", commands.model, "--port", 0, "--join", url, "--advertise", nowhere]
+    _, said = commands.start(*words)
+    assert nowhere in find(r"(the router at .* does not take .*; trying on)", said)
+
+
+def test_an_address_that_is_no_router_is_refused_before_the_model_loads(
+    commands: Commands, hermes4: Hermes4
+) -> None:
+    with CountingServer() as server:
+        process, said = commands.start("serve", commands.model, "--port", 0, "--join", server.url)
+        assert process.wait(20) == 2
+    last = said.read_text().splitlines()[-1]
+    assert last.startswith("hermes4: error: http://127.0.0.1:")
+    assert "is no vllm-router" in last
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--join", "router:8000"], "address 'router:8000' wants the form http://host:port"),
+        (["--advertise", "http://a:1"], "--advertise says how a router calls the server"),
+        (["--join", "http://nowhere.invalid:1"], "the router at http://nowhere.invalid:1 cannot"),
+        (["--host", "nowhere.invalid"], "host 'nowhere.invalid' is no address of this machine"),
+        (["--host", "192.0.2.1"], "port 0 of 192.0.2.1 cannot be used"),
+    ],
+)
+def test_a_wrong_address_is_explained(
+    commands: Commands, hermes4: Hermes4, words: list[str], message: str
+) -> None:
+    ended = hermes4("serve", commands.model, "--port", 0, *words)
+    assert ended.code == 2
+    assert message in ended.err.splitlines()[-1]
+
+
+def test_a_routers_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be used"):
+            Router(port=port, log=tmp_path / "router.log")
+
+
+def test_a_missing_router_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        Router(log=tmp_path / "router.log")
+
+
+def test_a_router_that_dies_at_start_says_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(router_module.SETTINGS, "policy", "power_of_two")
+    with (
+        pytest.raises(UserError, match="requires at least 2 workers"),
+        Router(log=tmp_path / "router.log"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("host", "router", "found"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80", "http://127.0.0.1:9"),
+        ("0.0.0.0", "http://127.0.0.1:80", "http://127.0.0.1:9"),
+        ("localhost", "http://localhost", "http://localhost:9"),
+    ],
+)
+def test_a_worker_knows_its_address(host: str, router: str, found: str) -> None:
+    assert find_address(host, 9, router) == found
+
+
+def test_addresses_are_read_with_and_without_v1() -> None:
+    for url in ("http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/"):
+        assert read_url(url) == "http://a:1"
+    for url in ("a:1", "ftp://a:1", "http://", "http://a:x", "http://[a"):
+        with pytest.raises(UserError, match="wants the form"):
+            read_url(url)
