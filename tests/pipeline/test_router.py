@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 import scripted_vllm
-from counting import CountingServer
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services import router as router_module
 from hermes_pipeline.services.router import Router, find_address, read_url
@@ -79,6 +78,14 @@ class Commands:
         fixed = ["--endpoint", f"{router}/v1", "--model", "tiny", "--concurrency", 16]
         data = self.folder / "data.jsonl"
         return self.start("complete", "--data", data, "--out", self.folder / out, *fixed, *words)[0]
+
+    def has_answers(self, out: str, more_than: int, server: str = "") -> bool:
+        """Are so many kept, of one server or of all?"""
+        try:
+            answers = self.answers(out)
+        except UserError:  # nothing is there yet
+            return False
+        return (answers[server] if server else answers.total()) > more_than
 
     def answers(self, out: str) -> Counter[str]:
         """Who gave how many of the answers that are kept."""
@@ -178,23 +185,21 @@ def test_a_killed_worker_loses_nothing_and_gets_work_again(commands: Commands, w
     assert comes_true(lambda: has_workers(url, 2), READY_S)
     server = server_of(port)
 
-    run = commands.complete(url, "out", "--n", 5)
-    answered = commands.folder / "out" / "records.sqlite"
-    assert comes_true(answered.exists, 20)
-    assert comes_true(lambda: commands.answers("out")[str(server)] > 20, 20)
+    run = commands.complete(url, "out", "--n", 2)
+    assert comes_true(lambda: commands.has_answers("out", 20, str(server)), 20)
     os.kill(worker.pid if whom == "the command" else server, signal.SIGKILL)
     assert run.wait(60) == 0
     counts = commands.counts("out")
-    assert (counts["answers"], counts["set_aside"]) == (1000, 0)
-    assert 20 < commands.answers("out")[str(server)] < 400
+    assert (counts["answers"], counts["set_aside"]) == (400, 0)
+    assert 20 < commands.answers("out")[str(server)] < 150
     assert worker.wait(15) == (-signal.SIGKILL if whom == "the command" else 2)
 
     commands.serve(url, port)
     assert comes_true(lambda: has_workers(url, 2), READY_S)
-    assert commands.complete(url, "again").wait(60) == 0
+    assert commands.complete(url, "again", "--n", 1).wait(60) == 0
     answers = commands.answers("again")
-    assert answers.total() == 800
-    assert answers[str(server_of(port))] >= 200
+    assert answers.total() == 200
+    assert answers[str(server_of(port))] >= 50
 
 
 def test_a_killed_router_returns_and_nothing_is_lost(commands: Commands) -> None:
@@ -204,9 +209,8 @@ def test_a_killed_router_returns_and_nothing_is_lost(commands: Commands) -> None
         commands.serve(url)
     assert comes_true(lambda: has_workers(url, 2), READY_S)
 
-    run = commands.complete(url, "out", "--n", 5)
-    assert comes_true((commands.folder / "out" / "records.sqlite").exists, 20)
-    assert comes_true(lambda: commands.answers("out").total() > 100, 20)
+    run = commands.complete(url, "out", "--n", 2)
+    assert comes_true(lambda: commands.has_answers("out", 100), 20)
     router.send_signal(signal.SIGKILL)
     router.wait()
     assert comes_true(lambda: not processes_of(f"--port {port} "), 10)  # the guard saw to it
@@ -214,7 +218,7 @@ def test_a_killed_router_returns_and_nothing_is_lost(commands: Commands) -> None
     assert comes_true(lambda: has_workers(url, 2), READY_S)
     assert run.wait(60) == 0
     counts = commands.counts("out")
-    assert (counts["answers"], counts["set_aside"]) == (1000, 0)
+    assert (counts["answers"], counts["set_aside"]) == (400, 0)
 
 
 def test_a_router_adds_the_workers_it_was_told_of(commands: Commands) -> None:
@@ -236,14 +240,14 @@ def test_a_worker_says_when_the_router_cannot_reach_it(commands: Commands) -> No
 
 
 def test_an_address_that_is_no_router_is_refused_before_the_model_loads(
-    commands: Commands, hermes4: Hermes4
+    commands: Commands,
 ) -> None:
-    with CountingServer() as server:
-        process, said = commands.start("serve", commands.model, "--port", 0, "--join", server.url)
-        assert process.wait(20) == 2
-    last = said.read_text().splitlines()[-1]
-    assert last.startswith("hermes4: error: http://127.0.0.1:")
-    assert "is no vllm-router" in last
+    _, said = commands.start("serve", commands.model, "--port", 0)
+    worker = find(r"model tiny at (http://[^ ]+)/v1;", said)
+    second, said = commands.start("serve", commands.model, "--port", 0, "--join", worker)
+    assert second.wait(20) == 2
+    error = f"hermes4: error: {worker} is no vllm-router: it answers /list_workers with 404"
+    assert said.read_text().splitlines() == [error]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ __all__ = ["Endpoint", "EndpointError", "Reply", "Sampling", "Usage"]
 
 RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
 GONE = frozenset({502, 503, 504})  # what stands behind the address does not answer
+AWAY = 503  # nobody is there; a router whose workers are all gone says so
+OUTAGE_S = 120.0  # who has answered within it is waited for: a router or its workers start anew
 HOPELESS = frozenset({401, 403, 404})  # no other request would fare better
 HOPELESS_CODES = frozenset({"insufficient_quota", "invalid_api_key", "model_not_found"})
 CONNECT_S = 30.0
@@ -80,6 +82,7 @@ class _Fault:
     is_final: bool = False
     is_hopeless: bool = False
     pause_asked: bool = False  # the address is paused already
+    is_away: bool = False  # nobody took the request
 
     @property
     def is_throttled(self) -> bool:
@@ -95,7 +98,8 @@ class Endpoint:
 
     Requests are spread over the addresses by what each has in flight. One that fails is set aside
     for a while and tried again with a single request; one that asks for a pause gets no request
-    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`.
+    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`. Nor
+    does a server that is away (503, or no connection), for two minutes from the last answer on.
 
     Args:
         base_url: up to and with `/v1`; several for a cluster.
@@ -242,7 +246,7 @@ class Endpoint:
                 fault, attempt = answer, attempt + 1
                 if fault.is_throttled and self._tokens is not None:
                     self._tokens.charge(-cost)  # nothing was computed for it
-                tries += not fault.is_throttled
+                tries += not (fault.is_throttled or self._is_outage(fault))
                 if fault.is_final or tries == self._tries:
                     raise self._failure(address, fault, tries)
                 self.usage.retries += 1
@@ -309,7 +313,8 @@ class Endpoint:
             if now >= deadline:
                 raise _TooLate from None
             address.set_aside(now)
-            return _Fault(f"{type(error).__name__}: {error}" if str(error) else "timed out")
+            problem = f"{type(error).__name__}: {error}" if str(error) else "timed out"
+            return _Fault(problem, is_away=isinstance(error, aiohttp.ClientConnectorError))
         finally:
             address.in_flight -= 1
         if reply.status in GONE:
@@ -332,7 +337,19 @@ class Endpoint:
         pause = None if is_final else asked_pause_s(headers, time.time())
         if pause is not None:
             address.pause(asyncio.get_running_loop().time() + pause)
-        return _Fault(f"{reply.status}: {said}", reply.status, is_final, is_hopeless, bool(pause))
+        return _Fault(
+            f"{reply.status}: {said}",
+            reply.status,
+            is_final,
+            is_hopeless,
+            pause_asked=bool(pause),
+            is_away=reply.status == AWAY,
+        )
+
+    def _is_outage(self, fault: _Fault) -> bool:
+        """Is it likely that who is away comes back?"""
+        now = asyncio.get_running_loop().time()
+        return fault.is_away and now < self._answered_at + OUTAGE_S
 
     def _expected_tokens(self, data: bytes, body: Mapping[str, Any], n: int) -> float:
         if self.usage.tokens:

@@ -37,7 +37,7 @@ SETTINGS = {
     "worker-startup-timeout-secs": HEALTH_S,
     "worker-startup-check-interval": 1,
     "request-timeout-secs": A_DAY_S,  # how long an answer may take is for the client to say
-    "log-level": "warn",
+    "log-level": "info",
 }
 
 

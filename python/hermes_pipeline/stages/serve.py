@@ -68,7 +68,7 @@ def route(
     router = Router(host=host, port=port, log=log or Path("router.log"))
     shown = _shown(host, router.port)
     places = [Place(router.url, worker, _say) for worker in workers]
-    counts: tuple[int, int] | None = None
+    counts = (0, 0)
 
     def look() -> None:
         nonlocal counts
@@ -77,7 +77,7 @@ def route(
             if health is not None and health.status == 200:
                 place.keep()
         before, counts = counts, router.count_workers() or counts
-        if counts is not None and counts != before:
+        if counts != before:
             _say(f"{counts[0]} of {counts[1]} workers answer")
 
     with _sigterm_as_ctrl_c(), running(router):
