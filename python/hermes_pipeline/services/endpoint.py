@@ -48,6 +48,7 @@ RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
 GONE = frozenset({502, 503, 504})  # what stands behind the address does not answer
 AWAY = 503  # nobody is there; a router whose workers are all gone says so
 OUTAGE_S = 120.0  # who has answered within it is waited for: a router or its workers start anew
+OUTAGE_ATTEMPT = 3  # as after so many tries, and no more, is the pause then: 4 s at most
 HOPELESS = frozenset({401, 403, 404})  # no other request would fare better
 HOPELESS_CODES = frozenset({"insufficient_quota", "invalid_api_key", "model_not_found"})
 CONNECT_S = 30.0
@@ -246,12 +247,14 @@ class Endpoint:
                 fault, attempt = answer, attempt + 1
                 if fault.is_throttled and self._tokens is not None:
                     self._tokens.charge(-cost)  # nothing was computed for it
-                tries += not (fault.is_throttled or self._is_outage(fault))
+                outage = self._is_outage(fault)
+                tries += not (fault.is_throttled or outage)
                 if fault.is_final or tries == self._tries:
                     raise self._failure(address, fault, tries)
                 self.usage.retries += 1
                 if not fault.pause_asked:
-                    await _sleep(backoff_s(attempt - 1), deadline)
+                    longest = OUTAGE_ATTEMPT if outage else attempt
+                    await _sleep(backoff_s(min(attempt - 1, longest)), deadline)
         except _TooLate:
             raise self._late(address, fault, began, deadline) from None
         if self._tokens is not None and answer.tokens:

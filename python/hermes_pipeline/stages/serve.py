@@ -82,7 +82,15 @@ def route(
 
     with _sigterm_as_ctrl_c(), running(router):
         _say(f"router at {shown}/v1; Ctrl-C stops it; hermes4 serve MODEL --join {shown}")
-        _watch(router, look)
+        while True:
+            try:
+                _watch(router, look)
+                break
+            except UserError as error:  # the workers join a new one by themselves
+                _say(f"{error}\nstart it again")
+                router.stop()
+                router.start()
+                router.wait_ready()
     _say("stopped")
 
 
