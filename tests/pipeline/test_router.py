@@ -35,10 +35,9 @@ READY_S = 30
 class Commands:
     """Commands `hermes4` of one test, each a process with its own log."""
 
-    def __init__(self, folder: Path, python_path: Path) -> None:
-        self.folder, self.model = folder, scripted_vllm.put(folder / "scripted")
-        tests = Path(scripted_vllm.__file__).parent
-        paths = [str(python_path), str(tests), os.environ.get("PYTHONPATH", "")]
+    def __init__(self, folder: Path, model: Path, *python_path: Path) -> None:
+        self.folder, self.model = folder, model
+        paths = [*map(str, python_path), os.environ.get("PYTHONPATH", "")]
         self.mark = f"HERMES4_TEST_MARK={folder}"
         self._environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -71,14 +70,17 @@ class Commands:
         self._routers.append(int(url.rpartition(":")[2]))
         return process, url
 
-    def serve(self, router: str, port: int = 0) -> tuple[subprocess.Popen[bytes], Path]:
+    def serve(
+        self, router: str, port: int = 0, **environment: str
+    ) -> tuple[subprocess.Popen[bytes], Path]:
         """A worker that is to join."""
         log = self.folder / f"{len(self._started)}.log"
         fixed = ["serve", self.model, "--port", port, "--join", router, "--log", log]
-        return self.start(*fixed)
+        return self.start(*fixed, **environment)
 
     def complete(self, router: str, out: str, *words: object) -> subprocess.Popen[bytes]:
-        fixed = ["--endpoint", f"{router}/v1", "--model", "tiny", "--concurrency", 16]
+        name = self.model.name
+        fixed = ["--endpoint", f"{router}/v1", "--model", name, "--concurrency", 16]
         data = self.folder / "data.jsonl"
         return self.start("complete", "--data", data, "--out", self.folder / out, *fixed, *words)[0]
 
@@ -114,18 +116,29 @@ class Commands:
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Iterator[Commands]:
-    commands = Commands(tmp_path, tmp_path / "scripted")
+    """With a scripted vLLM before the real one."""
+    scripted = tmp_path / "scripted"
+    model = scripted_vllm.put(scripted)
+    yield from ending(Commands(tmp_path, model, scripted, Path(scripted_vllm.__file__).parent))
+
+
+@pytest.fixture
+def real_commands(tmp_path: Path, model: Path) -> Iterator[Commands]:
+    yield from ending(Commands(tmp_path, model))
+
+
+def ending(commands: Commands) -> Iterator[Commands]:
     records = (json.dumps({"prompt": f"{i}?"}) for i in range(200))
-    (tmp_path / "data.jsonl").write_text("\n".join(records))
+    (commands.folder / "data.jsonl").write_text("\n".join(records))
     try:
         yield commands
     finally:
         commands.end()
 
 
-def find(pattern: str, log: Path) -> str:
+def find(pattern: str, log: Path, timeout_s: float = READY_S) -> str:
     """What a command says sooner or later."""
-    assert comes_true(lambda: bool(re.search(pattern, log.read_text())), READY_S), log.read_text()
+    assert comes_true(lambda: bool(re.search(pattern, log.read_text())), timeout_s), log.read_text()
     found = re.search(pattern, log.read_text())
     assert found is not None
     return found[1]
@@ -234,6 +247,36 @@ def test_a_killed_router_returns_and_nothing_is_lost(commands: Commands) -> None
     assert run.wait(60) == 0
     counts = commands.counts("out")
     assert (counts["answers"], counts["set_aside"]) == (800, 0)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_engine_loses_nothing(real_commands: Commands) -> None:
+    commands = real_commands
+    _, url = commands.route()
+    # Several processes of one server, as on a GPU; the other is faster to start.
+    killed, joining = commands.serve(url, VLLM_ENABLE_V1_MULTIPROCESSING="1", OMP_NUM_THREADS="1")
+    other, also_joining = commands.serve(url, OMP_NUM_THREADS="1")
+    for said in (joining, also_joining):
+        find(r"(http.* is on the list of the router)", said, 200)
+
+    run = commands.complete(url, "out", "--n", 5, "--max-tokens", 100)
+    assert comes_true(lambda: commands.has_answers("out", 100), 60)
+    os.kill(program_of(killed), signal.SIGKILL)
+    at_death = commands.answers("out").total()
+    assert killed.wait(30) == 2
+    assert run.wait(100) == 0
+    counts = commands.counts("out")
+    assert (counts["answers"], counts["set_aside"]) == (1000, 0)
+    assert at_death < 900
+    reasons = Counter(
+        result.record["finish_reason"]
+        for recorded in read_results(commands.folder / "out")
+        for result in recorded.results
+        if result.record is not None
+    )
+    assert set(reasons) <= {"stop", "length"}
+    other.send_signal(signal.SIGTERM)
+    assert other.wait(20) == 0
 
 
 def test_a_router_adds_the_workers_it_was_told_of(commands: Commands) -> None:
