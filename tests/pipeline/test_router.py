@@ -12,9 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import pytest
 import scripted_vllm
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services import router as router_module
-from hermes_pipeline.services.router import Router, find_address, read_url
+from hermes_pipeline.services.router import Roster, Router, find_address, read_url
 from hermes_pipeline.services.store_reader import read_results
 from running import Hermes4, comes_true, processes_of
 
@@ -287,6 +290,52 @@ def test_a_router_adds_the_workers_it_was_told_of(commands: Commands) -> None:
     commands.start("serve", commands.model, "--port", port)
     assert comes_true(lambda: has_workers(url, 1), READY_S)
     assert get(f"{url}/list_workers")["urls"] == [worker]
+
+
+def test_who_is_gone_is_struck_off_and_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "FORGET_S", 0.5)
+    said: list[str] = []
+    port = free_port()
+    worker = f"http://127.0.0.1:{port}"
+
+    def is_listed() -> bool:
+        roster.look()
+        return worker in get(f"{router.url}/list_workers")["urls"]
+
+    with Router(log=tmp_path / "router.log") as router:
+        roster = Roster(router.url, [worker], said.append)
+        assert not is_listed()
+        for _ in range(2):
+            with answering_health(port):
+                assert comes_true(is_listed, 10)
+            assert comes_true(lambda: not is_listed(), 10)
+    gone = ["0 of 1 workers answer", f"{worker} has not answered for 0 s: off the list"]
+    assert said == ["1 of 1 workers answer", *gone, "0 of 0 workers answer"] * 2
+
+
+@contextmanager
+def answering_health(port: int) -> Iterator[None]:
+    """A server that is well, whatever it is asked."""
+
+    class Well(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Well) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_worker_says_when_the_router_cannot_reach_it(commands: Commands) -> None:

@@ -13,7 +13,10 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -23,11 +26,14 @@ from hermes_pipeline.services.plain_http import ask
 
 READY_S = 60.0
 HEALTH_S = 5  # the router's patience with a worker that wants to join
+FORGET_S = 20.0  # who was silent for so long is struck off the list
+MOST_ASKED = 64  # for their health, at once
 A_DAY_S = 86_400
 
 SETTINGS = {
     # The least loaded worker once loads differ, else the one that knows the prompt's beginning. In
     # turn, a worker five times slower than two others makes the whole run take 1.6 times as long.
+    # It costs a worker one more small request for each chat, to render it; vLLM refuses that one.
     "policy": "cache_aware",
     "balance-abs-threshold": 4,
     "balance-rel-threshold": 1.1,
@@ -81,13 +87,47 @@ class Router(Guarded):
         said = ask(f"{self.url}/liveness")
         return said is not None and said.status == 200
 
-    def count_workers(self) -> tuple[int, int] | None:
-        """How many of its workers answer, and how many it knows; None when it does not say."""
-        said = ask(f"{self.url}/readiness")
-        counts = said.json() if said is not None else None
-        if not isinstance(counts, dict):
-            return None
-        return int(counts.get("healthy_workers", 0)), int(counts.get("total_workers", 0))
+
+class Roster:
+    """Who is on a router's list: adds those it was told of, strikes off those who are gone.
+
+    vllm-router never forgets a worker, and asks for the health of one after another: each whose
+    machine has vanished holds the others up for its five seconds. Who was struck off and is alive
+    registers again by itself.
+
+    Args:
+        router: its address.
+        told: workers that do not join by themselves.
+        tell: is called with what has changed.
+    """
+
+    def __init__(self, router: str, told: Sequence[str], tell: Callable[[str], None]) -> None:
+        self._router, self._told, self._tell = router, [read_url(worker) for worker in told], tell
+        self._silent_since: dict[str, float] = {}
+        self._counts = (0, 0)
+
+    def look(self) -> None:
+        """Ask every worker for its health, and do what follows from it."""
+        listed = list_workers(self._router)
+        if listed is None:
+            return
+        workers = list(dict.fromkeys([*listed, *self._told]))
+        with ThreadPoolExecutor(MOST_ASKED) as pool:
+            healthy = set(compress(workers, pool.map(_answers, workers)))
+        now = time.monotonic()
+        for worker in workers:
+            if worker in healthy:
+                self._silent_since.pop(worker, None)
+                if worker not in listed and not add_worker(self._router, worker):
+                    listed.append(worker)
+            elif now - self._silent_since.setdefault(worker, now) > FORGET_S and worker in listed:
+                self._tell(f"{worker} has not answered for {FORGET_S:.0f} s: off the list")
+                remove_worker(self._router, worker)
+                listed.remove(worker)
+        counts = len(healthy.intersection(listed)), len(listed)
+        if counts != self._counts:
+            self._counts = counts
+            self._tell(f"{counts[0]} of {counts[1]} workers answer")
 
 
 class Place:
@@ -119,22 +159,14 @@ class Place:
 
     def leave(self) -> None:
         """Strike the worker off the list, if the router can be reached."""
-        ask(f"{self.router}/remove_worker?url={quote(self.worker, safe='')}", method="POST")
+        remove_worker(self.router, self.worker)
 
     def _keep(self) -> str:
         listed = list_workers(self.router)
         if listed is None:
             return f"no router answers at {self.router}: trying on"
-        if self.worker not in listed:
-            url = f"{self.router}/add_worker?url={quote(self.worker, safe='')}"
-            said = ask(url, method="POST", timeout_s=3 * HEALTH_S)
-            if said is None:
-                return f"no router answers at {self.router}: trying on"
-            if said.status != 200 and "already exists" not in said.text:
-                return (
-                    f"the router at {self.router} does not take {self.worker}: "
-                    f"{said.text.partition('. Please set')[0]}; trying on"
-                )
+        if self.worker not in listed and (problem := add_worker(self.router, self.worker)):
+            return f"the router at {self.router} does not take {self.worker}: {problem}; trying on"
         return f"{self.worker} is on the list of the router at {self.router}"
 
 
@@ -151,6 +183,27 @@ def list_workers(router: str) -> list[str] | None:
     if said.status != 200 or not isinstance(known, dict) or "urls" not in known:
         raise UserError(f"{router} is no vllm-router: it answers /list_workers with {said.status}")
     return list(known["urls"])
+
+
+def add_worker(router: str, worker: str) -> str:
+    """Put a worker on a router's list; the reason where it was not, and nothing where it was."""
+    url = f"{router}/add_worker?url={quote(worker, safe='')}"
+    said = ask(url, method="POST", timeout_s=3 * HEALTH_S)
+    if said is None:
+        return "it does not answer"
+    if said.status == 200 or "already exists" in said.text:
+        return ""
+    return said.text.partition(". Please set")[0]
+
+
+def remove_worker(router: str, worker: str) -> None:
+    """Strike a worker off a router's list; what it has in hand it may finish."""
+    ask(f"{router}/remove_worker?url={quote(worker, safe='')}", method="POST")
+
+
+def _answers(worker: str) -> bool:
+    said = ask(f"{worker}/health")
+    return said is not None and said.status == 200
 
 
 def read_url(url: str) -> str:

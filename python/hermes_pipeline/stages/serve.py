@@ -14,8 +14,14 @@ from pathlib import Path
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.guarded import LOOPBACK, WILDCARDS, Guarded, url_of
-from hermes_pipeline.services.plain_http import ask
-from hermes_pipeline.services.router import Place, Router, find_address, list_workers, read_url
+from hermes_pipeline.services.router import (
+    Place,
+    Roster,
+    Router,
+    find_address,
+    list_workers,
+    read_url,
+)
 from hermes_pipeline.services.server import Server
 from hermes_pipeline.services.serving import WATCH_S, running
 
@@ -67,24 +73,12 @@ def route(
     """
     router = Router(host=host, port=port, log=log or Path("router.log"))
     shown = _shown(host, router.port)
-    places = [Place(router.url, worker, _say) for worker in workers]
-    counts = (0, 0)
-
-    def look() -> None:
-        nonlocal counts
-        for place in places:
-            health = ask(f"{place.worker}/health")
-            if health is not None and health.status == 200:
-                place.keep()
-        before, counts = counts, router.count_workers() or counts
-        if counts != before:
-            _say(f"{counts[0]} of {counts[1]} workers answer")
-
+    roster = Roster(router.url, workers, _say)
     with _sigterm_as_ctrl_c(), running(router):
         _say(f"router at {shown}/v1; Ctrl-C stops it; hermes4 serve MODEL --join {shown}")
         while True:
             try:
-                _watch(router, look)
+                _watch(router, roster.look)
                 break
             except UserError as error:  # the workers join a new one by themselves
                 _say(f"{error}\nstart it again")
