@@ -354,9 +354,10 @@ def route(
         Path | None, typer.Option(help="vllm-router's output; router.log here if None.")
     ] = None,
 ) -> None:
-    """Put one endpoint before many workers, which come and go: `hermes4 serve --join`.
+    """Put one endpoint before many workers, which come and go.
 
-    Whoever reaches its port can add and remove workers: keep it inside the cluster.
+    `hermes4 serve --join` makes one. Whoever reaches the port can add and remove workers: keep it
+    inside the cluster.
     """
     from hermes_pipeline.stages.serve import route as run
 

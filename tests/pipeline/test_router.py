@@ -32,7 +32,7 @@ from running import Hermes4, comes_true, processes_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(100)]
 
-READY_S = 30
+READY_S = 60
 
 
 class Commands:
@@ -214,10 +214,10 @@ def test_a_killed_worker_loses_nothing_and_gets_work_again(commands: Commands) -
     run = commands.complete(url, "out", "--n", 2)
     assert comes_true(lambda: commands.has_answers("out", 20, str(server)), 20)
     worker.kill()
+    assert not commands.has_answers("out", 399)
     assert run.wait(60) == 0
     counts = commands.counts("out")
     assert (counts["answers"], counts["set_aside"]) == (400, 0)
-    assert 20 < commands.answers("out")[str(server)] < 150
 
     worker, said = commands.serve(url, port)
     find(r"(http.* is on the list of the router)", said)
@@ -265,12 +265,11 @@ def test_a_killed_engine_loses_nothing(real_commands: Commands) -> None:
     run = commands.complete(url, "out", "--n", 5, "--max-tokens", 100)
     assert comes_true(lambda: commands.has_answers("out", 100), 60)
     os.kill(program_of(killed), signal.SIGKILL)
-    at_death = commands.answers("out").total()
+    assert not commands.has_answers("out", 999)
     assert killed.wait(30) == 2
     assert run.wait(100) == 0
     counts = commands.counts("out")
     assert (counts["answers"], counts["set_aside"]) == (1000, 0)
-    assert at_death < 900
     reasons = Counter(
         result.record["finish_reason"]
         for recorded in read_results(commands.folder / "out")
@@ -414,6 +413,7 @@ def test_a_worker_knows_its_address(host: str, router: str, found: str) -> None:
 def test_addresses_are_read_with_and_without_v1() -> None:
     for url in ("http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/"):
         assert read_url(url) == "http://a:1"
-    for url in ("a:1", "ftp://a:1", "http://", "http://a:x", "http://[a"):
-        with pytest.raises(UserError, match="wants the form"):
+    for url in ("a:1", "ftp://a:1", "http://", "http://a:x", "http://[a", "http://me:hush@a:1"):
+        with pytest.raises(UserError, match="wants the form") as caught:
             read_url(url)
+        assert "hush" not in str(caught.value)

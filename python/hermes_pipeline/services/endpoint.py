@@ -8,7 +8,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,11 +23,14 @@ from hermes_pipeline.services.limits import (
     RESETS,
     Address,
     Bucket,
+    TooLate,
     allow_files,
     asked_pause_s,
     backoff_s,
     choose,
     read_address,
+    sleep,
+    wait,
 )
 from hermes_pipeline.services.wire import (
     CHAT,
@@ -88,10 +91,6 @@ class _Fault:
     @property
     def is_throttled(self) -> bool:
         return self.status == 429
-
-
-class _TooLate(Exception):
-    """The time of a request is up, or will be before it may go on."""
 
 
 class Endpoint:
@@ -254,8 +253,8 @@ class Endpoint:
                 self.usage.retries += 1
                 if not fault.pause_asked:
                     longest = OUTAGE_ATTEMPT if outage else attempt
-                    await _sleep(backoff_s(min(attempt - 1, longest)), deadline)
-        except _TooLate:
+                    await sleep(backoff_s(min(attempt - 1, longest)), deadline)
+        except TooLate:
             raise self._late(address, fault, began, deadline) from None
         if self._tokens is not None and answer.tokens:
             self._tokens.charge(answer.tokens - cost)
@@ -271,10 +270,10 @@ class Endpoint:
             await self._sit_out_pause(deadline)
             for bucket, amount in ((self._requests, 1.0), (self._tokens, tokens)):
                 if bucket is not None and not bucket.takes_now(amount):
-                    await _wait(bucket.take(amount), deadline)
+                    await wait(bucket.take(amount), deadline)
             now = loop.time()
             if now >= deadline:
-                raise _TooLate
+                raise TooLate
             address = choose(self._addresses, now)
             if address.paused_until <= now:
                 return address
@@ -286,7 +285,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         while (pause := min(a.paused_until for a in self._addresses) - loop.time()) > 0:
             # All wait for the same moment: not one goes before, and not all at once.
-            await _sleep(pause * random.uniform(1, 1.1), deadline)
+            await sleep(pause * random.uniform(1, 1.1), deadline)
 
     async def _send(
         self, address: Address, path: str, data: bytes, deadline: float
@@ -314,7 +313,7 @@ class Endpoint:
         except (aiohttp.ClientError, BrokenReply, TimeoutError, OSError) as error:
             now = loop.time()
             if now >= deadline:
-                raise _TooLate from None
+                raise TooLate from None
             address.set_aside(now)
             problem = f"{type(error).__name__}: {error}" if str(error) else "timed out"
             return _Fault(problem, is_away=isinstance(error, aiohttp.ClientConnectorError))
@@ -390,20 +389,6 @@ class Endpoint:
         if self._key:
             problem = problem.replace(self._key, "***")
         return f"{address.shown} (model {self.model}): {problem[:SHOWN]}"
-
-
-async def _sleep(seconds: float, deadline: float) -> None:
-    if asyncio.get_running_loop().time() + seconds >= deadline:
-        raise _TooLate
-    await asyncio.sleep(seconds)
-
-
-async def _wait(waiting: Coroutine[Any, Any, None], deadline: float) -> None:
-    try:
-        async with asyncio.timeout_at(deadline):
-            await waiting
-    except TimeoutError:
-        raise _TooLate from None
 
 
 def _read_key() -> str:

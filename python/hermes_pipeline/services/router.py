@@ -217,8 +217,9 @@ def read_url(url: str) -> str:
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         is_one = False
-    if not is_one:
-        raise UserError(f"address {url!r} wants the form http://host:port")
+    if not is_one or "@" in url:
+        shown = url.rpartition("@")[2]  # what stands before it is a login
+        raise UserError(f"address {shown!r} wants the form http://host:port, without a login")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
