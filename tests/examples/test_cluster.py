@@ -139,8 +139,8 @@ def test_the_routers_job_runs_both_and_ends_both(submit: Any, tmp_path: Path) ->
 def test_a_workers_job_ends_and_goes_back_into_the_queue_when_its_time_is_up(
     submit: Any, tmp_path: Path, number: signal.Signals, requeued: int
 ) -> None:
-    job = submit("workers.sbatch")  # before there is a router
     (tmp_path / "router.address").write_text("http://node1:8000\n")
+    job = submit("workers.sbatch")
     (line,) = calls(tmp_path, 1)
     serve = read_by_cli(shlex.split(line))
     assert (serve["join"], serve["port"], serve["host"]) == ("http://node1:8000", 0, "0.0.0.0")

@@ -26,7 +26,7 @@ import pytest
 import scripted_vllm
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services import router as router_module
-from hermes_pipeline.services.router import Roster, Router, find_address, read_url
+from hermes_pipeline.services.router import Place, Roster, Router, find_address, read_url
 from hermes_pipeline.services.store_reader import read_results
 from running import Hermes4, comes_true, processes_of
 
@@ -337,12 +337,20 @@ def answering_health(port: int) -> Iterator[None]:
             thread.join()
 
 
-def test_a_worker_says_when_the_router_cannot_reach_it(commands: Commands) -> None:
-    _, url = commands.route()
+def test_a_worker_says_once_when_the_router_cannot_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(router_module.SETTINGS, "worker-startup-timeout-secs", 1)
+    said: list[str] = []
     nowhere = f"http://127.0.0.1:{free_port()}"
-    words = ["serve", commands.model, "--port", 0, "--join", url, "--advertise", nowhere]
-    _, said = commands.start(*words)
-    assert nowhere in find(r"(the router at .* does not take .*; trying on)", said)
+    with Router(log=tmp_path / "router.log") as router:
+        place = Place(router.url, nowhere, said.append)
+        place.keep()
+        place.keep()
+    place.keep()
+    assert len(said) == 2
+    assert said[0].startswith(f"the router at {router.url} does not take {nowhere}: Timeout 1s")
+    assert said[1] == f"no router answers at {router.url}: trying on"
 
 
 def test_an_address_that_is_no_router_is_refused_before_the_model_loads(
