@@ -15,7 +15,6 @@ from aiohttp import web
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
-from hermes_pipeline.services import endpoint as endpoint_module
 from hermes_pipeline.services import limits
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
 from scripted import Script, Step, at_random, cut_body, drop, good, half_json, reply, slow, status
@@ -167,44 +166,6 @@ def test_a_run_ends_when_its_time_is_up() -> None:
     late = [a for a in answers if isinstance(a, EndpointError)]
     assert len(late) == endpoint.usage.failed == 20 - endpoint.usage.requests > 0
     assert all(error.hopeless and "the run's 0.5 s leave no time" in str(error) for error in late)
-
-
-@pytest.mark.parametrize("how", ["503", "nobody listens"])
-def test_a_server_that_has_answered_and_starts_anew_is_waited_for(how: str) -> None:
-    script = Script(good, *[status(503)] * 10, good) if how == "503" else Script(good)
-
-    async def work() -> tuple[Reply, Endpoint]:
-        async with script as url, Endpoint(url, "tiny", tries=2) as endpoint:
-            await one(endpoint)
-            if how == "503":
-                return await one(endpoint), endpoint
-            await script.runner.cleanup()
-            waiting = asyncio.create_task(one(endpoint))
-            while endpoint.usage.retries < 10:
-                await asyncio.sleep(0.01)
-            async with script:
-                return await waiting, endpoint
-
-    answer, endpoint = asyncio.run(asyncio.wait_for(work(), 20))
-    assert answer.text == "2"
-    assert endpoint.usage.retries >= 10
-
-
-def test_a_server_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "OUTAGE_S", 0.2)
-    script = Script(good, status(503))
-    answers, _ = against(script, lambda endpoint: one_after_another(endpoint, 2), tries=2)
-    assert [type(answer) for answer in answers] == [Reply, EndpointError]
-    assert "failed 2 times" in str(answers[1])
-    assert len(script.bodies) > 3
-
-
-async def one_after_another(endpoint: Endpoint, count: int) -> list[Reply | BaseException]:
-    return [
-        answer
-        for _ in range(count)
-        for answer in await asyncio.gather(one(endpoint), return_exceptions=True)
-    ]
 
 
 def test_cancelling_leaves_no_task_and_no_socket() -> None:

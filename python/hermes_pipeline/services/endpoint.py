@@ -8,7 +8,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,14 +23,11 @@ from hermes_pipeline.services.limits import (
     RESETS,
     Address,
     Bucket,
-    TooLate,
     allow_files,
     asked_pause_s,
     backoff_s,
     choose,
     read_address,
-    sleep,
-    wait,
 )
 from hermes_pipeline.services.wire import (
     CHAT,
@@ -49,9 +46,6 @@ __all__ = ["Endpoint", "EndpointError", "Reply", "Sampling", "Usage"]
 
 RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
 GONE = frozenset({502, 503, 504})  # what stands behind the address does not answer
-AWAY = 503  # nobody is there; a router whose workers are all gone says so
-OUTAGE_S = 120.0  # who has answered within it is waited for: a router or its workers start anew
-OUTAGE_ATTEMPT = 3  # as after so many tries, and no more, is the pause then: 4 s at most
 HOPELESS = frozenset({401, 403, 404})  # no other request would fare better
 HOPELESS_CODES = frozenset({"insufficient_quota", "invalid_api_key", "model_not_found"})
 CONNECT_S = 30.0
@@ -86,11 +80,14 @@ class _Fault:
     is_final: bool = False
     is_hopeless: bool = False
     pause_asked: bool = False  # the address is paused already
-    is_away: bool = False  # nobody took the request
 
     @property
     def is_throttled(self) -> bool:
         return self.status == 429
+
+
+class _TooLate(Exception):
+    """The time of a request is up, or will be before it may go on."""
 
 
 class Endpoint:
@@ -98,8 +95,7 @@ class Endpoint:
 
     Requests are spread over the addresses by what each has in flight. One that fails is set aside
     for a while and tried again with a single request; one that asks for a pause gets no request
-    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`. Nor
-    does a server that is away (503, or no connection), for two minutes from the last answer on.
+    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`.
 
     Args:
         base_url: up to and with `/v1`; several for a cluster.
@@ -246,15 +242,13 @@ class Endpoint:
                 fault, attempt = answer, attempt + 1
                 if fault.is_throttled and self._tokens is not None:
                     self._tokens.charge(-cost)  # nothing was computed for it
-                outage = self._is_outage(fault)
-                tries += not (fault.is_throttled or outage)
+                tries += not fault.is_throttled
                 if fault.is_final or tries == self._tries:
                     raise self._failure(address, fault, tries)
                 self.usage.retries += 1
                 if not fault.pause_asked:
-                    longest = OUTAGE_ATTEMPT if outage else attempt
-                    await sleep(backoff_s(min(attempt - 1, longest)), deadline)
-        except TooLate:
+                    await _sleep(backoff_s(attempt - 1), deadline)
+        except _TooLate:
             raise self._late(address, fault, began, deadline) from None
         if self._tokens is not None and answer.tokens:
             self._tokens.charge(answer.tokens - cost)
@@ -270,10 +264,10 @@ class Endpoint:
             await self._sit_out_pause(deadline)
             for bucket, amount in ((self._requests, 1.0), (self._tokens, tokens)):
                 if bucket is not None and not bucket.takes_now(amount):
-                    await wait(bucket.take(amount), deadline)
+                    await _wait(bucket.take(amount), deadline)
             now = loop.time()
             if now >= deadline:
-                raise TooLate
+                raise _TooLate
             address = choose(self._addresses, now)
             if address.paused_until <= now:
                 return address
@@ -285,7 +279,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         while (pause := min(a.paused_until for a in self._addresses) - loop.time()) > 0:
             # All wait for the same moment: not one goes before, and not all at once.
-            await sleep(pause * random.uniform(1, 1.1), deadline)
+            await _sleep(pause * random.uniform(1, 1.1), deadline)
 
     async def _send(
         self, address: Address, path: str, data: bytes, deadline: float
@@ -313,10 +307,9 @@ class Endpoint:
         except (aiohttp.ClientError, BrokenReply, TimeoutError, OSError) as error:
             now = loop.time()
             if now >= deadline:
-                raise TooLate from None
+                raise _TooLate from None
             address.set_aside(now)
-            problem = f"{type(error).__name__}: {error}" if str(error) else "timed out"
-            return _Fault(problem, is_away=isinstance(error, aiohttp.ClientConnectorError))
+            return _Fault(f"{type(error).__name__}: {error}" if str(error) else "timed out")
         finally:
             address.in_flight -= 1
         if reply.status in GONE:
@@ -339,19 +332,7 @@ class Endpoint:
         pause = None if is_final else asked_pause_s(headers, time.time())
         if pause is not None:
             address.pause(asyncio.get_running_loop().time() + pause)
-        return _Fault(
-            f"{reply.status}: {said}",
-            reply.status,
-            is_final,
-            is_hopeless,
-            pause_asked=bool(pause),
-            is_away=reply.status == AWAY,
-        )
-
-    def _is_outage(self, fault: _Fault) -> bool:
-        """Is it likely that who is away comes back?"""
-        now = asyncio.get_running_loop().time()
-        return fault.is_away and now < self._answered_at + OUTAGE_S
+        return _Fault(f"{reply.status}: {said}", reply.status, is_final, is_hopeless, bool(pause))
 
     def _expected_tokens(self, data: bytes, body: Mapping[str, Any], n: int) -> float:
         if self.usage.tokens:
@@ -389,6 +370,20 @@ class Endpoint:
         if self._key:
             problem = problem.replace(self._key, "***")
         return f"{address.shown} (model {self.model}): {problem[:SHOWN]}"
+
+
+async def _sleep(seconds: float, deadline: float) -> None:
+    if asyncio.get_running_loop().time() + seconds >= deadline:
+        raise _TooLate
+    await asyncio.sleep(seconds)
+
+
+async def _wait(waiting: Coroutine[Any, Any, None], deadline: float) -> None:
+    try:
+        async with asyncio.timeout_at(deadline):
+            await waiting
+    except TimeoutError:
+        raise _TooLate from None
 
 
 def _read_key() -> str:

@@ -7,10 +7,9 @@ import random
 import re
 import resource
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from hermes_pipeline.errors import UserError
@@ -26,10 +25,6 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 # When a quota is full again.
 RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens")
-
-
-class TooLate(Exception):
-    """The time of a request is up, or will be before it may go on."""
 
 
 class Bucket:
@@ -160,22 +155,6 @@ def choose(addresses: Sequence[Address], now: float) -> Address:
 def backoff_s(attempt: int) -> float:
     """A pause before try ``attempt + 1``: exponential with full jitter."""
     return random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(attempt, 30)))
-
-
-async def sleep(seconds: float, deadline: float) -> None:
-    """Sleep, or raise `TooLate` at once where the deadline comes before the end of it."""
-    if asyncio.get_running_loop().time() + seconds >= deadline:
-        raise TooLate
-    await asyncio.sleep(seconds)
-
-
-async def wait(waiting: Coroutine[Any, Any, None], deadline: float) -> None:
-    """Wait for ``waiting``, and no longer than the deadline: `TooLate`."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            await waiting
-    except TimeoutError:
-        raise TooLate from None
 
 
 def asked_pause_s(headers: Mapping[str, str], now: float) -> float | None:
