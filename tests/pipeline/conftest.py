@@ -105,6 +105,19 @@ def tokenizer_folder(backend: Tokenizer, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights, as a folder that vLLM serves."""
+    from hermes_pipeline.stages import demo, train
+
+    folder = tmp_path_factory.mktemp("served")
+    demo.write_tokenizer(folder / "tokenizer", seed=0)
+    train.init("tiny", tokenizer=str(folder / "tokenizer"), out=folder / "model", seed=0)
+    template = folder / "model" / "chat_template.jinja"
+    template.write_text(load_template(demo.TEMPLATE, None)[1])
+    return folder / "model"
+
+
 @pytest.fixture
 def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Hermes4:
     """Runs the command `hermes4` in this process."""

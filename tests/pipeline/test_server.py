@@ -18,11 +18,10 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
 from hermes_pipeline.sampling.recipe import Data, Recipe, Run
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Sampling
-from hermes_pipeline.services.hub import load_template
 from hermes_pipeline.services.server import Server
 from hermes_pipeline.services.serving import Model
 from hermes_pipeline.services.store_reader import read_results
-from hermes_pipeline.stages import complete, demo, train
+from hermes_pipeline.stages import complete
 from running import comes_true, processes_of
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
@@ -35,16 +34,6 @@ with Server(Path(sys.argv[1]), log=Path(sys.argv[2]), max_model_len=128) as serv
     print("ready", server.base_url, flush=True)
     time.sleep(300)
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    demo.write_tokenizer(folder / "tokenizer", seed=0)
-    train.init("tiny", tokenizer=str(folder / "tokenizer"), out=folder / "model", seed=0)
-    template = folder / "model" / "chat_template.jinja"
-    template.write_text(load_template(demo.TEMPLATE, None)[1])
-    return folder / "model"
 
 
 def ask(base_url: str, name: str) -> str:

@@ -135,7 +135,9 @@ def test_an_empty_answer_and_one_that_met_its_length_are_answers() -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b'{"choices": []}', b'{"choices": [{}]}', b"<html>", b"\xff",
-     b'{"error": {"message": "upstream"}}', b'{"choices": [{"text": "a", "logprobs": {}}]}'],
+     b'{"error": {"message": "upstream"}}', b'{"choices": [{"text": "a", "logprobs": {}}]}',
+     answer({"text": "half", "finish_reason": "abort"}),
+     answer({"text": "", "finish_reason": "stop"}, {"text": "", "finish_reason": "error"})],
 )  # fmt: skip
 def test_what_is_no_answer_is_a_broken_reply(content: bytes) -> None:
     with pytest.raises(BrokenReply, match="not whole"):

@@ -22,6 +22,7 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
 from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
+from hermes_pipeline.services.guarded import Guarded
 from hermes_pipeline.services.progress import waiting
 from hermes_pipeline.services.server import Server
 
@@ -129,15 +130,15 @@ def at_address(model: Model, log: Path) -> Iterator[Address]:
 
 
 @contextmanager
-def running(server: Server) -> Iterator[None]:
-    """The server, from its start to its end, with something to look at until it is ready."""
+def running(program: Guarded) -> Iterator[None]:
+    """The program, from its start to its end, with something to look at until it is ready."""
     try:
-        with waiting(f"start vLLM on {server.model} (log: {server.log})") as tick:
-            server.start()
-            server.wait_ready(tick)
+        with waiting(f"start {program.called} (log: {program.log})") as tick:
+            program.start()
+            program.wait_ready(tick)
         yield
     finally:
-        server.stop()
+        program.stop()
 
 
 @asynccontextmanager

@@ -13,6 +13,8 @@ from hermes_pipeline.config import Range
 from hermes_pipeline.records import Message
 
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
+# A server that is stopped says "abort", with status 200 and half of an answer: vLLM at SIGTERM.
+CUT = frozenset({"abort", "error"})
 READ = 4_000  # characters of a server's message; fewer are shown, once the key is out of them
 
 
@@ -109,7 +111,7 @@ def read_answer(content: bytes) -> Answer:
             choices = sorted(choices, key=lambda choice: choice.get("index") or 0)
         each = tokens if len(choices) == 1 else None
         replies = [_reply(choice, prompt, each) for choice in choices]
-        if replies:
+        if replies and not any(reply.finish_reason in CUT for reply in replies):
             return Answer(replies, int(prompt or 0), int(tokens or 0))
     except (ValueError, TypeError, KeyError, AttributeError):
         pass

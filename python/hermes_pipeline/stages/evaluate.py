@@ -1,4 +1,4 @@
-"""`hermes4 evaluate` and `hermes4 serve`: score a model on a benchmark; serve one until stopped.
+"""`hermes4 evaluate`: score a model on a benchmark.
 
 The folder of an evaluation:
 
@@ -12,7 +12,6 @@ The folder of an evaluation:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import json
 import os
@@ -35,32 +34,7 @@ from hermes_pipeline.evaluation.table import Figures, Graded, summarize
 from hermes_pipeline.records import Message, Score
 from hermes_pipeline.services.endpoint import EndpointError, Reply
 from hermes_pipeline.services.progress import Counter, progress
-from hermes_pipeline.services.server import Server
-from hermes_pipeline.services.serving import (
-    WATCH_S,
-    Answering,
-    Request,
-    answerer,
-    first_of,
-    running,
-    watched,
-)
-
-
-def serve(
-    model: Path, *, port: int = 8000, max_model_len: int | None = None, log: Path | None = None
-) -> None:
-    """Serve a model with vLLM until interrupted."""
-    log = log or Path(f"{model.resolve().name}.server.log")
-    server = Server(model, port=port, max_model_len=max_model_len, log=log)
-    with running(server):
-        sys.stderr.write(f"model {server.name} at {server.base_url}; Ctrl-C stops it\n")
-        sys.stderr.flush()
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                server.check()
-                time.sleep(WATCH_S)
-    sys.stderr.write("stopped\n")
+from hermes_pipeline.services.serving import Answering, Request, answerer, first_of, watched
 
 
 def run(recipe: Recipe, *, label: str | None = None) -> dict[str, Any]:
