@@ -179,8 +179,20 @@ def test_data_that_has_changed_is_refused_and_what_is_kept_stays(
     hermes4(*words(server, data, out, "--n", 1))
     before, paid = exported(out), len(server.bodies)
     write(data, *({"prompt": f"{i}!"} for i in range(RECORDS)))
-    assert "was begun with other settings: data" in refused(hermes4(*words(server, data, out)))
+    said = refused(hermes4(*words(server, data, out)))
+    assert "record 1 of the data is not what it was when " in said
     assert (exported(out), len(server.bodies)) == (before, paid)
+
+
+def test_data_that_has_moved_or_grown_goes_on(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    out = tmp_path / "out"
+    hermes4(*words(server, data, out, "--n", 1))
+    moved = write(tmp_path / "moved.jsonl", *({"prompt": f"{i}?"} for i in range(RECORDS + 5)))
+    data.unlink()
+    assert hermes4(*words(server, moved, out, "--n", 1)).code == 0
+    assert server.answered.total() == len(server.answered) == RECORDS + 5
 
 
 def test_a_record_that_is_cut_off_goes_to_quarantine(

@@ -54,7 +54,7 @@ def run(tmp_path: Path) -> Path:
             else:
                 await store.keep(given, 1, 0, answer(number, 1))
 
-    settings = {"model": "tiny", "temperature": 0.6, "data": {"files": [["x.jsonl", 1, 2]]}}
+    settings = {"model": "tiny", "temperature": 0.6}
     with RunStore(folder, stage="complete", settings=settings, seed=4) as store:
         asyncio.run(fill(store))
         store.write_counts({"quarantined": 7})

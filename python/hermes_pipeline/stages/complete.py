@@ -68,7 +68,7 @@ def run(recipe: Recipe, *, pilot: int | None = None, as_json: bool = False) -> N
         raise UserError("where shall the answers go? give --out, or run.out in a recipe")
     name, data, out, seed = recipe.data.name, recipe.data, Path(recipe.run.out), recipe.run.seed
     source = DataSource(name, revision=data.revision, split=data.split, subset=data.subset)
-    settings, told = _settings(recipe, source), _shown(recipe)
+    settings, told = _settings(recipe), _shown(recipe)
     try:
         with RunStore(out, stage="complete", settings=settings, seed=seed, recipe=told) as store:
             if pilot is None:
@@ -221,12 +221,11 @@ def _tell_forecast(spending: Spending, left: int, as_json: bool) -> None:
         _warn(f"{left:,} draws to go: {told}")
 
 
-def _settings(recipe: Recipe, source: DataSource) -> dict[str, Any]:
-    """What decides an answer; how many there are, and how fast they come, may change."""
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides an answer, besides its conversation, by which the store knows it."""
     return {
         "model": recipe.model.identity(),
         "max_model_len": recipe.model.max_model_len,
-        "data": source.identity(),
         "system": recipe.data.system,
         **asdict(recipe.sampling),
         "stop": list(recipe.sampling.stop),

@@ -191,8 +191,7 @@ class _Card:
     def text(
         self, name: str, licence: str, about: Mapping[str, Any], counts: Mapping[str, int]
     ) -> str:
-        settings = {key: value for key, value in about["settings"].items() if key != "data"}
-        recipe = {"stage": about["stage"], "seed": about["seed"], **settings}
+        recipe = {"stage": about["stage"], "seed": about["seed"], **about["settings"]}
         inputs, answers = self._sources.total(), self._ends.total()
         ends = ", ".join(f"{self._ends[end]:,} {end}" for end in sorted(self._ends))
         lengths = [

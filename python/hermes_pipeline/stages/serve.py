@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hermes_pipeline.errors import UserError
@@ -38,7 +36,7 @@ def serve(
     join: str | None = None,
     advertise: str | None = None,
 ) -> None:
-    """Serve a model with vLLM until Ctrl-C or SIGTERM.
+    """Serve a model with vLLM until Ctrl-C.
 
     Args:
         join: a router, on whose list the server stands from its first answer to its end.
@@ -50,7 +48,7 @@ def serve(
     server = Server(model, host=host, port=port, max_model_len=max_model_len, log=log)
     if host != LOOPBACK and not os.environ.get("VLLM_API_KEY"):
         _say(f"whoever reaches port {server.port} can use the model; VLLM_API_KEY sets a key")
-    with _sigterm_as_ctrl_c(), contextlib.ExitStack() as ending:
+    with contextlib.ExitStack() as ending:
         # A wrong address shows before the model is loaded.
         place = None if join is None else _find_place(join, server, advertise)
         ending.enter_context(running(server))
@@ -66,7 +64,7 @@ def serve(
 def route(
     workers: Sequence[str], *, host: str = LOOPBACK, port: int = 8000, log: Path | None = None
 ) -> None:
-    """Put one address before many workers, until Ctrl-C or SIGTERM.
+    """Put one address before many workers, until Ctrl-C.
 
     Args:
         workers: addresses of servers that do not join by themselves; they may start later.
@@ -74,7 +72,7 @@ def route(
     router = Router(host=host, port=port, log=log or Path("router.log"))
     shown = _shown(host, router.port)
     roster = Roster(router.url, workers, _say)
-    with _sigterm_as_ctrl_c(), running(router):
+    with running(router):
         _say(f"router at {shown}/v1; Ctrl-C stops it; hermes4 serve MODEL --join {shown}")
         while True:
             try:
@@ -106,21 +104,6 @@ def _watch(program: Guarded, look: Callable[[], None]) -> None:
                 look()
                 next_look = time.monotonic() + LOOK_S
             time.sleep(WATCH_S)
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Slurm and Kubernetes end us by SIGTERM, and may say it again while we clean up."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _shown(host: str, port: int) -> str:
