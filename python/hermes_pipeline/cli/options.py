@@ -1,0 +1,100 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+# Panels of a long help text.
+MODEL, ANSWERS, REQUESTS, COST = "Model", "Answers", "Requests", "Cost"
+
+# Data in.
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A .jsonl, .jsonl.gz, .json or .parquet file, a folder of them, or the name of a "
+        "Hugging Face data set."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Revision of the data set; name one.")]
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of the data set.")]
+Tokenizer = Annotated[
+    str, typer.Option(help="A folder, a tokenizer.json(.gz), or the name of a Hugging Face model.")
+]
+TokenizerRevision = Annotated[str | None, typer.Option(help="Revision of the tokenizer.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Chat template: hermes_chatml, hermes_llama3, or a .jinja file. "
+        "The tokenizer's own if not given."
+    ),
+]
+
+# A model, and its answers. What is not given is the recipe's, or the default that is shown.
+Endpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--endpoint",
+        help="An OpenAI-compatible endpoint, such as http://host/v1; several for a cluster. "
+        "OPENAI_API_KEY holds its key.",
+        rich_help_panel=MODEL,
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="Name of the model at --endpoint.", rich_help_panel=MODEL),
+]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Model folder to serve with vLLM, instead of --endpoint.", rich_help_panel=MODEL
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Context length of a --checkpoint; its own if not given.", rich_help_panel=MODEL
+    ),
+]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, show_default="0.6", rich_help_panel=ANSWERS)
+]
+TopP = Annotated[
+    float | None, typer.Option(min=0, max=1, show_default="0.95", rich_help_panel=ANSWERS)
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Of one answer.", rich_help_panel=ANSWERS)
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(min=1, help="Requests in flight.", show_default="64", rich_help_panel=REQUESTS),
+]
+TimeoutS = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, help="Seconds for one try.", show_default="600", rich_help_panel=REQUESTS
+    ),
+]
+OnRay = Annotated[
+    str | None,
+    typer.Option(
+        help="Work on a Ray cluster: auto, host:port or ray://host:port.", rich_help_panel=REQUESTS
+    ),
+]
+Seed = Annotated[int | None, typer.Option(show_default="0", rich_help_panel=ANSWERS)]
+OwnRecipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A .toml file with these settings, and finer ones."),
+]
+
+# Serving.
+Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: for other machines, too.")]
+
+# Training.
+Recipe = Annotated[str, typer.Option(help="A recipe of the project, or a .toml file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting over the recipe's, as section.key=value."),
+]
