@@ -22,7 +22,7 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.services import cluster
 from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
 from nodes import Nodes
-from running import Ended, comes_true
+from running import Ended, comes_true, processes_of
 
 pytestmark = [
     pytest.mark.heavy,
@@ -210,6 +210,19 @@ def test_a_signal_leaves_no_worker_behind(
         asked = len(server.bodies)
         time.sleep(1)
         assert len(server.bodies) == asked
+
+
+def test_each_worker_serves_a_checkpoint_with_a_real_engine(
+    nodes: Nodes, model: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["complete", "--data", data, "--limit", 20, "--out", out, "--checkpoint", model]
+    words += ["--max-model-len", 128, "--max-tokens", 4, "--n", 2, "--ray", nodes.address]
+    words += ["--set", "ray.workers=1"]
+    ended = run(sys.executable, "-m", "hermes_pipeline", *map(str, words))
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("20 read = 20 done + 0 set aside + 0 quarantined\n40 answers")
+    assert comes_true(lambda: not processes_of(str(model)), 20), processes_of(str(model))
 
 
 def test_a_lost_node_costs_no_more_than_was_in_flight(
