@@ -26,7 +26,8 @@ STAND_IN = """#!/bin/bash
 name=$(basename "$0")
 echo "$name $*" >> calls
 [[ $name == scontrol ]] && exit
-trap 'echo "$name $1 ended" >> calls; exit 0' TERM
+[[ $1 == serve && -e fails ]] && exit 2
+trap 'trap "" TERM; sleep 0.3; echo "$name $1 ended" >> calls; exit 0' TERM
 while true; do sleep 0.05; done
 """
 
@@ -131,8 +132,16 @@ def test_the_routers_job_runs_both_and_ends_both(submit: Any, tmp_path: Path) ->
     assert serve["join"] == address
     assert (route["host"], serve["host"], serve["port"]) == ("0.0.0.0", "0.0.0.0", 0)
     job.send_signal(signal.SIGTERM)
-    assert calls(tmp_path, 4)[1::2] == ["hermes4 route ended", "hermes4 serve ended"]
     job.wait(10)
+    ended = (tmp_path / "calls").read_text().splitlines()[2:]
+    assert sorted(ended) == ["hermes4 route ended", "hermes4 serve ended"]
+
+
+def test_the_routers_job_fails_when_one_of_both_does(submit: Any, tmp_path: Path) -> None:
+    (tmp_path / "fails").touch()
+    job = submit("router.sbatch")
+    assert job.wait(10) == 2
+    assert "hermes4 route ended" in calls(tmp_path, 3)
 
 
 @pytest.mark.parametrize(("number", "requeued"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
@@ -146,6 +155,5 @@ def test_a_workers_job_ends_and_goes_back_into_the_queue_when_its_time_is_up(
     assert (serve["join"], serve["port"], serve["host"]) == ("http://node1:8000", 0, "0.0.0.0")
     job.send_signal(number)
     assert job.wait(10) == 0
-    assert calls(tmp_path, 2)[0].startswith("hermes4 serve")
-    assert calls(tmp_path, 2 + requeued)[2:] == ["scontrol requeue 7"] * requeued
-    assert "hermes4 serve ended" in calls(tmp_path, 2)
+    after = (tmp_path / "calls").read_text().splitlines()[1:]
+    assert after == ["hermes4 serve ended", *["scontrol requeue 7"] * requeued]

@@ -30,7 +30,7 @@ from hermes_pipeline.services.router import Place, Roster, Router, find_address,
 from hermes_pipeline.services.store_reader import read_results
 from running import Hermes4, comes_true, processes_of
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(200)]
 
 READY_S = 60
 
