@@ -20,6 +20,7 @@ from hermes_pipeline.config import load
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmarks.chain import CHAIN
 from hermes_pipeline.evaluation.recipe import Recipe
+from hermes_pipeline.services.store_reader import count
 from hermes_pipeline.stages.evaluate import run
 
 ANSWERS = {CHAIN.prompt(item).key: CHAIN.prompt(item).target for item in CHAIN.items()}
@@ -152,34 +153,16 @@ def test_equal_seeds_make_equal_requests(stub: Stub, tmp_path: Path) -> None:
     assert a != c
 
 
-def test_a_torn_last_line_is_asked_again(stub: Stub, tmp_path: Path) -> None:
-    evaluate(stub, tmp_path)
-    path = tmp_path / "answers.jsonl"
-    path.write_bytes(path.read_bytes()[:-20])
-    evaluate(stub, tmp_path)
-    assert len(stub.bodies) == 11
-    assert len(lines(path)) == 10
-
-
-def test_a_damaged_line_is_a_users_error_that_names_it(stub: Stub, tmp_path: Path) -> None:
-    evaluate(stub, tmp_path)
-    path = tmp_path / "answers.jsonl"
-    text = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([text[0], "{broken\n", *text[1:]]))
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        evaluate(stub, tmp_path)
-
-
 def test_failures_lie_apart_and_are_asked_again(stub: Stub, tmp_path: Path) -> None:
     stub.refused = {first_question()}
     scores = evaluate(stub, tmp_path)
     assert (scores["answers"], scores["failed"], scores["score"]) == (9, 1, 1.0)
-    failure = lines(tmp_path / "failures.jsonl")[0]
-    assert failure["key"] == first_question()
+    failure = lines(tmp_path / "set_aside.jsonl")[0]
+    assert failure["source"] == first_question()
     assert "the server says no" in failure["error"]
     stub.refused = set()
     assert evaluate(stub, tmp_path)["answers"] == 10
-    assert not (tmp_path / "failures.jsonl").exists()
+    assert not (tmp_path / "set_aside.jsonl").exists()
 
 
 def test_no_answer_at_all_is_a_users_error(stub: Stub, tmp_path: Path) -> None:
@@ -207,7 +190,7 @@ def test_two_evaluations_in_one_folder_are_refused(stub: Stub, tmp_path: Path) -
     first.start()
     while not stub.bodies:
         time.sleep(0.01)
-    with pytest.raises(UserError, match="another evaluation"):
+    with pytest.raises(UserError, match="is in use by process"):
         evaluate(stub, tmp_path)
     first.join()
 
@@ -232,13 +215,12 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(stub: Stub, tmp_path: Path
     command += [*("--out", str(tmp_path), "--model", "tiny", "--endpoint", stub.url)]
     command += ["--limit", "10", "--concurrency", "1"]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    answers = tmp_path / "answers.jsonl"
-    while not answers.exists() or len(lines(answers)) < 3:
+    while len(stub.bodies) < 5 or count(tmp_path).records < 3:
         assert child.poll() is None
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    before = len(lines(answers))
+    before = count(tmp_path).records
     assert 3 <= before < 10
     stub.pause_s = 0
     stub.bodies.clear()

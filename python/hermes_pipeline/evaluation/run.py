@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -14,6 +14,12 @@ from hermes_pipeline.services.endpoint import EndpointError, Reply
 from hermes_pipeline.services.store import draw_seed
 
 SCORERS = 2  # verdicts in the making at once; a verifier may be slow
+
+
+class Keep(Protocol):
+    """Where scores go, as soon as they are there; returns when one is safe."""
+
+    async def __call__(self, draw: Draw, score: Score) -> None: ...
 
 
 class Ask(Protocol):
@@ -51,14 +57,14 @@ async def run(
     benchmark: Benchmark[Any],
     draws: Iterable[Draw],
     ask: Ask,
-    record: Callable[[Draw, Score], None],
+    keep: Keep,
     *,
     concurrency: int,
 ) -> None:
-    """Have every draw answered and scored; ``record`` gets each as soon as it is there.
+    """Have every draw answered, scored and kept.
 
     Answers are scored in threads while others are still asked for. A request that failed for good
-    is recorded as a failure, no wrong answer.
+    is kept as a failure, no wrong answer.
 
     Raises:
         EndpointError: every request would fail: wrong address, key or name of the model.
@@ -73,14 +79,15 @@ async def run(
             except EndpointError as error:
                 if error.hopeless:
                     raise
-                record(draw, _failure(draw, str(error)))
+                await keep(draw, _failure(draw, str(error)))
             else:
                 await answers.put((draw, reply))
 
     async def score() -> None:
         while (answer := await answers.get()) is not None:
             draw, reply = answer
-            record(draw, await asyncio.to_thread(_score, benchmark, draw, reply))
+            scored = await asyncio.to_thread(_score, benchmark, draw, reply)
+            scoring.create_task(keep(draw, scored))  # the next verdict does not wait for the disk
 
     async with asyncio.TaskGroup() as scoring:
         for _ in range(SCORERS):

@@ -23,6 +23,7 @@ from hermes_pipeline.records import Message
 from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
 from hermes_pipeline.services.guarded import Guarded
+from hermes_pipeline.services.limits import read_address
 from hermes_pipeline.services.progress import waiting
 from hermes_pipeline.services.server import Server
 
@@ -42,6 +43,10 @@ class Model:
     name: str | None = None  # its name there
     checkpoint: str | None = None  # model folder in Hugging Face form
     max_model_len: Count | None = None  # context length, where we serve
+
+    def shown(self) -> list[str]:
+        """The addresses as they may stand in a file: without a login."""
+        return [read_address(url, "").shown for url in self.endpoint]
 
     def identity(self) -> str:
         """What tells this model from others.

@@ -6,6 +6,7 @@ A folder, by custom runs/<run>/<stage>/:
                     a result
     records.sqlite  inputs, and the results of each
     counts.json     what the last whole pass over the data came to
+    set_aside.jsonl draws whose last attempt failed: which, and why
     .lock           held by the process that writes
 
 A result is known by what made it: stage and settings, which the database holds as a fingerprint,
@@ -24,6 +25,7 @@ import os
 import platform
 import socket
 import sqlite3
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,10 +36,17 @@ from typing import IO, Any
 import orjson
 
 from hermes_core import __version__
-from hermes_core.files import remove_unfinished, write_text
+from hermes_core.files import remove_unfinished, write_atomically, write_text
 from hermes_pipeline.config import changes
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.services.store_reader import FORMAT, explained, is_stage, read_about
+from hermes_pipeline.services.files import without_numbers
+from hermes_pipeline.services.store_reader import (
+    FORMAT,
+    explained,
+    is_stage,
+    read_about,
+    read_errors,
+)
 
 COMMIT_ROWS, COMMIT_S = 512, 0.02  # a commit waits for so many rows, or so long
 
@@ -201,6 +210,23 @@ class RunStore:
     def write_counts(self, counts: Mapping[str, int]) -> None:
         """Say what a whole pass over the data came to."""
         write_text(self.folder / "counts.json", json.dumps(dict(counts), indent=2) + "\n")
+
+    def write_errors(self) -> Counter[str]:
+        """Write set_aside.jsonl: the draws whose last attempt failed.
+
+        Returns:
+            How often each error stands in it; those that differ in numbers alone count as one.
+        """
+        path = self.folder / "set_aside.jsonl"
+        errors: Counter[str] = Counter()
+        shown: dict[str, str] = {}
+        with write_atomically(path) as file:
+            for entry in read_errors(self.folder):
+                errors[shown.setdefault(without_numbers(entry["error"]), entry["error"])] += 1
+                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        if not errors:
+            path.unlink()
+        return errors
 
     async def _put(self, given: Input, row: _Row) -> None:
         if self._failure is not None:

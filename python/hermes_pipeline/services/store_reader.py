@@ -156,6 +156,8 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", None) or ""
+        if "no such table" in str(error):  # a run is just beginning there
+            raise UserError(f"{path} holds nothing yet; try again in a moment") from None
         if name.startswith(DAMAGED):
             raise UserError(
                 f"{path} is damaged ({error}); put back a copy, or begin in another folder"

@@ -21,7 +21,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from hermes_core.files import write_atomically
 from hermes_pipeline.config import flatten
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, plan
@@ -30,9 +29,7 @@ from hermes_pipeline.sampling.reading import Reading
 from hermes_pipeline.sampling.recipe import Data, Recipe
 from hermes_pipeline.sampling.spending import Show, Spending, Tell, describe
 from hermes_pipeline.services.endpoint import EndpointError, Reply
-from hermes_pipeline.services.files import without_numbers
 from hermes_pipeline.services.hub import DataSource
-from hermes_pipeline.services.limits import read_address
 from hermes_pipeline.services.progress import JsonLines, progress
 from hermes_pipeline.services.serving import (
     Answerer,
@@ -43,7 +40,7 @@ from hermes_pipeline.services.serving import (
     watched,
 )
 from hermes_pipeline.services.store import RunStore
-from hermes_pipeline.services.store_reader import count, is_stage, read_errors, read_usage
+from hermes_pipeline.services.store_reader import count, is_stage, read_usage
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 # Calls of tools are wanted as the model wrote them; taken out by the server, they would be lost.
@@ -68,7 +65,8 @@ def run(recipe: Recipe, *, pilot: int | None = None, as_json: bool = False) -> N
         raise UserError("where shall the answers go? give --out, or run.out in a recipe")
     name, data, out, seed = recipe.data.name, recipe.data, Path(recipe.run.out), recipe.run.seed
     source = DataSource(name, revision=data.revision, split=data.split, subset=data.subset)
-    settings, told = _settings(recipe), _shown(recipe)
+    settings = _settings(recipe)
+    told = flatten(recipe) | {"model.endpoint": recipe.model.shown()}
     try:
         with RunStore(out, stage="complete", settings=settings, seed=seed, recipe=told) as store:
             if pilot is None:
@@ -103,7 +101,7 @@ def _run_whole(recipe: Recipe, source: DataSource, store: RunStore, as_json: boo
         )
     counts = _counts(reading, tally) | {"answers": count(out).records}
     store.write_counts(counts)
-    errors = _write_errors(out)
+    errors = store.write_errors()
     _check_useful(source, out, counts, reading.reasons, errors)
     _summarize(out, counts, errors, as_json)
 
@@ -126,7 +124,7 @@ def _run_pilot(
             _ask(chain([first], planned), recipe, model, store, show)
     answers = count(out).records
     left = max(0, recipe.run.draws * (there - reading.quarantined) - answers)
-    errors = _write_errors(out)
+    errors = store.write_errors()
     if answers < 2:
         why = f", most often: {errors.most_common(1)[0][0]}" if errors else ""
         raise UserError(f"{answers} answers, of which a forecast wants two{why}")
@@ -232,32 +230,12 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _shown(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as it may stand in a file: without the logins of addresses."""
-    shown = [read_address(url, "").shown for url in recipe.model.endpoint]
-    return flatten(recipe) | {"model.endpoint": shown}
-
-
 def _count(source: DataSource, limit: int | None) -> int:
     """How many records there are to read."""
     known = source.count()
     if known is None:
         return sum(1 for _ in islice(source.records(), limit))
     return known if limit is None else min(known, limit)
-
-
-def _write_errors(out: Path) -> Counter[str]:
-    """Write set_aside.jsonl; how often each error stands in it, equal but for numbers."""
-    path = out / "set_aside.jsonl"
-    errors: Counter[str] = Counter()
-    shown: dict[str, str] = {}
-    with write_atomically(path) as file:
-        for entry in read_errors(out):
-            errors[shown.setdefault(without_numbers(entry["error"]), entry["error"])] += 1
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-    if not errors:
-        path.unlink()
-    return errors
 
 
 def _check_useful(

@@ -1,29 +1,27 @@
 """`hermes4 evaluate`: score a model on a benchmark.
 
-The folder of an evaluation:
+The folder is that of `services.store`, and beside it:
 
-    settings.json   what every answer in the folder was drawn with
-    answers.jsonl   one line for each answer, written as it arrives; what a second run skips
-    failures.jsonl  requests that failed for good in the last run; a second run asks them again
-    scores.json     the figures
-    server.log      what vLLM said, where we started it
+    answers.jsonl    every answer with all that made it and its verdict, in order
+    set_aside.jsonl  draws without a score: which, and why; a second run asks for them again
+    scores.json      the figures
+    server.log       what vLLM said, where we started it
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hermes_core.files import write_text
+from hermes_core.files import write_atomically, write_text
+from hermes_pipeline.config import flatten
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmark import Benchmark
 from hermes_pipeline.evaluation.benchmarks import find_benchmark
@@ -31,10 +29,12 @@ from hermes_pipeline.evaluation.recipe import Recipe
 from hermes_pipeline.evaluation.run import Draw, is_overlong, plan
 from hermes_pipeline.evaluation.run import run as run_draws
 from hermes_pipeline.evaluation.table import Figures, Graded, summarize
-from hermes_pipeline.records import Message, Score
+from hermes_pipeline.records import Message, Prompt, Score
 from hermes_pipeline.services.endpoint import EndpointError, Reply
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.services.serving import Answering, Request, answerer, first_of, watched
+from hermes_pipeline.services.store import Input, Last, RunStore
+from hermes_pipeline.services.store_reader import read_results
 
 
 def run(recipe: Recipe, *, label: str | None = None) -> dict[str, Any]:
@@ -49,49 +49,36 @@ def run(recipe: Recipe, *, label: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: no benchmark or folder, other settings in the folder, no server, wrong key.
     """
-    asked, model, seed = recipe.benchmark, recipe.model, recipe.run.seed
+    asked, seed = recipe.benchmark, recipe.run.seed
     if asked.name is None:
         raise UserError("which benchmark? give --benchmark, or benchmark.name in a recipe")
     if recipe.run.out is None:
         raise UserError("where shall the scores go? give --out, or run.out in a recipe")
-    chosen, out = find_benchmark(asked.name), Path(recipe.run.out)
+    benchmark, out = find_benchmark(asked.name), Path(recipe.run.out)
     settings = {
         "benchmark": asked.name,
-        "model": model.identity(),
-        "max_model_len": model.max_model_len,
+        "model": recipe.model.identity(),
+        "max_model_len": recipe.model.max_model_len,
         **asdict(recipe.sampling),
         "stop": list(recipe.sampling.stop),
-        "seed": seed,
     }
-    with _locked(out):
-        _keep_settings(out, settings)
-        done = _read_answers(out)
-        planned = list(plan(chosen, seed=seed, limit=asked.limit, draws=asked.draws))
-        todo = [d for d in planned if (d.prompt.key, d.number) not in done]
-        failures: list[dict[str, Any]] = []
-        start = time.monotonic()
+    planned = list(plan(benchmark, seed=seed, limit=asked.limit, draws=asked.draws))
+    start = time.monotonic()
+    told = flatten(recipe) | {"model.endpoint": recipe.model.shown()}
+    with RunStore(out, stage="evaluate", settings=settings, seed=seed, recipe=told) as store:
+        answers = _Answers(store, planned)
+        todo = [draw for draw in planned if not answers.hold(draw)]
         if todo:
-            count = None if model.checkpoint is None else _token_counter(Path(model.checkpoint))
-            name = label or f"evaluate {asked.name}"
-            with (
-                answerer(
-                    model, recipe.requests, recipe.ray, out / "server.log", _warn
-                ) as answering,
-                (out / "answers.jsonl").open("ab", buffering=0) as file,
-                progress(name, total=len(todo), unit="answers") as bar,
-            ):
-                record = _Recorder(file.write, failures, bar, count)
-                work = _answer(chosen, todo, answering.opened, recipe, record)
-                asyncio.run(watched(work, answering.check))
-        _write_lines(out / "failures.jsonl", failures)
-        done = _read_answers(out)
-        lines = [done[key] for d in planned if (key := (d.prompt.key, d.number)) in done]
-        figures = summarize([_graded(line) for line in lines], failed=len(failures))
-        scores = asdict(figures) | {"settings": settings, "seconds": time.monotonic() - start}
+            _ask(benchmark, todo, recipe, answers, out, label or f"evaluate {asked.name}")
+        errors = store.write_errors()
+        lines = _write_answers(out, planned)
+        figures = summarize([_graded(line) for line in lines], failed=len(planned) - len(lines))
+        seconds = time.monotonic() - start
+        scores = asdict(figures) | {"settings": settings | {"seed": seed}, "seconds": seconds}
         write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     sys.stderr.write(describe(asked.name, figures) + "\n")
-    if failures and not lines:
-        raise UserError(f"no request was answered; the first failure: {failures[0]['error']}")
+    if errors and not lines:
+        raise UserError(f"no request was answered, most often: {errors.most_common(1)[0][0]}")
     return scores
 
 
@@ -112,72 +99,146 @@ def describe(benchmark: str, figures: Figures) -> str:
     )
 
 
+def _ask(
+    benchmark: Benchmark[Any],
+    draws: Sequence[Draw],
+    recipe: Recipe,
+    answers: _Answers,
+    out: Path,
+    label: str,
+) -> None:
+    """Have the draws answered, scored and kept; stops at once when our server is found dead."""
+    model = recipe.model
+    count = None if model.checkpoint is None else _token_counter(Path(model.checkpoint))
+    with (
+        answerer(model, recipe.requests, recipe.ray, out / "server.log", _warn) as answering,
+        progress(label, total=len(draws), unit="answers") as bar,
+    ):
+        recorder = _Recorder(answers, bar, count)
+        work = _answer(benchmark, draws, answering.opened, recipe, recorder)
+        try:
+            asyncio.run(watched(work, answering.check))
+        except* BrokenPipeError as group:  # nobody reads our progress
+            raise first_of(group) from None
+        except* (EndpointError, UserError, OSError) as group:
+            raise UserError(str(first_of(group))) from None
+
+
 async def _answer(
     benchmark: Benchmark[Any],
     draws: Sequence[Draw],
     opened: AbstractAsyncContextManager[Answering],
     recipe: Recipe,
-    record: Callable[[Draw, Score], None],
+    recorder: _Recorder,
 ) -> None:
-    """Have the draws answered and scored."""
     async with opened as answer:
 
         async def ask(messages: Sequence[Message], *, seed: int) -> Reply:
             return await answer(Request(tuple(messages), recipe.sampling, seed))
 
-        try:
-            concurrency = recipe.requests.concurrency
-            await run_draws(benchmark, draws, ask, record, concurrency=concurrency)
-        except* (EndpointError, UserError, OSError) as group:
-            raise UserError(str(first_of(group))) from None
+        concurrency = recipe.requests.concurrency
+        await run_draws(benchmark, draws, ask, recorder.keep, concurrency=concurrency)
+
+
+class _Answers:
+    """The answers in the store, by prompt and draw."""
+
+    def __init__(self, store: RunStore, planned: Sequence[Draw]) -> None:
+        self._store = store
+        self._inputs: dict[str, Input] = {}
+        for draw in planned:
+            if draw.prompt.key not in self._inputs:
+                self._inputs[draw.prompt.key] = _input(len(self._inputs) + 1, draw.prompt)
+        self._past = {key: store.past(given) for key, given in self._inputs.items()}
+
+    def hold(self, draw: Draw) -> bool:
+        """Is this draw there?"""
+        last = self._last(draw)
+        return last is not None and last.kept
+
+    async def keep(self, draw: Draw, record: Mapping[str, Any]) -> None:
+        await self._store.keep(*self._place(draw), record)
+
+    async def set_aside(self, draw: Draw, error: str) -> None:
+        await self._store.set_aside(*self._place(draw), error)
+
+    def _last(self, draw: Draw) -> Last | None:
+        return self._past[draw.prompt.key].get(draw.number)
+
+    def _place(self, draw: Draw) -> tuple[Input, int, int]:
+        last = self._last(draw)
+        return self._inputs[draw.prompt.key], draw.number, 0 if last is None else last.attempt + 1
 
 
 class _Recorder:
-    """Writes each answer as one line, keeps the failures, and shows how it goes."""
+    """Keeps each answer with its score, or the error it has instead, and shows how it goes."""
 
-    def __init__(
-        self,
-        write: Callable[[bytes], int],
-        failures: list[dict[str, Any]],
-        bar: Counter,
-        count: Callable[[str], int] | None,
-    ) -> None:
-        self._write, self._failures, self._bar, self._count = write, failures, bar, count
-        self._passed = self._answered = 0
+    def __init__(self, answers: _Answers, bar: Counter, count: Callable[[str], int] | None) -> None:
+        self._answers, self._bar, self._count = answers, bar, count
+        self._passed = self._answered = self._failed = 0
 
-    def __call__(self, draw: Draw, score: Score) -> None:
-        line = _line(draw, score)
+    async def keep(self, draw: Draw, score: Score) -> None:
         if score.error is not None:
-            self._failures.append(line)
+            await self._answers.set_aside(draw, score.error)
+            self._failed += 1
         else:
-            if self._count is not None:
-                line["thinking_tokens"] = self._count(score.trace.thinking)
-            self._write(json.dumps(line).encode() + b"\n")
+            count = self._count
+            thinking_tokens = None if count is None else count(score.trace.thinking)
+            await self._answers.keep(draw, _record(draw, score, thinking_tokens))
             self._answered += 1
             self._passed += score.verdict.passed
         share = f"{100 * self._passed / max(1, self._answered):.1f} % right"
-        failed = f", {len(self._failures)} failed" if self._failures else ""
+        failed = f", {self._failed} failed" if self._failed else ""
         self._bar.advance(1, share + failed)
 
 
-def _line(draw: Draw, score: Score) -> dict[str, Any]:
+def _input(number: int, prompt: Prompt) -> Input:
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    about = {
+        "source": prompt.key,
+        "messages": messages,
+        "target": prompt.target,
+        "meta": dict(prompt.meta),
+    }
+    return Input.of(number, [prompt.key, messages, prompt.target], about)
+
+
+def _record(draw: Draw, score: Score, thinking_tokens: int | None) -> dict[str, Any]:
     return {
-        "key": score.key,
-        "draw": score.draw,
-        "prompt": [{"role": m.role, "content": m.content} for m in draw.prompt.messages],
+        "seed": draw.seed,
         "text": score.trace.text,
         "thinking": score.trace.thinking,
         "answer": score.trace.answer,
         "finish_reason": score.trace.finish_reason,
         "overlong": is_overlong(score.trace),
         "tokens": score.trace.completion_tokens,
-        "thinking_tokens": None,
+        "thinking_tokens": thinking_tokens,
         "verdict": asdict(score.verdict),
-        "target": score.target,
-        "meta": dict(draw.prompt.meta),
-        "seed": draw.seed,
-        "error": score.error,
     }
+
+
+def _write_answers(out: Path, planned: Sequence[Draw]) -> list[dict[str, Any]]:
+    """Write answers.jsonl; the lines of those that were planned."""
+    wanted = {(draw.prompt.key, draw.number) for draw in planned}
+    lines = []
+    with write_atomically(out / "answers.jsonl") as file:
+        for recorded in read_results(out):
+            about = recorded.about
+            for result in recorded.results:
+                if result.record is None:
+                    continue
+                line = {
+                    "key": about["source"],
+                    "draw": result.draw,
+                    "prompt": about["messages"],
+                    **result.record,
+                    "target": about["target"],
+                    "meta": about["meta"],
+                }
+                file.write(json.dumps(line).encode() + b"\n")
+                if (line["key"], line["draw"]) in wanted:
+                    lines.append(line)
+    return lines
 
 
 def _graded(line: Mapping[str, Any]) -> Graded:
@@ -188,59 +249,6 @@ def _graded(line: Mapping[str, Any]) -> Graded:
         completion_tokens=line["tokens"],
         thinking_tokens=line["thinking_tokens"],
     )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another evaluation writes to {out}; wait for it, or choose another --out"
-            ) from None
-        yield
-
-
-def _keep_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings, or refuse a folder whose answers were drawn with others."""
-    path = out / "settings.json"
-    if path.exists() and (out / "answers.jsonl").exists():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is damaged; move the folder away") from None
-        changed = [
-            f"{k} was {before.get(k)!r} and is {settings[k]!r}"
-            for k in settings
-            if before.get(k) != settings[k]
-        ]
-        if changed:
-            raise UserError(
-                f"{out} holds answers of another evaluation: {'; '.join(changed)}. "
-                f"Choose another --out, or delete this one"
-            )
-    write_text(path, json.dumps(settings, indent=2) + "\n")
-
-
-def _read_answers(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """The answers so far; a last line that was cut off is cut away."""
-    path = out / "answers.jsonl"
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    answers = {}
-    for number, line in enumerate(content[:whole].splitlines(), 1):
-        try:
-            answer = json.loads(line)
-            answers[answer["key"], answer["draw"]] = answer
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number} is damaged; move the folder away") from None
-    return answers
 
 
 def _token_counter(model: Path) -> Callable[[str], int] | None:
@@ -256,10 +264,3 @@ def _token_counter(model: Path) -> Callable[[str], int] | None:
 def _warn(line: str) -> None:
     sys.stderr.write(f"evaluate: {line}\n")
     sys.stderr.flush()
-
-
-def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    if lines:
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    else:
-        path.unlink(missing_ok=True)

@@ -39,7 +39,11 @@ def scores(
 ) -> list[tuple[Draw, Score]]:
     of = of or benchmark()
     seen: list[tuple[Draw, Score]] = []
-    work = run(of, plan(of, seed=0), ask, lambda d, s: seen.append((d, s)), concurrency=concurrency)
+
+    async def keep(draw: Draw, score: Score) -> None:
+        seen.append((draw, score))
+
+    work = run(of, plan(of, seed=0), ask, keep, concurrency=concurrency)
     asyncio.run(asyncio.wait_for(work, 20))
     return seen
 
