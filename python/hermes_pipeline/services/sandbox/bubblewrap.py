@@ -1,6 +1,6 @@
 """A box of bubblewrap: a warm process in namespaces of its own, and what talks to it.
 
-The program inside is `inside.py`. Jobs and streams go in as sealed memory and pipes, by a socket
+The program inside is `zygote.py`. Jobs and streams go in as sealed memory and pipes, by a socket
 that no program inside ever holds; how a job ended comes back on it.
 """
 
@@ -23,7 +23,12 @@ from typing import Any, BinaryIO
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.sandbox.jobs import BoxDied, Ended, Job, Result
-from hermes_pipeline.services.sandbox.programs import find_bwrap, find_python, version_of
+from hermes_pipeline.services.sandbox.programs import (
+    find_bwrap,
+    find_python,
+    text_of,
+    version_of,
+)
 from hermes_pipeline.services.sandbox.seccomp import build_filter
 
 READY_S = 60.0  # until a box must have said that it is ready; a busy machine is slow
@@ -43,7 +48,6 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 _KILL = b"kill"
 _CHUNK = 1 << 16
 _NAME = "bubblewrap"
-_INSIDE = Path(__file__).with_name("inside.py")
 _BROKEN: Mapping[str, tuple[Ended, str]] = {
     "wall_s": ("timeout", "ran longer than {wall_s:g} s"),
     "cpu_s": ("timeout", "used more than {cpu_s:g} s of processor time"),
@@ -95,7 +99,7 @@ class Bubblewrap:
         ours.setblocking(False)
         self._link = ours
         with theirs, tempfile.TemporaryFile() as words:
-            inside = [self._python, "-s", "-S", "-c", _INSIDE.read_text()]
+            inside = [self._python, "-s", "-S", "-c", text_of("zygote")]
             given = [str(theirs.fileno()), build_filter().hex()]
             try:
                 self._process = subprocess.Popen(
