@@ -321,6 +321,22 @@ for name in ("mem", "maps", "environ", "fd/200", "fd/201", "root/", "ns/pid", "e
 """,
         says="refused\n" * 8,
     ),
+    Attack(
+        "slow_the_watch",
+        """
+import os, resource
+for change in (
+    lambda: resource.prlimit(1, resource.RLIMIT_CPU, (0, 0)),
+    lambda: os.sched_setaffinity(1, {0}),
+    lambda: os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0)),
+    lambda: os.setpriority(os.PRIO_USER, 0, 19),
+):
+    try: change()
+    except OSError: print("refused")
+    else: print("DONE")
+""",
+        says="refused\n" * 4,
+    ),
     # The network.
     Attack(
         "net_loopback",

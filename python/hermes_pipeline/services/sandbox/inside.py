@@ -50,7 +50,7 @@ class Filter(ctypes.Structure):
 
 
 def prepare_python() -> None:
-    """What every program finds: `exit()`, signals that end it, nothing to gain from a set-uid file."""
+    """What every program finds: `exit()`, signals that end it, no rights by running a file."""
     site.setquit()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # which the first process of a namespace ignores

@@ -56,7 +56,7 @@ def version_of(bwrap: str) -> str:
 
 
 def text_of(name: str) -> str:
-    """A program that runs ``main`` of a module beside this one, where no file of ours can be read."""
+    """A program that runs ``main`` of a module beside this one, where none of them can be read."""
     package, folder = __name__.rpartition(".")[0], Path(__file__).parent
     texts = [(f"{package}.{x}", (folder / f"{x}.py").read_text()) for x in ("inside", name)]
     return _LOAD.format(texts=texts)
