@@ -320,6 +320,25 @@ def serve(
 
 
 @app.command()
+def sandbox(
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port.")] = 8090,
+    host: Annotated[
+        str, typer.Option(help="Others than 127.0.0.1 need HERMES4_SANDBOX_TOKEN to be set.")
+    ] = "127.0.0.1",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Jobs at a time; one for each core if None.")
+    ] = None,
+    box: Annotated[
+        str, typer.Option(help="bubblewrap, docker, podman, docker:IMAGE or podman:IMAGE.")
+    ] = "bubblewrap",
+) -> None:
+    """Run model-written code for other machines, in boxes here, until interrupted."""
+    from hermes_pipeline.stages.sandbox import run
+
+    run(host=host, port=port, workers=workers, box=box)
+
+
+@app.command()
 def evaluate(
     benchmark: Annotated[str, typer.Option(help="Name of a benchmark.")],
     out: Annotated[Path, typer.Option(help="Folder for the scores and every answer.")],

@@ -242,7 +242,8 @@ except OSError: print("made", 1000 < made <= 4096)
         """
 for path in ("/x", "/dev/x", "/etc/x", "/dev/fd/9", "/proc/sys/net/ipv4/ip_default_ttl",
              "/proc/sys/kernel/hostname", "/proc/self/oom_score_adj", "/proc/self/uid_map"):
-    try: open(path, "w").write("1")
+    try:
+        with open(path, "w") as file: file.write("1")
     except OSError: print("refused")
     else: print("DONE")
 """,
@@ -469,14 +470,15 @@ sys.exit(5)
     Attack(
         "stay_in_the_warm_process",
         """
-import builtins, gc, os, random, socket, sys
+import builtins, contextlib, gc, os, random, socket, sys
 sys.modules["re"] = sys.modules["collections"] = None
 builtins.print = builtins.len = os.fork = lambda *given: 0
 for thing in gc.get_objects():
     if type(thing).__name__ == "Zygote": thing.run = None
 open("/tmp/sitecustomize.py", "w").write("x")
 open("/dev/shm/left", "w").write("x")
-os.chmod("/tmp", 0); os.chdir("/")
+with contextlib.suppress(PermissionError): os.chmod("/tmp", 0)
+os.chdir("/")
 sys.stdout.write("tried")
 """,
         says="tried",

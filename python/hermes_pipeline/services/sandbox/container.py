@@ -11,13 +11,11 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.services.sandbox.inside import OURS
 from hermes_pipeline.services.sandbox.jobs import BoxDied, Job, Limits, Result
 from hermes_pipeline.services.sandbox.programs import text_of
 from hermes_pipeline.services.sandbox.seccomp import build_filter
@@ -34,6 +32,7 @@ ENGINES = ("podman", "docker")
 IMAGE = "docker.io/library/python:3.11-slim"
 LABEL = "hermes4.sandbox"  # its value is the id of the process that started the container
 ROOM_BYTES = 256 << 20  # for the first process and what it keeps of a job
+LEAST_PIDS = 16  # threads of the engine's own, as it starts a container
 SHARED_BYTES = 8 << 20  # in /dev/shm, which the standard library needs for semaphores
 _VERSIONS = {"podman": "{{.Client.Version}}", "docker": "{{.Server.Version}}"}
 _REFUSED = "the sandbox cannot start, and nothing is run without it: "
@@ -88,14 +87,7 @@ class _Started:
     name: str
     limits: Limits
     process: asyncio.subprocess.Process
-    words: BinaryIO  # its standard error
     python: str = ""
-
-    @property
-    def said(self) -> str:
-        """What the engine wrote of an error."""
-        self.words.seek(0)
-        return _last_line(self.words.read())
 
     @property
     def stdin(self) -> asyncio.StreamWriter:
@@ -112,13 +104,14 @@ class Container:
     """One container at a time, for one job; the next one starts while it runs.
 
     Args:
-        slot: tells it from others of this machine's user: each has a user id of its own.
+        slot: tells it from others of this machine's user: each has two user ids of its own, one
+            for the container that runs and one for the next.
         engine: docker or podman.
         image: one with Python 3.9 or newer and `env`, for x86-64, which the engine has already.
     """
 
     def __init__(self, slot: int, *, engine: str, image: str = IMAGE) -> None:
-        self._user = FIRST_USER + slot
+        self._first_user = FIRST_USER + 2 * slot
         self._engine_name, self._image = engine, image
         self._engine: Engine | None = None
         self._next: asyncio.Task[_Started] | None = None
@@ -171,7 +164,8 @@ class Container:
         except TimeoutError:
             raise BoxDied("it kept on running past its limits") from None
         except (OSError, asyncio.IncompleteReadError, ValueError):
-            raise BoxDied(ours.said or "its container ended without an answer") from None
+            said = await _said(ours.process)
+            raise BoxDied(said or "its container ended without an answer") from None
         finally:
             self._let_end(ours)
         if "failed" in end:
@@ -206,28 +200,27 @@ class Container:
     async def _start(self, limits: Limits) -> _Started:
         assert self._engine is not None
         self._started += 1
-        name = f"hermes4-sandbox-{os.getpid()}-{self._user}-{id(self)}-{self._started}"
-        words = tempfile.TemporaryFile()
+        user = self._first_user + self._started % 2
+        name = f"hermes4-sandbox-{os.getpid()}-{id(self)}-{self._started}"
         try:
             process = await asyncio.create_subprocess_exec(
                 self._engine.program,
-                *run_words(self._engine, limits, name=name, user=self._user),
+                *run_words(self._engine, limits, name=name, user=user),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                stderr=words,
+                stderr=asyncio.subprocess.PIPE,
                 cwd="/",
                 start_new_session=True,  # Ctrl-C is for us, who then end it
             )
         except OSError as error:
-            words.close()
             raise BoxDied(f"{self._engine.name}: {error.strerror}") from None
-        started = _Started(name, limits, process, words)
+        started = _Started(name, limits, process)
         try:
             async with asyncio.timeout(READY_S):
                 hello = await started.stdout.readline()
             if not hello:
-                await process.wait()
-                raise BoxDied(started.said or f"{self._engine.name} ended and says nothing")
+                said = await _said(process)
+                raise BoxDied(said or f"{self._engine.name} ended and says nothing")
             started.python = json.loads(hello)["python"]
         except BaseException as error:
             self._let_end(started)
@@ -254,8 +247,6 @@ class Container:
             with contextlib.suppress(ProcessLookupError):
                 started.process.kill()
             await started.process.wait()
-        finally:
-            started.words.close()
 
 
 def run_words(engine: Engine, limits: Limits, *, name: str, user: int) -> list[str]:
@@ -266,7 +257,8 @@ def run_words(engine: Engine, limits: Limits, *, name: str, user: int) -> list[s
     words += ["--security-opt", "no-new-privileges", "--read-only", "--ipc", "none"]
     memory = limits.memory_bytes + limits.file_bytes + SHARED_BYTES + ROOM_BYTES
     words += ["--memory", str(memory), "--memory-swap", str(memory)]  # with swap: none of it
-    words += ["--pids-limit", str(limits.processes + OURS), "--oom-score-adj", "1000"]
+    pids = max(limits.processes + 1, LEAST_PIDS)  # with the first one
+    words += ["--pids-limit", str(pids), "--oom-score-adj", "1000"]
     # Else podman asks for more than it may give. The program's own are set inside.
     for ulimit in ("core=0:0", "nofile=1024:1024", "nproc=1024:1024"):
         words += ["--ulimit", ulimit]
@@ -330,6 +322,16 @@ async def _ask(program: str, *words: str) -> tuple[int, str]:
         raise
     assert process.returncode is not None
     return process.returncode, _last_line(said)
+
+
+async def _said(process: asyncio.subprocess.Process) -> str:
+    """What an engine that has ended wrote of an error."""
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(GRACE_S):
+            return _last_line(await process.stderr.read())
+    except TimeoutError:  # it has not ended
+        return ""
 
 
 async def _drain(stream: asyncio.StreamReader) -> None:
