@@ -241,13 +241,19 @@ except OSError: print("made", 1000 < made <= 4096)
         "write_root_and_devices",
         """
 for path in ("/x", "/dev/x", "/etc/x", "/dev/fd/9", "/proc/sys/net/ipv4/ip_default_ttl",
-             "/proc/sys/kernel/hostname", "/proc/self/oom_score_adj", "/proc/self/uid_map"):
+             "/proc/sys/kernel/hostname", "/proc/self/uid_map"):
     try:
         with open(path, "w") as file: file.write("1")
     except OSError: print("refused")
     else: print("DONE")
 """,
-        says="refused\n" * 8,
+        says="refused\n" * 7,
+    ),
+    Attack(
+        "let_others_be_ended_first",
+        "with open('/proc/self/oom_score_adj', 'w') as file: file.write('1')\nprint('DONE')",
+        "error",
+        code=1,
     ),
     Attack(
         "read_etc_passwd",
@@ -484,3 +490,11 @@ sys.stdout.write("tried")
         says="tried",
     ),
 ]
+
+# Of each kind some, for boxes in which all of them would take minutes.
+REPRESENTATIVE = (
+    *("infinite_loop", "stop_every_process", "fork_bomb", "zombie_flood", "daemonize"),
+    *("kill_parent", "mem_bomb_multi", "many_files", "write_root_and_devices", "read_secret"),
+    *("memory_of_the_first_process", "slow_the_watch", "net_abstract_unix", "unshare_mount"),
+    *("the_other_call_table", "output_flood", "huge_stdin_unread", "garbage_to_every_fd"),
+)
