@@ -23,7 +23,9 @@ def write_image(to: Path) -> None:
     needed = subprocess.run(["ldd", *linked], capture_output=True, text=True, check=True).stdout
     libraries = sorted(set(re.findall(r"(/\S+) \(0x", needed)))
     with tarfile.open(to, "w", dereference=True) as tar:
-        for path in _folders([*map(str, programs), *libraries, "/tmp/x", "/proc/x", "/dev/x"]):
+        for path in _folders(
+            [*map(str, (*programs, library)), *libraries, "/tmp/x", "/proc/x", "/dev/x"]
+        ):
             folder = tarfile.TarInfo(path)
             folder.type, folder.mode = tarfile.DIRTYPE, 0o1777 if path == "tmp" else 0o755
             tar.addfile(folder)

@@ -22,13 +22,12 @@ from attacks.programs import ATTACKS, REPRESENTATIVE
 from attacks.world import LIMITS, PATIENT, Wait, World, attack, in_containers, under_us
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.sandbox import Case, Container, Limits, Result, Sandbox
-from hermes_pipeline.services.sandbox.container import Engine, run_words
+from hermes_pipeline.services.sandbox.container import LABEL, Engine, run_words
 from running import comes_true
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(120)]
 
 LIMITED = [one for one in ATTACKS if one.name in REPRESENTATIVE]
-LABEL = "label=hermes4.sandbox"
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +61,22 @@ def real(request: pytest.FixtureRequest, image: Path) -> Iterator[str]:
             patch.setenv("CONTAINERS_STORAGE_CONF", str(store))
             patch.setenv("CONTAINERS_CONF", str(settings))
         subprocess.run([name, "import", image, IMAGE], check=True, capture_output=True)
+        volumes = said_by(name, "volume", "ls", "--quiet", "--filter", "dangling=true")
         yield name
-        assert comes_true(lambda: not listed(name), 10)
+        assert comes_true(lambda: not containers_of(name, os.getpid()), 10)
+        assert said_by(name, "volume", "ls", "--quiet", "--filter", "dangling=true") == volumes
         subprocess.run([name, "image", "rm", IMAGE], check=True, capture_output=True)
 
 
-def listed(engine: str) -> set[str]:
-    """Containers and volumes that are there."""
-    found = set[str]()
-    for words in (
-        ["ps", "--all", "--filter", LABEL],
-        ["volume", "ls", "--filter", "dangling=true"],
-    ):
-        ran = subprocess.run(
-            [engine, *words, "--quiet"], capture_output=True, text=True, check=True
-        )
-        found |= set(ran.stdout.split())
-    return found
+def containers_of(engine: str, pid: int) -> list[str]:
+    """Containers that a process has started."""
+    return said_by(engine, "ps", "--all", "--quiet", "--filter", f"label={LABEL}={pid}")
+
+
+def said_by(engine: str, *words: str) -> list[str]:
+    return subprocess.run(
+        [engine, *words], capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +139,6 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_containers_end_with_the_process_that_uses_them(number: int, real: str) -> None:
-    before = listed(real)
     process = subprocess.Popen(
         [sys.executable, "-c", ALONE, real, IMAGE],
         stdout=subprocess.PIPE,
@@ -155,7 +152,7 @@ def test_containers_end_with_the_process_that_uses_them(number: int, real: str) 
         os.kill(process.pid, number)
         process.communicate(timeout=20)
     assert comes_true(lambda: not in_containers(), 5)
-    assert comes_true(lambda: listed(real) <= before, 20)
+    assert comes_true(lambda: not containers_of(real, process.pid), 20)
 
 
 def test_an_engine_that_is_killed_leaves_no_program(real: str, wait: Wait) -> None:
@@ -169,10 +166,10 @@ def test_an_engine_that_is_killed_leaves_no_program(real: str, wait: Wait) -> No
                     os.kill(pid, signal.SIGKILL)
             return await running
 
-    before = listed(real)
     assert wait(use()).stdout == "42\n"
     assert comes_true(lambda: not in_containers(), 5)
-    assert comes_true(lambda: listed(real) <= before, 20)
+    # But for the one that waits for the tests above.
+    assert comes_true(lambda: len(containers_of(real, os.getpid())) <= 1, 20)
 
 
 # What holds for a stand-in as well: the program inside, and what talks to it.
