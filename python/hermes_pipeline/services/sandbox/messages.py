@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from hermes_pipeline.services.sandbox.jobs import Job, Limits, Result
 
 PROTOCOL = 1  # a number more when an older end would misunderstand
+RUN = f"/v{PROTOCOL}/run"
 TOKEN = "HERMES4_SANDBOX_TOKEN"
 BUSY = 429
 

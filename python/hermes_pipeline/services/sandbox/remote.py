@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from hermes_pipeline.services.sandbox.jobs import BoxDied, Job, Result
 from hermes_pipeline.services.sandbox.messages import (
     BUSY,
     PROTOCOL,
+    RUN,
     TOKEN,
     authorization,
     read_result,
@@ -26,7 +28,7 @@ from hermes_pipeline.services.sandbox.messages import (
 
 CONNECT_S = 10.0
 SILENCE_S = 30.0  # of a server that has a job; it gives a sign of life every few seconds
-BACK_S = 30.0  # until a server that was there must be there again
+BACK_S = 60.0  # until a server that was there must be there again
 PAUSES_S = (0.05, 2.0)  # before a busy server is asked again: the first one, and the longest
 
 
@@ -128,7 +130,7 @@ class Remote:
 
     async def _post(self, session: aiohttp.ClientSession, body: bytes) -> tuple[int, bytes]:
         try:
-            async with session.post(f"{self._url}/v{PROTOCOL}/run", data=body) as reply:
+            async with session.post(self._url + RUN, data=io.BytesIO(body)) as reply:
                 return reply.status, await reply.read()
         except (aiohttp.ClientError, OSError) as error:  # a time-out is one
             raise BoxDied(f"the sandbox at {self._url} went away: {_why(error)}") from None

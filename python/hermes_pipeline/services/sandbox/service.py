@@ -17,6 +17,7 @@ from hermes_pipeline.services.sandbox.jobs import Job, Limits
 from hermes_pipeline.services.sandbox.messages import (
     BUSY,
     PROTOCOL,
+    RUN,
     TOKEN,
     authorization,
     read_job,
@@ -60,7 +61,7 @@ class Service:
         """The application, for a server that cancels a handler when its client has gone."""
         app = web.Application(client_max_size=MOST_BYTES)
         app.router.add_get("/", self._tell)
-        app.router.add_post(f"/v{PROTOCOL}/run", self._run)
+        app.router.add_post(RUN, self._run)
         return app
 
     async def _tell(self, request: web.Request) -> web.Response:
