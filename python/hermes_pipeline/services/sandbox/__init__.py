@@ -7,7 +7,9 @@ three kinds, all for x86-64, chosen by `open_sandbox`:
   milliseconds. What runs in it can read `/usr`, and the folder of this Python where that lies
   elsewhere.
 - docker's or podman's: a fresh container for each job, in tenths of a second. What runs in it can
-  read its image.
+  read its image. A podman without root cannot bound how many files there are: a program that makes
+  too many is ended; and memory and processes have our own watch and limits alone where the engine
+  has no control groups.
 - another machine's, which runs `hermes4 sandbox`, over any of these.
 
 A defect of the kernel can let a program out of the first two, and memory that the kernel takes for

@@ -81,7 +81,7 @@ class Run:
         self._program = os.fork()
         if self._program == 0:
             file, report = place(files, report)
-            be_program(self._limits, file, report, filter_)
+            be_program(self._limits, file, report, filter_, ours=1)
         for each in (*files, report):
             os.close(each)
 

@@ -26,7 +26,6 @@ from typing import Any, NoReturn
 POLL_S = 0.02
 FOLDER = "/tmp"  # the program's only writable place
 MAIN = f"{FOLDER}/main.py"
-OURS = 3  # processes of the program's user that are none of its own
 VALUE = 3  # the program's stream for what a called function returned
 ASIDE = 200  # above every file of the first process's
 
@@ -89,15 +88,21 @@ def _proportional_bytes(pid: str, resident_bytes: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(b"Pss:"))
 
 
-def be_program(limits: dict[str, Any], file: int, report: int, filter_: Filter) -> NoReturn:
-    """The whole life of the program's process."""
+def be_program(
+    limits: dict[str, Any], file: int, report: int, filter_: Filter, *, ours: int
+) -> NoReturn:
+    """The whole life of the program's process.
+
+    Args:
+        ours: processes of its user that are none of its own.
+    """
     try:
         os.setsid()
         job = json.loads(read_all(file))
         os.close(file)
         for path, text in job["files"].items():
             _write_given(path, text.encode("latin-1"))
-        _set_limits(limits)
+        _set_limits(limits, ours)
         libc.prctl(_SET_DUMPABLE, 1, 0, 0, 0)
         nothing = struct.pack("Ii", _CAPABILITY_VERSION, 0), bytes(24)
         check("capset", libc.syscall(_CAPSET, *nothing))
@@ -179,7 +184,7 @@ def _execute(command: list[str]) -> NoReturn:
         os._exit(127)
 
 
-def _set_limits(limits: dict[str, Any]) -> None:
+def _set_limits(limits: dict[str, Any], ours: int) -> None:
     memory = int(limits["memory_bytes"])
     seconds = int(limits["cpu_s"]) + 1  # the watch is finer; this holds if it should not look
     for kind, most in (
@@ -189,7 +194,7 @@ def _set_limits(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_STACK, 64 << 20),  # deep recursion is common in answers
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_FSIZE, int(limits["file_bytes"])),
-        (resource.RLIMIT_NPROC, int(limits["processes"]) + OURS),
+        (resource.RLIMIT_NPROC, int(limits["processes"]) + ours),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_MEMLOCK, 1 << 16),
         (resource.RLIMIT_CORE, 0),

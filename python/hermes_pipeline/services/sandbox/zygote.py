@@ -41,6 +41,7 @@ from hermes_pipeline.services.sandbox.inside import (
 
 MODULES = """bisect collections copy dataclasses datetime decimal fractions functools heapq io
 itertools json math operator random re statistics string traceback typing"""  # often imported
+OURS = 3  # bubblewrap, the zygote and the first process of a job
 LINK = 3  # the zygote's socket
 KILL_FIRST = "1000"  # oom_score_adj: when the machine is out of memory
 KILL = b"kill"  # in place of a job: end the one that runs
@@ -151,7 +152,7 @@ class Zygote:
             os.chdir(FOLDER)
             program = os.fork()
             if program == 0:
-                be_program(limits, program_file, report, self._filter)
+                be_program(limits, program_file, report, self._filter, ours=OURS)
             os.closerange(0, report)
             while True:
                 pid, status = os.wait()
