@@ -141,7 +141,9 @@ def post(url: str, body: bytes, token: str = "") -> int:
             return error.code
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b'{"limits": {}}', b"\xff", b'{"limits": null}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"[" * 9999, b'{"limits": {}}', b"\xff", b'{"limits": null}']
+)
 def test_what_is_no_job_is_refused(body: bytes, server: str) -> None:
     assert post(server, body) == 400
 

@@ -17,6 +17,8 @@ PROTOCOL = 1  # a number more when an older end would misunderstand
 RUN = f"/v{PROTOCOL}/run"
 TOKEN = "HERMES4_SANDBOX_TOKEN"
 BUSY = 429
+# What reading something that is no job may raise.
+_BROKEN = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 T = TypeVar("T")
 
@@ -66,7 +68,7 @@ def read_job(body: bytes, most: Limits) -> Job:
             [_a(str, word) for word in given["command"]],
             {path: base64.b64decode(x, validate=True) for path, x in given["files"].items()},
         )
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except _BROKEN as error:
         raise ValueError(f"this is no job: {error!r}") from None
 
 
