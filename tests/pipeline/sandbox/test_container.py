@@ -30,15 +30,8 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(120)]
 LIMITED = [one for one in ATTACKS if one.name in REPRESENTATIVE]
 
 
-@pytest.fixture(scope="module")
-def image() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="image-") as folder:
-        write_image(Path(folder, "image.tar"))
-        yield Path(folder, "image.tar")
-
-
 @pytest.fixture(scope="module", params=["podman", "docker"])
-def real(request: pytest.FixtureRequest, image: Path) -> Iterator[str]:
+def real(request: pytest.FixtureRequest) -> Iterator[str]:
     """An engine that has the image; podman's own store is not touched."""
     name = request.param
     if shutil.which(name) is None:
@@ -62,6 +55,8 @@ def real(request: pytest.FixtureRequest, image: Path) -> Iterator[str]:
             settings.write_text('[engine]\nruntime = "runc"\n' if shutil.which("runc") else "")
             patch.setenv("CONTAINERS_STORAGE_CONF", str(store))
             patch.setenv("CONTAINERS_CONF", str(settings))
+        image = Path(folder, "image.tar")
+        write_image(image)
         subprocess.run([name, "import", image, IMAGE], check=True, capture_output=True)
         volumes = said_by(name, "volume", "ls", "--quiet", "--filter", "dangling=true")
         yield name
