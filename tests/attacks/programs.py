@@ -241,12 +241,19 @@ except OSError: print("made", 1000 < made <= 4096)
         "write_root_and_devices",
         """
 for path in ("/x", "/dev/x", "/etc/x", "/dev/fd/9", "/proc/sys/net/ipv4/ip_default_ttl",
-             "/proc/sys/kernel/hostname", "/proc/self/oom_score_adj", "/proc/self/uid_map"):
-    try: open(path, "w").write("1")
+             "/proc/sys/kernel/hostname", "/proc/self/uid_map"):
+    try:
+        with open(path, "w") as file: file.write("1")
     except OSError: print("refused")
     else: print("DONE")
 """,
-        says="refused\n" * 8,
+        says="refused\n" * 7,
+    ),
+    Attack(
+        "let_others_be_ended_first",
+        "with open('/proc/self/oom_score_adj', 'w') as file: file.write('1')\nprint('DONE')",
+        "error",
+        code=1,
     ),
     Attack(
         "read_etc_passwd",
@@ -320,6 +327,22 @@ for name in ("mem", "maps", "environ", "fd/200", "fd/201", "root/", "ns/pid", "e
     else: print("DONE", name)
 """,
         says="refused\n" * 8,
+    ),
+    Attack(
+        "slow_the_watch",
+        """
+import os, resource
+for change in (
+    lambda: resource.prlimit(1, resource.RLIMIT_CPU, (0, 0)),
+    lambda: os.sched_setaffinity(1, {0}),
+    lambda: os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0)),
+    lambda: os.setpriority(os.PRIO_USER, 0, 19),
+):
+    try: change()
+    except OSError: print("refused")
+    else: print("DONE")
+""",
+        says="refused\n" * 4,
     ),
     # The network.
     Attack(
@@ -453,16 +476,25 @@ sys.exit(5)
     Attack(
         "stay_in_the_warm_process",
         """
-import builtins, gc, os, random, socket, sys
+import builtins, contextlib, gc, os, random, socket, sys
 sys.modules["re"] = sys.modules["collections"] = None
 builtins.print = builtins.len = os.fork = lambda *given: 0
 for thing in gc.get_objects():
     if type(thing).__name__ == "Zygote": thing.run = None
 open("/tmp/sitecustomize.py", "w").write("x")
 open("/dev/shm/left", "w").write("x")
-os.chmod("/tmp", 0); os.chdir("/")
+with contextlib.suppress(PermissionError): os.chmod("/tmp", 0)
+os.chdir("/")
 sys.stdout.write("tried")
 """,
         says="tried",
     ),
 ]
+
+# Of each kind some, for boxes in which all of them would take minutes.
+REPRESENTATIVE = (
+    *("infinite_loop", "stop_every_process", "fork_bomb", "zombie_flood", "daemonize"),
+    *("kill_parent", "mem_bomb_multi", "many_files", "write_root_and_devices", "read_secret"),
+    *("memory_of_the_first_process", "slow_the_watch", "net_abstract_unix", "unshare_mount"),
+    *("the_other_call_table", "output_flood", "huge_stdin_unread", "garbage_to_every_fd"),
+)

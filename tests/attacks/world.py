@@ -20,8 +20,10 @@ from typing import Any
 
 from attacks.programs import ATTACKS, LEAK, Attack
 from hermes_pipeline.services.sandbox import Job, Limits, Result, Sandbox
+from hermes_pipeline.services.sandbox.wire import FIRST_USER
 
 Wait = Callable[[Coroutine[Any, Any, Any]], Any]  # runs to the end, always in the same loop
+Look = Callable[[], dict[int, int]]  # bytes of memory, by id, of the processes of a box
 
 LIMITS = Limits(wall_s=0.9, cpu_s=0.5, memory_bytes=256 << 20, output_bytes=256 << 10)
 PATIENT = replace(LIMITS, wall_s=10, cpu_s=5)
@@ -100,10 +102,11 @@ class World:
 
 
 class Watch(threading.Thread):
-    """The most memory and processes under this process, seen every 10 ms."""
+    """The most memory and processes of a box, seen every 10 ms."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Look) -> None:
         super().__init__(daemon=True)
+        self._look = look
         self.most_bytes = self.most_processes = 0
         self._ended = threading.Event()
 
@@ -118,7 +121,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Look until the end."""
         while not self._ended.wait(0.01):
-            family = family_of(os.getpid())
+            family = self._look()
             self.most_processes = max(self.most_processes, len(family))
             own_bytes = sum(max(0, each - SHARED_BYTES) for each in family.values())
             self.most_bytes = max(self.most_bytes, own_bytes)
@@ -142,7 +145,29 @@ def family_of(pid: int) -> dict[int, int]:
     return {each: used[each] for each in family - {pid} if each in used}
 
 
-def attack(one: Attack, world: World, sandbox: Sandbox, wait: Wait) -> list[str]:
+def under_us() -> dict[int, int]:
+    """Every process below this one."""
+    return family_of(os.getpid())
+
+
+def in_containers() -> dict[int, int]:
+    """Every process of a box of containers, but the first of each."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            status, values = (path / "status").read_text(), (path / "stat").read_text()
+        except OSError:
+            continue
+        facts = dict(line.split(":", 1) for line in status.splitlines())
+        user, level = int(facts["Uid"].split()[0]), facts["NSpid"].split()[-1]
+        if user // 100 == FIRST_USER // 100 and level != "1":
+            found[int(path.name)] = int(values.rpartition(")")[2].split()[21]) << 12
+    return found
+
+
+def attack(
+    one: Attack, world: World, sandbox: Sandbox, wait: Wait, look: Look = under_us
+) -> list[str]:
     """Run an attack, then an honest program in the same box; return what was wrong."""
 
     # Only what must run into a limit of time is given little; a machine may be busy.
@@ -153,8 +178,8 @@ def attack(one: Attack, world: World, sandbox: Sandbox, wait: Wait) -> list[str]
         return result
 
     assert run(Job(PATIENT, source="print(1)")).stdout == "1\n"  # the box is warm
-    before = set(family_of(os.getpid()))
-    with Watch() as watch:
+    before = set(look())
+    with Watch(look) as watch:
         result = run(Job(limits, one.stdin, one.aimed(world.at)))
     wrong = world.complaints()
     said = result.stdout + result.stderr
@@ -172,13 +197,13 @@ def attack(one: Attack, world: World, sandbox: Sandbox, wait: Wait) -> list[str]
         wrong.append(f"took {result.cpu_s:.1f} CPU s, {result.wall_s:.1f} s")
     if watch.most_bytes > MOST_BYTES or watch.most_processes > limits.processes + 9:
         wrong.append(f"{watch.most_bytes >> 20} MiB in {watch.most_processes} processes")
-    left = set(family_of(os.getpid())) - before
+    left = set(look()) - before
     if left:
         wrong.append(f"left processes {left}")
     after = run(Job(PATIENT, b"21", HONEST))
     if after.stdout != "42 ['main.py']\n":
         wrong.append(f"the next run gives {after}")
-    if set(family_of(os.getpid())) != before:
+    if set(look()) != before:
         wrong.append("the box was started anew")
     return [f"{one.name}: {line}: {result}" for line in wrong]
 

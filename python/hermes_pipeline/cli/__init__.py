@@ -14,7 +14,7 @@ import typer
 
 from hermes_pipeline.cli.answering import complete, evaluate
 from hermes_pipeline.cli.data import pack, show, tokenize
-from hermes_pipeline.cli.serving import route, serve
+from hermes_pipeline.cli.serving import route, sandbox, serve
 from hermes_pipeline.cli.training import demo, export, init, train
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import (
@@ -60,7 +60,20 @@ def about(
     """From conversations to a trained, served and scored model."""
 
 
-COMMANDS = (complete, show, tokenize, pack, init, train, export, serve, route, evaluate, demo)
+COMMANDS = (
+    complete,
+    show,
+    tokenize,
+    pack,
+    init,
+    train,
+    export,
+    serve,
+    route,
+    sandbox,
+    evaluate,
+    demo,
+)
 for _command in COMMANDS:
     app.command()(_command)
 

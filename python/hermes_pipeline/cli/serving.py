@@ -1,4 +1,4 @@
-"""Commands that serve: `serve`, `route`."""
+"""Commands that serve: `serve`, `route`, `sandbox`."""
 
 from __future__ import annotations
 
@@ -67,3 +67,21 @@ def route(
     from hermes_pipeline.stages.serve import route as run
 
     run(workers or [], host=host, port=port, log=log)
+
+
+def sandbox(
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port.")] = 8090,
+    host: Annotated[
+        str, typer.Option(help="Others than 127.0.0.1 need HERMES4_SANDBOX_TOKEN to be set.")
+    ] = "127.0.0.1",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Jobs at a time; one for each core if None.")
+    ] = None,
+    box: Annotated[
+        str, typer.Option(help="bubblewrap, docker, podman, docker:IMAGE or podman:IMAGE.")
+    ] = "bubblewrap",
+) -> None:
+    """Run model-written code for other machines, in boxes here, until interrupted."""
+    from hermes_pipeline.stages.sandbox import run
+
+    run(host=host, port=port, workers=workers, box=box)

@@ -99,7 +99,8 @@ def test_an_honest_call_has_its_value(sandbox: Sandbox, wait: Wait) -> None:
 @pytest.mark.parametrize("name", FAKES)
 def test_a_call_has_a_value_only_if_it_ended_well(name: str, sandbox: Sandbox, wait: Wait) -> None:
     source, ended = FAKES[name]
-    result: Result = wait(sandbox.run_cases(source, "f", [Case(limits=LIMITS)]))[0]
+    limits = LIMITS if ended == "timeout" else PATIENT
+    result: Result = wait(sandbox.run_cases(source, "f", [Case(limits=limits)]))[0]
     assert (result.ended, result.value) == (ended, None), result
 
 

@@ -1,6 +1,6 @@
 """A box of bubblewrap: a warm process in namespaces of its own, and what talks to it.
 
-The program inside is `inside.py`. Jobs and streams go in as sealed memory and pipes, by a socket
+The program inside is `zygote.py`. Jobs and streams go in as sealed memory and pipes, by a socket
 that no program inside ever holds; how a job ended comes back on it.
 """
 
@@ -12,44 +12,36 @@ import fcntl
 import json
 import os
 import platform
-import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.services.sandbox.jobs import BoxDied, Ended, Job, Result
-from hermes_pipeline.services.sandbox.programs import find_bwrap, find_python, version_of
+from hermes_pipeline.services.sandbox.jobs import BoxDied, Job, Result
+from hermes_pipeline.services.sandbox.programs import (
+    find_bwrap,
+    find_python,
+    text_of,
+    version_of,
+)
 from hermes_pipeline.services.sandbox.seccomp import build_filter
+from hermes_pipeline.services.sandbox.wire import (
+    ENVIRONMENT,
+    FIRST_USER,
+    GRACE_S,
+    READY_S,
+    pack_job,
+    read_end,
+)
 
-READY_S = 60.0  # until a box must have said that it is ready; a busy machine is slow
-GRACE_S = 10.0  # after the wall limit, until the box counts as dead
-FIRST_USER = 60600  # ids that Debian and systemd leave alone; a box takes this plus its slot
-# One seed of hashes, so that a program's order of a set is the same in every run.
-ENVIRONMENT = {
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "HOME": "/tmp",
-    "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",
-    "PYTHONDONTWRITEBYTECODE": "1",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _KILL = b"kill"
 _CHUNK = 1 << 16
 _NAME = "bubblewrap"
-_INSIDE = Path(__file__).with_name("inside.py")
-_BROKEN: Mapping[str, tuple[Ended, str]] = {
-    "wall_s": ("timeout", "ran longer than {wall_s:g} s"),
-    "cpu_s": ("timeout", "used more than {cpu_s:g} s of processor time"),
-    "memory_bytes": ("memory", "used more than {memory_bytes:,} bytes of memory"),
-    "output": ("output", "wrote more than {output_bytes:,} bytes to one stream"),
-}
 
 
 class Bubblewrap:
@@ -95,7 +87,7 @@ class Bubblewrap:
         ours.setblocking(False)
         self._link = ours
         with theirs, tempfile.TemporaryFile() as words:
-            inside = [self._python, "-s", "-S", "-c", _INSIDE.read_text()]
+            inside = [self._python, "-s", "-S", "-c", text_of("zygote")]
             given = [str(theirs.fileno()), build_filter().hex()]
             try:
                 self._process = subprocess.Popen(
@@ -138,7 +130,7 @@ class Bubblewrap:
             BoxDied: the box ended, failed inside, or did not keep its limits.
         """
         assert self._link is not None
-        loop, packed = asyncio.get_running_loop(), _packed(job)
+        loop, packed = asyncio.get_running_loop(), pack_job(job)
         with contextlib.ExitStack() as stack:
             try:
                 streams = [
@@ -168,7 +160,7 @@ class Bubblewrap:
         if "failed" in end:
             self._forget()
             raise BoxDied(end["failed"])
-        return _result(job, end, streams, self._name)
+        return read_end(job, end, [bytes(stream.text) for stream in streams], self._name)
 
     async def close(self) -> None:
         """End the warm process and all that runs under it."""
@@ -217,7 +209,7 @@ class Bubblewrap:
 
 
 class _Stream:
-    """A pipe out of the box, read as it fills, up to a limit."""
+    """A pipe out of the box, read as it fills, until it is over a limit."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, most_bytes: int, over: Callable[[], None]
@@ -225,7 +217,7 @@ class _Stream:
         self._loop, self._most_bytes, self._over = loop, most_bytes, over
         self._ours, self.theirs = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._ours, False)
-        self._text = bytearray()
+        self.text = bytearray()
 
     def __enter__(self) -> _Stream:
         return self
@@ -250,12 +242,7 @@ class _Stream:
     @property
     def is_over(self) -> bool:
         """Was more written than is kept?"""
-        return len(self._text) > self._most_bytes
-
-    @property
-    def text(self) -> str:
-        """What was written, up to the limit; what is not UTF-8 is replaced."""
-        return self._text[: self._most_bytes].decode(errors="replace")
+        return len(self.text) > self._most_bytes
 
     def _read(self) -> None:
         if not self._take():
@@ -269,7 +256,7 @@ class _Stream:
             text = os.read(self._ours, _CHUNK)
         except BlockingIOError:
             return False
-        self._text += text
+        self.text += text
         return bool(text)
 
 
@@ -287,56 +274,6 @@ def _sealed(content: bytes) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
-
-
-def _packed(job: Job) -> bytes:
-    files = dict(job.files)
-    if not job.command:
-        # A lone surrogate, which is no text, becomes a question mark.
-        files["main.py"] = job.source.encode(errors="replace")
-    return json.dumps(
-        {
-            "files": {path: content.decode("latin-1") for path, content in files.items()},
-            "function": job.function,
-            "arguments": list(job.arguments),
-            "command": list(job.command),
-        }
-    ).encode()
-
-
-def _result(job: Job, end: Mapping[str, Any], streams: Sequence[_Stream], box: str) -> Result:
-    """What the warm process tells of a job's end, as a result."""
-    out, err, *_ = (stream.text for stream in streams)
-    code, value = end["code"], None
-    broken = end["broken"] or ("output" if any(stream.is_over for stream in streams) else "")
-    # The kernel may be faster than the watch.
-    if code in (-signal.SIGKILL, -signal.SIGXCPU) and end["cpu_s"] >= job.limits.cpu_s:
-        broken = broken or "cpu_s"
-    ended: Ended = "ok"
-    reason = ""
-    if broken:
-        ended, words = _BROKEN[broken]
-        code, reason = None, words.format(**asdict(job.limits))
-    elif code is None:
-        ended, reason = "killed", "ended by the kernel, as when the machine is out of memory"
-    elif code < 0:
-        ended, reason = "killed", f"ended by {_signal_name(-code)}"
-    elif code > 0:
-        no_memory = err.rstrip().rpartition("\n")[2].startswith("MemoryError")
-        ended, reason = ("memory" if no_memory else "error"), f"exit code {code}"
-    elif job.function:
-        try:
-            value = json.loads(streams[2].text)
-        except (ValueError, RecursionError):
-            ended, reason = "error", f"ended without a value of {job.function}"
-    return Result(ended, code, out, err, end["cpu_s"], end["wall_s"], box, reason, value)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time one
-        return f"signal {number}"
 
 
 def _cannot_start(words: BinaryIO) -> str:

