@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(100)
 # In the order of the flow.
 COMMANDS = [
     *("complete", "show", "tokenize", "pack", "init"),
-    *("train", "export", "serve", "route", "evaluate", "demo"),
+    *("train", "export", "serve", "route", "sandbox", "evaluate", "demo"),
 ]
 
 
