@@ -27,12 +27,11 @@ class Server(Guarded):
         max_model_len: context length to serve; the model's own if None.
         log: where the server's output goes; kept afterwards.
         ready_s: seconds until the server must have answered a first request.
+        key: vLLM serves those alone who send it; everyone who reaches the port if empty.
         flags: more arguments for vLLM.
 
     Raises:
         UserError: vLLM or the model is missing, the port is in use, the server died or was late.
-
-    Where VLLM_API_KEY is set, vLLM serves those alone who send that key.
     """
 
     def __init__(
@@ -44,9 +43,10 @@ class Server(Guarded):
         max_model_len: int | None = None,
         log: Path,
         ready_s: float = READY_S,
+        key: str = "",
         flags: Sequence[str] = (),
     ) -> None:
-        self.model = Path(model)
+        self.model, self._key = Path(model), key
         self.name = self.model.resolve().name
         _check_model(self.model)
         if importlib.util.find_spec("vllm") is None:
@@ -66,7 +66,7 @@ class Server(Guarded):
             *flags,
         ]
         called = f"the server of {self.model}"
-        environment = _environment(os.environ)
+        environment = _environment(os.environ) | {"VLLM_API_KEY": key}
         super().__init__(command, called=called, log=log, ready_s=ready_s, environment=environment)
 
     def is_ready(self) -> bool:
@@ -79,8 +79,8 @@ class Server(Guarded):
         if health is None or health.status != 200:
             return False
         request = {"model": self.name, "prompt": "1", "max_tokens": 1, "temperature": 0}
-        key = os.environ.get("VLLM_API_KEY", "")
-        said = ask(f"{self.base_url}/completions", request, key=key, timeout_s=FIRST_ANSWER_S)
+        url = f"{self.base_url}/completions"
+        said = ask(url, request, key=self._key, timeout_s=FIRST_ANSWER_S)
         if said is not None and 200 < said.status < 500:
             raise UserError(
                 f"{self.called} refuses a first request with {said.status}; {self.last_words()}"

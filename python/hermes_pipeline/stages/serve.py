@@ -45,8 +45,9 @@ def serve(
     if advertise is not None and join is None:
         raise UserError("--advertise says how a router calls the server; give --join, too")
     log = log or Path(f"{model.resolve().name}.server.log")
-    server = Server(model, host=host, port=port, max_model_len=max_model_len, log=log)
-    if host != LOOPBACK and not os.environ.get("VLLM_API_KEY"):
+    key = os.environ.get("VLLM_API_KEY", "")
+    server = Server(model, host=host, port=port, max_model_len=max_model_len, log=log, key=key)
+    if host != LOOPBACK and not key:
         _say(f"whoever reaches port {server.port} can use the model; VLLM_API_KEY sets a key")
     with contextlib.ExitStack() as ending:
         # A wrong address shows before the model is loaded.
