@@ -299,7 +299,8 @@ def _made(out: Path) -> dict[str, bytes]:
     kept = {"export": exported.read_bytes()}
     for path in out.iterdir():
         if not path.name.startswith(("records.sqlite", ".lock")):
-            kept[path.name] = path.read_bytes()
+            # The folder's own name stands in the recipe that it was begun with.
+            kept[path.name] = path.read_bytes().replace(str(out).encode(), b"OUT")
     return kept
 
 
