@@ -29,6 +29,7 @@ class CountingServer:
         bodies: every request, as it came.
         answered: how often each (messages, seed) was answered as a whole.
         tokens: how many tokens each of those answers has.
+        counts_tokens: does it say so itself?
     """
 
     def __init__(self, decide: Decide = answer_all, *, delay_s: float = 0.0) -> None:
@@ -37,6 +38,7 @@ class CountingServer:
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.tokens: dict[str, int] = {}
+        self.counts_tokens = True
         self.url = ""
         self._port = 0  # any; from then on the same
         self._connections: set[_Connection] = set()
@@ -104,7 +106,10 @@ class CountingServer:
             return
         text = _text(key)
         self.tokens[key] = len(text) // 4
-        whole = _http(200, _completion(text))
+        answer = _completion(text)
+        if not self.counts_tokens:
+            del answer["usage"]
+        whole = _http(200, json.dumps(answer).encode())
         if what == "cut":
             connection.transport.write(whole[: len(whole) // 2])
             connection.transport.close()
@@ -148,10 +153,10 @@ def _text(key: str) -> str:
     return (digest * (ANSWER_BYTES // len(digest)))[: ANSWER_BYTES - int(digest[:2], 16)]
 
 
-def _completion(text: str) -> bytes:
+def _completion(text: str) -> dict[str, Any]:
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 5, "completion_tokens": len(text) // 4}
-    return json.dumps({"choices": [choice], "usage": usage}).encode()
+    return {"choices": [choice], "usage": usage}
 
 
 def _http(status: int, content: bytes) -> bytes:

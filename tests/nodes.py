@@ -13,7 +13,6 @@ from pathlib import Path
 
 from running import comes_true, processes_of
 
-START_S = 120
 MEMORY_BYTES = 80 << 20  # of each node's object store
 VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
 

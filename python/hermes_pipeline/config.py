@@ -16,6 +16,9 @@ from hermes_pipeline.errors import UserError
 
 Config = TypeVar("Config")
 
+UNSET: Any = object()  # over a value of a recipe: it shall have none
+INT64 = range(-(2**63), 2**63)  # what JSON and databases hold
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -85,7 +88,7 @@ def load(
         name: see `find_recipe`; None for a recipe that says nothing.
         settings: ``section.key=value`` over what the file says; the value is TOML, a bare word
             is a string.
-        over: values by ``section.key`` over both; None says nothing.
+        over: values by ``section.key`` over both; None says nothing, `UNSET` takes one away.
 
     Raises:
         UserError: no such recipe, or not TOML; unknown, missing or wrong keys; the message names
@@ -99,7 +102,8 @@ def load(
         _apply(data, setting, cls)
     for section, table in unflatten(over or {}).items():
         if isinstance(data.setdefault(section, {}), dict):
-            data[section] |= table
+            whole = data[section] | table
+            data[section] = {key: value for key, value in whole.items() if value is not UNSET}
     return build(cls, data, source)
 
 
@@ -209,6 +213,8 @@ def _value(value: Any, hint: Any, name: str, source: str) -> Any:
     if type(value) is not hint:
         wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         raise UserError(f"{source}: {name} must be {wanted[hint]}, got {value!r}")
+    if hint is int and value not in INT64:
+        raise UserError(f"{source}: {name} is {value}, which 64 bits do not hold")
     if limits is not None and value not in limits:
         raise UserError(f"{source}: {name} is {value!r}, but must be {limits}")
     return value

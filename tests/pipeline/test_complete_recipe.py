@@ -115,6 +115,9 @@ def test_a_recipe_runs_and_options_stand_over_it(
             "unknown key 'trys' in [requests]; did you mean 'tries'",
         ),
         ("", ("--max-cost", 3), "[prices] max_cost wants prices"),
+        ("", ("--seed", 10**20), "run.seed is 100000000000000000000, which 64 bits do not hold"),
+        ("", ("--set", f"sampling.extra={{big={10**20}}}"), "extra cannot be written as JSON"),
+        ("", ("--set", "sampling.extra={day=1979-05-27}"), "extra cannot be written as JSON"),
         ("", (), "which conversations? give --data, or data.name in a recipe"),
         (
             "",
@@ -128,6 +131,19 @@ def test_a_wrong_recipe_is_refused_in_one_line(
 ) -> None:
     recipe = recipe_of(tmp_path / "my.toml", text)
     assert message in refused(hermes4("complete", "--recipe", recipe, *options))
+
+
+def test_an_option_that_names_a_model_ends_the_recipes_way(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    at = f'[model]\nendpoint = "{server.url}"\nname = "tiny"'
+    recipe = recipe_of(tmp_path / "at.toml", at)
+    given = ("complete", "--recipe", recipe, "--data", data, "--out", tmp_path / "out")
+    said = refused(hermes4(*given, "--checkpoint", "nowhere"))
+    assert "--checkpoint nowhere is not a folder" in said
+    recipe = recipe_of(tmp_path / "served.toml", '[model]\ncheckpoint = "nowhere"')
+    given = ("complete", "--recipe", recipe, "--data", data, "--out", tmp_path / "out")
+    assert hermes4(*given, "--endpoint", server.url, "--model", "tiny").code == 0
 
 
 def test_a_login_in_an_address_is_not_kept(
@@ -219,6 +235,45 @@ def test_the_money_ends_the_run_and_more_goes_on(
     assert server.answered.total() == int(found[1])
     assert hermes4(*limited, 10_000).code == 0
     assert server.answered.total() == 200
+
+
+def test_a_small_budget_lets_no_more_than_two_answers_pass(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    out = tmp_path / "out"
+    given = words(server, data, out, *PRICES, "--concurrency", 64, "--max-cost", 0.001)
+    assert "max_cost is reached: 2 answers" in refused(hermes4(*given))
+    assert server.answered.total() == 2
+    said = refused(hermes4(*given, "--pilot", 50))
+    assert "max_cost is reached: 2 answers" in said
+    assert server.answered.total() == 2
+
+
+def test_a_server_that_counts_no_tokens_and_prices_do_not_go_together(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    server.counts_tokens = False
+    out = tmp_path / "out"
+    said = refused(hermes4(*words(server, data, out, *PRICES, "--concurrency", 4)))
+    assert "the server counts no tokens: without prices, nothing is reckoned" in said
+    ended = hermes4(*words(server, data, out, "--pilot", 20))
+    assert "the server counts no tokens, so nobody knows what they cost" in ended.err
+    assert hermes4(*words(server, data, out)).code == 0
+
+
+def test_fewer_draws_than_there_are_count_as_what_they_are(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    with data.open("a") as file:
+        file.write("{broken\n" * 20)
+    out = tmp_path / "out"
+    hermes4(*words(server, data, out, "--n", 4, "--limit", 10))
+    ended = hermes4(*words(server, data, out, "--n", 1))
+    assert "110 draws to go: " in ended.err
+    assert ended.err.strip().splitlines()[-1].startswith("complete: 110/110 draws, ")
+    ended = hermes4(*words(server, data, out, "--n", 2))
+    assert "90 draws to go: " in ended.err  # bad records are known by now
+    assert ended.err.strip().splitlines()[-1].startswith("complete: 130/130 draws, ")
 
 
 def test_progress_tells_the_cost_so_far_and_what_is_expected(

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from bench.counting_server import CountingServer
-from completing import exported
+from completing import exported, words
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services import cluster
 from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
@@ -42,7 +43,7 @@ def nodes() -> Iterator[Nodes]:
 def work(nodes: Nodes, opening: Opening, items: list[Any], **options: Any) -> tuple[Any, list[str]]:
     """What workers make of the items, errors as values; and what was told."""
     told: list[str] = []
-    settings = Cluster(nodes.address, workers=2)
+    settings = options.pop("cluster", Cluster(nodes.address, workers=2))
     fixed: dict[str, Any] = {"deadline_s": 30.0, "environment": {}, "tell": told.append}
 
     async def run() -> list[Any]:
@@ -136,6 +137,44 @@ def test_workers_that_cannot_get_ready_are_a_users_error(nodes: Nodes) -> None:
     assert str(error) == "no worker on Ray gets ready: no such model"
 
 
+def test_one_replacement_that_fails_does_not_end_a_run_nor_one_that_is_slow(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "FIRST_PAUSE_S", 0.1)
+    monkeypatch.setattr(cluster, "PATIENCE_S", 2.0)
+    folder = str(tmp_path)
+
+    @asynccontextmanager
+    async def opening(workers: int) -> AsyncIterator[Callable[[int], Awaitable[int]]]:
+        number = len(list(Path(folder).iterdir()))
+        Path(folder, str(number)).touch()
+        if number == 1:
+            raise UserError("port in use, just once")
+        if number == 2:
+            await asyncio.sleep(4)
+
+        async def made(item: int) -> int:
+            if number == 0:
+                raise WorkerBroken("gone")
+            return item
+
+        yield made
+
+    settings = Cluster(nodes.address, workers=1)
+    found, told = work(nodes, opening, [7], cluster=settings)
+    assert found == [7], told
+
+
+def test_an_opening_that_cannot_be_sent_is_a_users_error(nodes: Nodes) -> None:
+    lock = threading.Lock()
+
+    def opening(workers: int) -> Any:
+        return lock
+
+    (error,), _ = work(nodes, opening, [1])
+    assert "no worker on Ray gets ready: " in str(error)
+
+
 def test_a_cluster_without_room_is_a_users_error(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,21 +186,20 @@ def test_a_cluster_without_room_is_a_users_error(
         async with on_ray(lambda _: None, settings, **fixed) as made:  # type: ignore[arg-type]
             await made(1)
 
-    with pytest.raises(UserError, match=r"no worker on Ray for 3 s: none could start; free there"):
+    with pytest.raises(UserError, match=r"no worker on Ray for 3 s: none has found room; free"):
         asyncio.run(run())
 
 
 # The command.
 
 
-def words(url: str, data: Path, out: Path, *options: object) -> list[str]:
-    fixed = ["complete", "--data", data, "--out", out, "--endpoint", url, "--model", "tiny"]
-    command = [sys.executable, "-m", "hermes_pipeline", *fixed, "--concurrency", 32, *options]
-    return [str(word) for word in command]
+def command(server: CountingServer, data: Path, out: Path, *options: object) -> list[str]:
+    given = words(server, data, out, "--concurrency", 32, *options)
+    return [sys.executable, "-m", "hermes_pipeline", *given]
 
 
-def run(*command: str) -> Ended:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def run(*given: str) -> Ended:
+    done = subprocess.run(given, capture_output=True, text=True, timeout=120)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -175,7 +213,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_no_cluster_is_one_line(data: Path, tmp_path: Path, address: str) -> None:
     began = time.monotonic()
-    ended = run(*words("http://127.0.0.1:1/v1", data, tmp_path / "out", "--ray", address))
+    ended = run(*command("http://127.0.0.1:1/v1", data, tmp_path / "out", "--ray", address))
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.splitlines()[-1].startswith(f"hermes4: error: no Ray cluster at {address}: ")
     assert time.monotonic() - began < 30
@@ -185,11 +223,11 @@ def test_a_hopeless_error_stops_the_run_in_one_line(
     nodes: Nodes, data: Path, tmp_path: Path
 ) -> None:
     with CountingServer(lambda *_: 401) as server:
-        ended = run(*words(server.url, data, tmp_path / "out", "--ray", nodes.address, "--json"))
+        ended = run(*command(server, data, tmp_path / "out", "--ray", nodes.address, "--json"))
     assert ended.code == 2
     assert all(json.loads(line)["done"] == 0 for line in ended.out.splitlines())
     *told, last = ended.err.splitlines()
-    assert last.endswith("401: the test says 401")
+    assert "401: the test says 401; 0 answers are safe in " in last
     assert all(line.endswith("workers on Ray are ready") for line in told), told
 
 
@@ -199,8 +237,8 @@ def test_a_signal_leaves_no_worker_behind(
 ) -> None:
     out = tmp_path / "out"
     with CountingServer(delay_s=0.5) as server:
-        command = words(server.url, data, out, "--ray", nodes.address)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        process_words = command(server, data, out, "--ray", nodes.address)
+        with subprocess.Popen(process_words, stderr=subprocess.PIPE, text=True) as process:
             assert comes_true(lambda: server.answered.total() >= 40, 60)
             process.send_signal(number)
             _, said = process.communicate(timeout=60)
@@ -216,10 +254,10 @@ def test_each_worker_serves_a_checkpoint_with_a_real_engine(
     nodes: Nodes, model: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    words = ["complete", "--data", data, "--limit", 20, "--out", out, "--checkpoint", model]
-    words += ["--max-model-len", 128, "--max-tokens", 4, "--n", 2, "--ray", nodes.address]
-    words += ["--set", "ray.workers=1"]
-    ended = run(sys.executable, "-m", "hermes_pipeline", *map(str, words))
+    given = ["complete", "--data", data, "--limit", 20, "--out", out, "--checkpoint", model]
+    given += ["--max-model-len", 128, "--max-tokens", 4, "--n", 2, "--ray", nodes.address]
+    given += ["--set", "ray.workers=1"]
+    ended = run(sys.executable, "-m", "hermes_pipeline", *map(str, given))
     assert ended.code == 0, ended.err
     assert ended.out.startswith("20 read = 20 done + 0 set aside + 0 quarantined\n40 answers")
     assert comes_true(lambda: not processes_of(str(model)), 20), processes_of(str(model))
@@ -230,8 +268,8 @@ def test_a_lost_node_costs_no_more_than_was_in_flight(
 ) -> None:
     out = tmp_path / "out"
     with CountingServer(delay_s=0.5) as server:
-        command = words(server.url, data, out, "--ray", nodes.address, "--seed", 3)
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        process_words = command(server, data, out, "--ray", nodes.address, "--seed", 3)
+        with subprocess.Popen(process_words, stderr=subprocess.PIPE, text=True) as process:
             assert comes_true(lambda: server.answered.total() >= 150, 60)
             busy = next(number for number in (2, 1) if nodes.workers(number))
             nodes.kill(busy)
@@ -243,5 +281,5 @@ def test_a_lost_node_costs_no_more_than_was_in_flight(
     counts = json.loads((out / "counts.json").read_text())
     assert counts == {"read": 200, "done": 200, "set_aside": 0, "quarantined": 0, "answers": 800}
     with CountingServer() as server:
-        assert run(*words(server.url, data, tmp_path / "calm", "--seed", 3)).code == 0
+        assert run(*command(server, data, tmp_path / "calm", "--seed", 3)).code == 0
     assert exported(out) == exported(tmp_path / "calm")

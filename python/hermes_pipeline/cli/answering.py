@@ -25,6 +25,7 @@ from hermes_pipeline.cli.options import (
     Temperature,
     TimeoutS,
     TopP,
+    name_model,
 )
 
 
@@ -103,7 +104,11 @@ def complete(
     ] = None,
     max_cost: Annotated[
         float | None,
-        typer.Option(min=0, help="Stop once the answers have cost so much.", rich_help_panel=COST),
+        typer.Option(
+            min=0,
+            help="Stop once the answers have cost so much; tries that failed are not counted.",
+            rich_help_panel=COST,
+        ),
     ] = None,
     ray: OnRay = None,
 ) -> None:
@@ -119,10 +124,7 @@ def complete(
         "data.subset": subset,
         "data.limit": limit,
         "data.system": system,
-        "model.endpoint": endpoint or None,
-        "model.name": model,
-        "model.checkpoint": checkpoint,
-        "model.max_model_len": max_model_len,
+        **name_model(endpoint, model, checkpoint, max_model_len),
         "sampling.temperature": temperature,
         "sampling.top_p": top_p,
         "sampling.max_tokens": max_tokens,
@@ -174,10 +176,7 @@ def evaluate(
         "benchmark.name": benchmark,
         "benchmark.limit": limit,
         "benchmark.draws": draws,
-        "model.endpoint": endpoint or None,
-        "model.name": model,
-        "model.checkpoint": checkpoint,
-        "model.max_model_len": max_model_len,
+        **name_model(endpoint, model, checkpoint, max_model_len),
         "sampling.temperature": temperature,
         "sampling.top_p": top_p,
         "sampling.max_tokens": max_tokens,

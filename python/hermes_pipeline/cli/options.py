@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -98,3 +98,23 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="One setting over the recipe's, as section.key=value."),
 ]
+
+
+def name_model(
+    endpoint: list[str] | None, model: str | None, checkpoint: str | None, max_model_len: int | None
+) -> dict[str, Any]:
+    """The options that name a model, over a recipe; one way of naming it ends the other."""
+    from hermes_pipeline.config import UNSET
+
+    given = {
+        "model.endpoint": endpoint or None,
+        "model.name": model,
+        "model.checkpoint": checkpoint,
+        "model.max_model_len": max_model_len,
+    }
+    if checkpoint is not None and not endpoint:
+        given["model.endpoint"] = UNSET
+        given["model.name"] = UNSET if model is None else model
+    if endpoint and checkpoint is None:
+        given["model.checkpoint"] = UNSET
+    return given

@@ -19,6 +19,9 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(min=1, help="Context length to serve; the model's if None.")
     ] = None,
+    ready_s: Annotated[
+        float, typer.Option(min=1, help="Seconds until it must have given a first answer.")
+    ] = 600.0,
     log: Annotated[
         Path | None, typer.Option(help="vLLM's output; MODEL.server.log here if None.")
     ] = None,
@@ -42,6 +45,7 @@ def serve(
         host=host,
         port=port,
         max_model_len=max_model_len,
+        ready_s=ready_s,
         log=log,
         join=join,
         advertise=advertise,

@@ -70,7 +70,8 @@ async def run(
         EndpointError: every request would fail: wrong address, key or name of the model.
     """
     waiting = iter(draws)
-    answers: asyncio.Queue[tuple[Draw, Reply] | None] = asyncio.Queue(2 * concurrency)
+    # Short: what waits in it is paid for, and would be lost with the process.
+    answers: asyncio.Queue[tuple[Draw, Reply] | None] = asyncio.Queue(SCORERS)
 
     async def generate() -> None:
         for draw in waiting:

@@ -13,6 +13,7 @@ from hermes_pipeline.services.account import Usage
 from hermes_pipeline.services.endpoint import EndpointError, Reply
 from hermes_pipeline.services.store import Input, Last, RecordRefused, draw_seed
 
+_END: Any = object()
 FEWEST_LOST = 16  # requests in a row that no server has answered: then there is none
 
 
@@ -98,6 +99,13 @@ def plan(
                         given, conversation, number, attempt, draw_seed(seed, given.id, number)
                     )
         yield None
+
+
+def first(draws: Iterator[Draw | None], count: int) -> Iterator[Draw | None]:
+    """So many of the draws; the iterator goes on behind them."""
+    while count > 0 and (draw := next(draws, _END)) is not _END:
+        count -= draw is not None
+        yield draw
 
 
 async def run(

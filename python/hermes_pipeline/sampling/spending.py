@@ -36,6 +36,11 @@ class Spending:
         usage = max(self.tally.usage, self._before, key=lambda usage: usage.requests)
         return forecast(usage, left, self.prices) if usage.requests > 1 and left > 0 else None
 
+    @property
+    def is_blind(self) -> bool:
+        """Is there a limit, and no answer yet that tells what one costs?"""
+        return self.prices.max_cost is not None and self.forecast(1) is None
+
     def keep_within(self, draws: Iterable[Draw | None]) -> Iterator[Draw | None]:
         """The draws, as long as there is money for them and for those in flight."""
         limit = self.prices.max_cost

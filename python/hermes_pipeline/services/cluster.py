@@ -11,10 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
+import re
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -30,10 +33,12 @@ Work = Callable[[Item], Awaitable[Made]]
 Open = Callable[[int], AbstractAsyncContextManager[Work[Item, Made]]]
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a worker is started in a lost one's place
-PATIENCE_S = 180.0  # without any worker
+PATIENCE_S = 180.0  # without any worker, and without one that is getting ready
+PROBE_S = 60.0  # for a first connection
 CLOSE_S, CONNECT_S = 20.0, 10.0
 MOST_LOST = 5  # workers under one item: then it is the item
-SHOWN = 300  # characters of what went wrong
+SHOWN = 1000  # characters of what went wrong
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 MOST_IN_FLIGHT = 100_000  # of one worker: who gives it items keeps the bound
 
 
@@ -44,7 +49,7 @@ class Cluster:
     address: str | None = None  # "auto", host:port, or ray://host:port; None for this process alone
     workers: Annotated[int, Range(low=1)] | None = None  # one for each GPU asked for, or node
     cpus: Annotated[float, Range(low=0)] = 0.1  # of each worker; leave room for replacements
-    gpus: Annotated[float, Range(low=0)] | None = None  # one for a served model, where there are
+    gpus: Annotated[float, Range(low=0)] | None = None  # one for a served model, if there are any
 
 
 class WorkerBroken(Exception):
@@ -61,6 +66,9 @@ class _Worker:
     def __init__(self, opening: Open[Any, Any], workers: int) -> None:
         self._opening, self._workers = opening, workers
         self._stack = AsyncExitStack()
+
+    async def be_there(self) -> None:
+        """Nothing: who waits for it learns that the worker has found room."""
 
     async def open(self, environment: Mapping[str, str]) -> BaseException | None:
         """Get ready; what stands against it as a value."""
@@ -87,6 +95,7 @@ async def on_ray(
     opening: Open[Item, Made],
     cluster: Cluster,
     *,
+    gpus: float = 0.0,
     deadline_s: float,
     environment: Mapping[str, str],
     tell: Callable[[str], object],
@@ -95,6 +104,7 @@ async def on_ray(
 
     Args:
         opening: pickled, and called once by each worker, with the number of workers.
+        gpus: of each worker where the cluster has any; ``cluster.gpus`` stands over it.
         deadline_s: of one item; a worker that is silent for longer is given up, the item is not.
         environment: variables that workers want, such as keys; Ray keeps and shows none of them.
         tell: takes what happens to workers, in a line.
@@ -102,11 +112,11 @@ async def on_ray(
     Raises:
         UserError: no Ray, no cluster there, no room in it, or no worker for `PATIENCE_S`.
     """
-    ray = _connect(cluster.address or "auto")
+    ray = await _connect(cluster.address or "auto")
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         there = sum(node.get("GPU", 0) for node in nodes)
-        gpus = min(cluster.gpus or 0.0, there)
+        gpus = min(gpus, there) if cluster.gpus is None else cluster.gpus
         count = cluster.workers or max(1, int(there // gpus) if gpus else len(nodes))
         remote = ray.remote(_Worker).options(
             num_cpus=cluster.cpus,
@@ -151,8 +161,10 @@ class _Pool(Generic[Item, Made]):
         self._environment, self._tell = environment, tell
         self._live: list[_Live] = []
         self._changed = asyncio.Event()
-        self._failed = 0  # workers that could not get ready, since one could
-        self._problem: BaseException | str = "none could start"
+        self._getting_ready = 0  # workers that have found room
+        self._failed = 0  # workers that could not get ready
+        self._has_worked = False  # has any got ready?
+        self._problem: BaseException | str = "none has found room"
         self._lost: tuple[type[Exception], ...] = (
             ray.exceptions.RayError,
             TimeoutError,
@@ -198,45 +210,60 @@ class _Pool(Generic[Item, Made]):
         self._end(actor)
 
     async def _choose(self) -> _Live:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                while not self._live:
-                    if self._failed >= len(self._places):
-                        raise UserError(f"no worker on Ray gets ready: {_line(self._problem)}")
-                    self._changed.clear()
+        while not self._live:
+            if not self._has_worked and self._failed >= len(self._places):
+                raise UserError(f"no worker on Ray gets ready: {_line(self._problem)}")
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(None if self._getting_ready else PATIENCE_S):
                     await self._changed.wait()
-        except TimeoutError:
-            free = self._ray.available_resources()
-            raise UserError(
-                f"no worker on Ray for {PATIENCE_S:.0f} s: {_line(self._problem)}; free there: "
-                f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
-            ) from None
+            except TimeoutError:
+                free = self._ray.available_resources()
+                raise UserError(
+                    f"no worker on Ray for {PATIENCE_S:.0f} s: {_line(self._problem)}; free there: "
+                    f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
+                ) from None
         return min(self._live, key=lambda worker: worker.in_flight)
 
     async def _fill(self) -> None:
         """Keep one place filled."""
         pause_s = FIRST_PAUSE_S
         while True:
-            worker = _Live(self._start(), asyncio.Event())
+            worker: _Live | None = None
             try:
-                problem = await worker.actor.open.remote(self._environment)
-            except self._ray.exceptions.RayError as error:
+                worker = _Live(self._start(), asyncio.Event())
+                problem = await self._open(worker.actor)
+            except Exception as error:  # one that cannot be pickled, too
                 problem = error
             except BaseException:
-                self._end(worker.actor)
+                if worker is not None:
+                    self._end(worker.actor)
                 raise
-            if problem is None:
-                self._failed, pause_s = 0, FIRST_PAUSE_S
+            if problem is None and worker is not None:
+                self._has_worked, pause_s = True, FIRST_PAUSE_S
                 self._live.append(worker)
                 self._changed.set()
                 self._tell(f"{len(self._live)} of {len(self._places)} workers on Ray are ready")
                 await worker.lost.wait()
             else:
-                self._end(worker.actor)
-                self._failed, self._problem = self._failed + 1, problem
+                if worker is not None:
+                    self._end(worker.actor)
+                self._failed, self._problem = self._failed + 1, problem or self._problem
                 self._changed.set()
             await asyncio.sleep(pause_s)
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+
+    async def _open(self, actor: Any) -> BaseException | None:
+        """Get a worker ready; what stands against it."""
+        await actor.be_there.remote()
+        self._getting_ready += 1
+        self._changed.set()
+        try:
+            problem: BaseException | None = await actor.open.remote(self._environment)
+        finally:
+            self._getting_ready -= 1
+            self._changed.set()
+        return problem
 
     def _give_up(self, worker: _Live, lost: Exception) -> None:
         """Ask this worker nothing more."""
@@ -255,20 +282,22 @@ class _Pool(Generic[Item, Made]):
             self._ray.kill(actor)
 
 
-def _connect(address: str) -> Any:
+async def _connect(address: str) -> Any:
+    """Ray, connected to a cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Pages on a node that has died; what it means to this run is said by `tell`.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    try:
-        import ray
-    except ImportError:
+    if importlib.util.find_spec("ray") is None:
         raise UserError(
             "--ray wants Ray, which is not installed: pip install 'hermes4-core[ray]', on every "
             "node of the cluster"
-        ) from None
-    ours = signal.getsignal(signal.SIGTERM)
+        )
     try:
         _knock(address)
+        await _probe(address)
+        import ray
+
+        ours = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         signal.signal(signal.SIGTERM, ours)  # Ray's would end us where we stand
     except (OSError, ValueError, RuntimeError) as error:
@@ -277,13 +306,49 @@ def _connect(address: str) -> Any:
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nobody listens there; Ray itself would try for an hour."""
+    """Raise `OSError` if nobody listens there."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
+async def _probe(address: str) -> None:
+    """Connect in another process first: where there is no Ray, it tries for an hour, deaf to all.
+
+    Raises:
+        ConnectionError: it could not, in `PROBE_S`.
+    """
+    words = [sys.executable, "-c", _PROBE, address]
+    quiet = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(
+        *words, stdin=quiet, stdout=quiet, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(PROBE_S):
+            _, said = await process.communicate()
+    except TimeoutError:
+        raise ConnectionError(f"what is there is no Ray that answers in {PROBE_S:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise ConnectionError(said.decode(errors="replace").strip().rpartition("\n")[2])
+
+
+_PROBE = """
+import logging, sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
+ray.shutdown()
+"""
+
+
 def _line(problem: BaseException | str) -> str:
+    """A problem in one line; of a remote traceback its last one."""
     if isinstance(problem, TimeoutError):
         return "a worker was silent for too long"
-    return " ".join(str(problem).split())[:SHOWN]
+    text = _COLOURS.sub("", str(problem)).strip()
+    last = text.rpartition("\n")[2]
+    if "Traceback" in text or re.match(r"[\w.]+Error: ", last):
+        text = last
+    return " ".join(text.split())[:SHOWN]

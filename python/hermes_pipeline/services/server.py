@@ -13,7 +13,7 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.guarded import LOOPBACK, WILDCARDS, Guarded, reserve_port, url_of
 from hermes_pipeline.services.plain_http import ask
 
-READY_S = 300.0
+READY_S = 600.0
 FIRST_ANSWER_S = 60.0
 
 

@@ -25,7 +25,7 @@ from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sa
 from hermes_pipeline.services.guarded import Guarded
 from hermes_pipeline.services.limits import read_address
 from hermes_pipeline.services.progress import waiting
-from hermes_pipeline.services.server import Server
+from hermes_pipeline.services.server import READY_S, Server
 
 WATCH_S = 0.5
 SLACK_S = 60.0  # a node that is silent for so long after a request's time is up is given up
@@ -43,6 +43,7 @@ class Model:
     name: str | None = None  # its name there
     checkpoint: str | None = None  # model folder in Hugging Face form
     max_model_len: Count | None = None  # context length, where we serve
+    ready_s: Positive = READY_S  # for the first answer of a server of ours
 
     def shown(self) -> list[str]:
         """The addresses as they may stand in a file: without a login."""
@@ -129,9 +130,15 @@ def at_address(model: Model, log: Path) -> Iterator[Address]:
         assert model.name is not None
         yield Address(model.endpoint, model.name, lambda: None)
         return
-    server = Server(model.checkpoint, max_model_len=model.max_model_len, log=log)
+    server = _server(model, log)
     with running(server):
         yield Address([server.base_url], server.name, server.check)
+
+
+def _server(model: Model, log: Path) -> Server:
+    assert model.checkpoint is not None
+    length, ready_s = model.max_model_len, model.ready_s
+    return Server(model.checkpoint, max_model_len=length, log=log, ready_s=ready_s)
 
 
 @contextmanager
@@ -165,10 +172,13 @@ async def serving(model: Model, requests: Requests) -> AsyncIterator[Answering]:
     assert model.checkpoint is not None
     with TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        server = Server(model.checkpoint, max_model_len=model.max_model_len, log=log)
+        server = _server(model, log)
         try:
             server.start()
-            await asyncio.to_thread(server.wait_ready)
+            try:
+                await asyncio.to_thread(server.wait_ready)
+            except UserError as error:  # the log goes with this machine's folder
+                raise UserError(str(error).replace(f"its log {log}", "its log")) from None
             address = Address([server.base_url], server.name, server.check)
             async with answering(address, requests) as answer:
 
@@ -179,7 +189,8 @@ async def serving(model: Model, requests: Requests) -> AsyncIterator[Answering]:
                         try:
                             server.check()
                         except UserError as end:
-                            raise WorkerBroken(str(end)) from error
+                            reason = str(end).replace(f"its log {log}", "its log")
+                            raise WorkerBroken(reason) from error
                         raise
 
                 yield checked
@@ -192,13 +203,12 @@ async def _on_ray(
     model: Model, requests: Requests, cluster: Cluster, tell: Callable[[str], object]
 ) -> AsyncIterator[Answering]:
     """As `answering`, by workers on a Ray cluster; a folder is served by each of them."""
-    if cluster.gpus is None:
-        cluster = replace(cluster, gpus=0.0 if model.checkpoint is None else 1.0)
+    gpus = 0.0 if model.checkpoint is None else 1.0
     opening = functools.partial(_on_a_node, model, requests)
     key = {name: os.environ[name] for name in KEYS if name in os.environ}
     deadline_s = requests.request_timeout_s + SLACK_S
     async with on_ray(
-        opening, cluster, deadline_s=deadline_s, environment=key, tell=tell
+        opening, cluster, gpus=gpus, deadline_s=deadline_s, environment=key, tell=tell
     ) as answer:
 
         async def explained(request: Request) -> Reply:

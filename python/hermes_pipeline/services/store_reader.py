@@ -36,6 +36,7 @@ SELECT count(*), total(prompt), total(answer), total(prompt * prompt), total(ans
     FROM (SELECT CAST(body AS TEXT) AS body FROM results WHERE body IS NOT NULL)
 )
 """
+_COUNT_KEPT = "SELECT count(body) FROM results WHERE input <= ? AND draw < ?"
 _COUNTS = "SELECT (SELECT count(*) FROM inputs), (SELECT count(body) FROM results)"
 
 
@@ -99,6 +100,12 @@ def count(folder: Path) -> Counts:
     """How much is committed."""
     with _reading(folder) as connection:
         return Counts(*connection.execute(_COUNTS).fetchone())
+
+
+def count_kept(folder: Path, *, inputs: int, draws: int) -> int:
+    """How many records there are of the first draws of the first inputs."""
+    with _reading(folder) as connection:
+        return int(connection.execute(_COUNT_KEPT, (inputs, draws)).fetchone()[0])
 
 
 def read_usage(folder: Path) -> Usage:

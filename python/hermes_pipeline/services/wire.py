@@ -40,6 +40,12 @@ class Sampling:
     logprobs: Annotated[int, Range(low=0)] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # sent as it stands
 
+    def __post_init__(self) -> None:
+        try:
+            orjson.dumps(dict(self.extra), option=orjson.OPT_PASSTHROUGH_DATETIME)
+        except TypeError as error:
+            raise ValueError(f"extra cannot be written as JSON: {error}") from None
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

@@ -23,7 +23,8 @@ from typing import Any
 
 from hermes_pipeline.config import flatten
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, plan
+from hermes_pipeline.exits import INTERRUPTED
+from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, first, plan
 from hermes_pipeline.sampling.draw import run as run_draws
 from hermes_pipeline.sampling.reading import Reading
 from hermes_pipeline.sampling.recipe import Data, Recipe
@@ -40,9 +41,15 @@ from hermes_pipeline.services.serving import (
     watched,
 )
 from hermes_pipeline.services.store import RunStore
-from hermes_pipeline.services.store_reader import count, is_stage, read_usage
+from hermes_pipeline.services.store_reader import (
+    count,
+    count_kept,
+    is_stage,
+    read_counts,
+    read_usage,
+)
 
-INTERRUPTED = 130  # exit code after Ctrl-C
+FEW, FEW_LOOKS = 2, 1000  # draws that tell what one costs; and of records that may be none
 # Calls of tools are wanted as the model wrote them; taken out by the server, they would be lost.
 AS_WRITTEN = {"tool_choice": "none"}
 
@@ -85,20 +92,20 @@ def _run_whole(recipe: Recipe, source: DataSource, store: RunStore, as_json: boo
     out, draws = store.folder, recipe.run.draws
     tally = Tally()
     spending = Spending(recipe.prices, read_usage(out), tally)
-    left = max(0, draws * _count(source, recipe.data.limit) - count(out).records)
+    records, before = _count(source, recipe.data.limit), read_counts(out)
+    # As far as is known before the data is read.
+    quarantined = before["quarantined"] if before.get("read") == records else 0
+    left = _left(recipe, records, out, quarantined)
     reading = _read(source, recipe.data, out)
     planned = plan(reading.inputs(), store.past, draws=draws, seed=recipe.run.seed)
     # A run that has nothing to ask starts no server.
     if first := next((draw for draw in planned if draw is not None), None):
         _tell_forecast(spending, left, as_json)
-        with _showing(recipe, out, left, as_json) as (tell, model):
-            show = Show(tell, spending, left, lambda: draws * reading.quarantined)
+        total = left + draws * quarantined
+        with _showing(recipe, out, total, as_json) as (tell, model):
+            show = Show(tell, spending, total, lambda: draws * reading.quarantined)
             _ask(chain([first], planned), recipe, model, store, show)
-    if spending.used_up:
-        raise UserError(
-            f"max_cost is reached: {count(out).records:,} answers have cost {spending.cost:,.2f} "
-            f"and are safe in {out}; raise it to go on"
-        )
+    _check_money(spending, store)
     counts = _counts(reading, tally) | {"answers": count(out).records}
     store.write_counts(counts)
     errors = store.write_errors()
@@ -122,8 +129,9 @@ def _run_pilot(
         with _showing(recipe, out, len(chosen), as_json) as (tell, model):
             show = Show(tell, spending, len(chosen), lambda: 0)
             _ask(chain([first], planned), recipe, model, store, show)
+    _check_money(spending, store)
     answers = count(out).records
-    left = max(0, recipe.run.draws * (there - reading.quarantined) - answers)
+    left = _left(recipe, there, out, reading.quarantined)
     errors = store.write_errors()
     if answers < 2:
         why = f", most often: {errors.most_common(1)[0][0]}" if errors else ""
@@ -142,12 +150,11 @@ def _ask(
 
     try:
         asyncio.run(watched(_answer(draws, recipe, model.opened, store, show.spending), look))
-    except* NobodyAnswers as group:
-        raise UserError(f"{first_of(group)}; {_safe(store.folder)}") from None
-    except* BrokenPipeError as group:  # nobody reads our progress
-        raise first_of(group) from None
-    except* (EndpointError, UserError, OSError) as group:
-        raise UserError(str(first_of(group))) from None
+    except* (NobodyAnswers, EndpointError, UserError, OSError) as group:
+        error = first_of(group)
+        if isinstance(error, BrokenPipeError):  # nobody reads our progress
+            raise error from None
+        raise UserError(f"{error}{_so_far(store)}") from None
     finally:
         show()
 
@@ -166,9 +173,14 @@ async def _answer(
             how = recipe.sampling
             if tools:
                 how = replace(how, extra={**how.extra, "tools": tools, **AS_WRITTEN})
-            return await answer(Request(draw.conversation.messages, how, draw.seed))
+            reply = await answer(Request(draw.conversation.messages, how, draw.seed))
+            if recipe.prices.are_given and reply.completion_tokens is None:
+                raise UserError("the server counts no tokens: without prices, nothing is reckoned")
+            return reply
 
         todo, concurrency = spending.keep_within(draws), recipe.requests.concurrency
+        while spending.is_blind and (few := list(islice(first(todo, FEW), FEW_LOOKS))):
+            await run_draws(few, ask, store, spending.tally, concurrency=FEW)
         await run_draws(todo, ask, store, spending.tally, concurrency=concurrency)
 
 
@@ -213,6 +225,9 @@ def _tell_forecast(spending: Spending, left: int, as_json: bool) -> None:
     told = spending.forecast(left)
     if told is None:
         return
+    if not told.completion_tokens:
+        _warn(f"{left:,} draws to go; the server counts no tokens, so nobody knows what they cost")
+        return
     if as_json:
         _say(json.dumps({"stage": "complete", "forecast": asdict(told)}))
     else:
@@ -230,12 +245,38 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _left(recipe: Recipe, records: int, out: Path, quarantined: int) -> int:
+    """How many draws there are to be had, if so many records are no conversations."""
+    draws = recipe.run.draws
+    kept = count_kept(out, inputs=records, draws=draws)
+    return max(0, draws * (records - quarantined) - kept)
+
+
 def _count(source: DataSource, limit: int | None) -> int:
     """How many records there are to read."""
     known = source.count()
     if known is None:
         return sum(1 for _ in islice(source.records(), limit))
     return known if limit is None else min(known, limit)
+
+
+def _so_far(store: RunStore) -> str:
+    """What is safe of a run that cannot go on; nothing where the store itself is the reason."""
+    try:
+        store.write_errors()
+        return f"; {_safe(store.folder)}"
+    except (UserError, OSError):
+        return ""
+
+
+def _check_money(spending: Spending, store: RunStore) -> None:
+    """End a run that has come to its max_cost."""
+    if spending.used_up:
+        store.write_errors()
+        raise UserError(
+            f"max_cost is reached: {count(store.folder).records:,} answers have cost "
+            f"{spending.cost:,.2f} and are safe in {store.folder}; raise it to go on"
+        )
 
 
 def _check_useful(

@@ -118,10 +118,11 @@ def _ask(
         work = _answer(benchmark, draws, answering.opened, recipe, recorder)
         try:
             asyncio.run(watched(work, answering.check))
-        except* BrokenPipeError as group:  # nobody reads our progress
-            raise first_of(group) from None
         except* (EndpointError, UserError, OSError) as group:
-            raise UserError(str(first_of(group))) from None
+            error = first_of(group)
+            if isinstance(error, BrokenPipeError):  # nobody reads our progress
+                raise error from None
+            raise UserError(str(error)) from None
 
 
 async def _answer(

@@ -20,7 +20,7 @@ from hermes_pipeline.services.router import (
     list_workers,
     read_url,
 )
-from hermes_pipeline.services.server import Server
+from hermes_pipeline.services.server import READY_S, Server
 from hermes_pipeline.services.serving import WATCH_S, running
 
 LOOK_S = 2.0  # between two looks at the router's list
@@ -32,6 +32,7 @@ def serve(
     host: str = LOOPBACK,
     port: int = 8000,
     max_model_len: int | None = None,
+    ready_s: float = READY_S,
     log: Path | None = None,
     join: str | None = None,
     advertise: str | None = None,
@@ -46,7 +47,15 @@ def serve(
         raise UserError("--advertise says how a router calls the server; give --join, too")
     log = log or Path(f"{model.resolve().name}.server.log")
     key = os.environ.get("VLLM_API_KEY", "")
-    server = Server(model, host=host, port=port, max_model_len=max_model_len, log=log, key=key)
+    server = Server(
+        model,
+        host=host,
+        port=port,
+        max_model_len=max_model_len,
+        log=log,
+        ready_s=ready_s,
+        key=key,
+    )
     if host != LOOPBACK and not key:
         _say(f"whoever reaches port {server.port} can use the model; VLLM_API_KEY sets a key")
     with contextlib.ExitStack() as ending:
