@@ -210,13 +210,36 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"])
 def test_no_cluster_is_one_line(data: Path, tmp_path: Path, address: str) -> None:
     began = time.monotonic()
-    ended = run(*command("http://127.0.0.1:1/v1", data, tmp_path / "out", "--ray", address))
+    with CountingServer() as server:
+        ended = run(*command(server, data, tmp_path / "out", "--ray", address))
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err.splitlines()[-1].startswith(f"hermes4: error: no Ray cluster at {address}: ")
-    assert time.monotonic() - began < 30
+    assert f"error: no Ray cluster at {address}: " in ended.err.splitlines()[-1]
+    assert time.monotonic() - began < 60
+
+
+def test_what_is_no_ray_is_given_up_and_hears_ctrl_c(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "PROBE_S", 3.0)
+    with CountingServer() as server:
+        address = server.url.removeprefix("http://").removesuffix("/v1")
+
+        async def connect() -> None:
+            fixed: dict[str, Any] = {"deadline_s": 9.0, "environment": {}, "tell": print}
+            async with on_ray(lambda _: None, Cluster(address), **fixed):  # type: ignore[arg-type]
+                pass
+
+        with pytest.raises(UserError, match=r"what is there is no Ray that answers in 3 s"):
+            asyncio.run(connect())
+        given = command(server, data, tmp_path / "out", "--ray", address)
+        with subprocess.Popen(given, stderr=subprocess.PIPE, text=True) as process:
+            assert comes_true(lambda: bool(processes_of("import logging, sys, ray")), 30)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        assert process.returncode == 130, said
 
 
 def test_a_hopeless_error_stops_the_run_in_one_line(
