@@ -43,7 +43,11 @@ class Nodes:
             env=os.environ | VARIABLES | {name: value},
         )
         assert self._owner.stdout is not None
-        told = json.loads(self._owner.stdout.readline())
+        try:
+            told = json.loads(self._owner.stdout.readline())
+        except BaseException:  # the time of a test, for one
+            self.__exit__()
+            raise
         self.address, self._raylets = told["address"], told["raylets"]
         return self
 
@@ -66,12 +70,23 @@ class Nodes:
 
     def workers(self, number: int) -> int:
         """How many actors run on a node."""
-        lines = (Path(f"/proc/{pid}/cmdline") for pid in _children(self._raylets[number]))
-        return sum(path.exists() and b"ray::_Worker" in path.read_bytes() for path in lines)
+        raylet = self._raylets[number]
+        return sum("ray::_Worker" in words for words in map(_words, _children(raylet)))
 
 
 def _children(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return list(map(int, _read(f"/proc/{pid}/task/{pid}/children").split()))
+
+
+def _words(pid: int) -> str:
+    return _read(f"/proc/{pid}/cmdline")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""
 
 
 def _own(count: int, cpus: int, folder: str) -> None:

@@ -147,12 +147,11 @@ class Place:
         self._tell, self._told = tell, ""
 
     def keep(self) -> None:
-        """Register the worker where it is not listed; returns when that was tried.
-
-        Raises:
-            UserError: what answers at the router's address is no router.
-        """
-        news = self._keep()
+        """Register the worker where it is not listed; returns when that was tried."""
+        try:
+            news = self._keep()
+        except UserError as error:  # a proxy, while the router behind it starts anew
+            news = f"{error}; trying on"
         if news != self._told:
             self._told = news
             self._tell(news)
