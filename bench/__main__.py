@@ -9,7 +9,6 @@ import argparse
 import importlib
 import sys
 
-from bench import kills
 from bench.harness import tell
 
 BENCHMARKS = (
@@ -23,7 +22,7 @@ STATIC = {"attention": "attention_static", "loss": "loss_static"}
 def main() -> None:
     """Run one benchmark, its correctness gate first; or the trial."""
     if sys.argv[1:2] == ["kills"]:
-        raise SystemExit(kills.main(sys.argv[2:]))
+        raise SystemExit(importlib.import_module("bench.kills").main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each result")
