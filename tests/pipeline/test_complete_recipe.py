@@ -255,7 +255,7 @@ def test_a_server_that_counts_no_tokens_and_prices_do_not_go_together(
     server.counts_tokens = False
     out = tmp_path / "out"
     said = refused(hermes4(*words(server, data, out, *PRICES, "--concurrency", 4)))
-    assert "the server counts no tokens: without prices, nothing is reckoned" in said
+    assert "the server sends no counts of tokens; prices want them" in said
     ended = hermes4(*words(server, data, out, "--pilot", 20))
     assert "the server counts no tokens, so nobody knows what they cost" in ended.err
     assert hermes4(*words(server, data, out)).code == 0

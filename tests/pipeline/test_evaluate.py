@@ -22,6 +22,7 @@ from hermes_pipeline.evaluation.benchmarks.chain import CHAIN
 from hermes_pipeline.evaluation.recipe import Recipe
 from hermes_pipeline.services.store_reader import count
 from hermes_pipeline.stages.evaluate import run
+from running import Hermes4
 
 ANSWERS = {CHAIN.prompt(item).key: CHAIN.prompt(item).target for item in CHAIN.items()}
 
@@ -128,6 +129,21 @@ def test_the_scores_are_written(stub: Stub, tmp_path: Path) -> None:
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["score"], scores["answers"], scores["failed"]) == (0.8, 10, 0)
     assert scores["settings"]["temperature"] == 0.6
+
+
+def test_scores_are_a_line_of_json_where_asked_for(
+    stub: Stub, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    given = ("evaluate", "--benchmark", "chain", "--out", tmp_path / "out", "--limit", 10)
+    ended = hermes4(*given, "--endpoint", stub.url, "--model", "tiny", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    last = json.loads(ended.out.splitlines()[-1])
+    assert (last["stage"], last["finished"], last["score"], last["items"]) == (
+        "evaluate",
+        True,
+        1.0,
+        10,
+    )
 
 
 def test_a_second_run_asks_nothing_and_scores_the_same(stub: Stub, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hermes_pipeline.cli.options import (
     ANSWERS,
     COST,
     REQUESTS,
+    AsJson,
     Checkpoint,
     Concurrency,
     Endpoints,
@@ -48,9 +49,7 @@ def complete(
     subset: Subset = None,
     recipe: OwnRecipe = None,
     set_: Settings = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Progress and counts as lines of JSON.")
-    ] = False,
+    as_json: AsJson = False,
     endpoint: Endpoints = None,
     model: ModelName = None,
     checkpoint: Checkpoint = None,
@@ -166,6 +165,7 @@ def evaluate(
     ray: OnRay = None,
     recipe: OwnRecipe = None,
     set_: Settings = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score a model on a benchmark through one endpoint; every answer is logged."""
     from hermes_pipeline.config import load
@@ -186,4 +186,4 @@ def evaluate(
         "run.out": out,
         "run.seed": seed,
     }
-    run(load(Recipe, recipe, set_ or [], over))
+    run(load(Recipe, recipe, set_ or [], over), as_json=as_json)

@@ -89,6 +89,8 @@ OwnRecipe = Annotated[
     typer.Option("--recipe", help="A .toml file with these settings, and finer ones."),
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Progress and results as lines of JSON.")]
+
 # Serving.
 Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: for other machines, too.")]
 

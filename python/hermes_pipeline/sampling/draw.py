@@ -101,7 +101,7 @@ def plan(
         yield None
 
 
-def first(draws: Iterator[Draw | None], count: int) -> Iterator[Draw | None]:
+def take(draws: Iterator[Draw | None], count: int) -> Iterator[Draw | None]:
     """So many of the draws; the iterator goes on behind them."""
     while count > 0 and (draw := next(draws, _END)) is not _END:
         count -= draw is not None

@@ -24,7 +24,7 @@ from typing import Any
 from hermes_pipeline.config import flatten
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import INTERRUPTED
-from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, first, plan
+from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, plan, take
 from hermes_pipeline.sampling.draw import run as run_draws
 from hermes_pipeline.sampling.reading import Reading
 from hermes_pipeline.sampling.recipe import Data, Recipe
@@ -175,11 +175,11 @@ async def _answer(
                 how = replace(how, extra={**how.extra, "tools": tools, **AS_WRITTEN})
             reply = await answer(Request(draw.conversation.messages, how, draw.seed))
             if recipe.prices.are_given and reply.completion_tokens is None:
-                raise UserError("the server counts no tokens: without prices, nothing is reckoned")
+                raise UserError("the server sends no counts of tokens; prices want them")
             return reply
 
         todo, concurrency = spending.keep_within(draws), recipe.requests.concurrency
-        while spending.is_blind and (few := list(islice(first(todo, FEW), FEW_LOOKS))):
+        while spending.is_blind and (few := list(islice(take(todo, FEW), FEW_LOOKS))):
             await run_draws(few, ask, store, spending.tally, concurrency=FEW)
         await run_draws(todo, ask, store, spending.tally, concurrency=concurrency)
 

@@ -14,8 +14,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,20 @@ from hermes_pipeline.evaluation.run import run as run_draws
 from hermes_pipeline.evaluation.table import Figures, Graded, summarize
 from hermes_pipeline.records import Message, Prompt, Score
 from hermes_pipeline.services.endpoint import EndpointError, Reply
-from hermes_pipeline.services.progress import Counter, progress
+from hermes_pipeline.services.progress import JsonLines, progress
 from hermes_pipeline.services.serving import Answering, Request, answerer, first_of, watched
 from hermes_pipeline.services.store import Input, Last, RunStore
 from hermes_pipeline.services.store_reader import read_results
 
+Tell = Callable[[float, Mapping[str, float]], None]
 
-def run(recipe: Recipe, *, label: str | None = None) -> dict[str, Any]:
+
+def run(recipe: Recipe, *, label: str | None = None, as_json: bool = False) -> dict[str, Any]:
     """Score a model on a benchmark; what an earlier run has answered is not asked again.
 
     Args:
         label: what the progress is called.
+        as_json: tell progress and scores as lines of JSON on standard output.
 
     Returns:
         The content of scores.json.
@@ -69,14 +72,19 @@ def run(recipe: Recipe, *, label: str | None = None) -> dict[str, Any]:
         answers = _Answers(store, planned)
         todo = [draw for draw in planned if not answers.hold(draw)]
         if todo:
-            _ask(benchmark, todo, recipe, answers, out, label or f"evaluate {asked.name}")
+            label = label or f"evaluate {asked.name}"
+            telling = _telling(label, len(todo), as_json)
+            _ask(benchmark, todo, recipe, answers, out, telling)
         errors = store.write_errors()
         lines = _write_answers(out, planned)
         figures = summarize([_graded(line) for line in lines], failed=len(planned) - len(lines))
         seconds = time.monotonic() - start
         scores = asdict(figures) | {"settings": settings | {"seed": seed}, "seconds": seconds}
         write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
-    sys.stderr.write(describe(asked.name, figures) + "\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"stage": "evaluate", "finished": True, **scores}) + "\n")
+    else:
+        sys.stderr.write(describe(asked.name, figures) + "\n")
     if errors and not lines:
         raise UserError(f"no request was answered, most often: {errors.most_common(1)[0][0]}")
     return scores
@@ -105,16 +113,16 @@ def _ask(
     recipe: Recipe,
     answers: _Answers,
     out: Path,
-    label: str,
+    telling: AbstractContextManager[Tell],
 ) -> None:
     """Have the draws answered, scored and kept; stops at once when our server is found dead."""
     model = recipe.model
     count = None if model.checkpoint is None else _token_counter(Path(model.checkpoint))
     with (
         answerer(model, recipe.requests, recipe.ray, out / "server.log", _warn) as answering,
-        progress(label, total=len(draws), unit="answers") as bar,
+        telling as tell,
     ):
-        recorder = _Recorder(answers, bar, count)
+        recorder = _Recorder(answers, tell, count)
         work = _answer(benchmark, draws, answering.opened, recipe, recorder)
         try:
             asyncio.run(watched(work, answering.check))
@@ -174,9 +182,10 @@ class _Answers:
 class _Recorder:
     """Keeps each answer with its score, or the error it has instead, and shows how it goes."""
 
-    def __init__(self, answers: _Answers, bar: Counter, count: Callable[[str], int] | None) -> None:
-        self._answers, self._bar, self._count = answers, bar, count
-        self._passed = self._answered = self._failed = 0
+    def __init__(self, answers: _Answers, tell: Tell, count: Callable[[str], int] | None) -> None:
+        self._answers, self._tell, self._count = answers, tell, count
+        self._passed = self._answered = self._failed = self._tokens = 0
+        self._began = time.monotonic()
 
     async def keep(self, draw: Draw, score: Score) -> None:
         if score.error is not None:
@@ -188,9 +197,28 @@ class _Recorder:
             await self._answers.keep(draw, _record(draw, score, thinking_tokens))
             self._answered += 1
             self._passed += score.verdict.passed
-        share = f"{100 * self._passed / max(1, self._answered):.1f} % right"
-        failed = f", {self._failed} failed" if self._failed else ""
-        self._bar.advance(1, share + failed)
+            self._tokens += score.trace.completion_tokens
+        figures = {
+            "right": self._passed / max(1, self._answered),
+            "set_aside": self._failed,
+            "tokens_per_s": round(self._tokens / max(1e-3, time.monotonic() - self._began), 1),
+        }
+        self._tell(1, figures)
+
+
+@contextmanager
+def _telling(label: str, total: int, as_json: bool) -> Iterator[Tell]:
+    if as_json:
+        yield JsonLines("evaluate", total=total).advance
+        return
+    with progress(label, total=total, unit="answers") as bar:
+        yield lambda done, figures: bar.advance(done, _note(figures))
+
+
+def _note(figures: Mapping[str, float]) -> str:
+    failed = f"{figures['set_aside']:,} set aside, " if figures["set_aside"] else ""
+    right, rate = figures["right"], figures["tokens_per_s"]
+    return f"{failed}{100 * right:.1f} % right, {rate:,.0f} tokens/s"
 
 
 def _input(number: int, prompt: Prompt) -> Input:
