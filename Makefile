@@ -17,6 +17,8 @@ pin = $(shell sed -n 's/^\($(1)==[^ ;]*\).*/\1/p' requirements/lock.txt)
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# The tests start hundreds of processes: without caches each would compile torch and vLLM anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check unit heavy install stubs lock clean
 .DELETE_ON_ERROR:
