@@ -141,7 +141,7 @@ def test_one_replacement_that_fails_does_not_end_a_run_nor_one_that_is_slow(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "FIRST_PAUSE_S", 0.1)
-    monkeypatch.setattr(cluster, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(cluster, "PATIENCE_S", 10.0)
     folder = str(tmp_path)
 
     @asynccontextmanager
@@ -151,7 +151,7 @@ def test_one_replacement_that_fails_does_not_end_a_run_nor_one_that_is_slow(
         if number == 1:
             raise UserError("port in use, just once")
         if number == 2:
-            await asyncio.sleep(4)
+            await asyncio.sleep(12)
 
         async def made(item: int) -> int:
             if number == 0:
@@ -162,6 +162,29 @@ def test_one_replacement_that_fails_does_not_end_a_run_nor_one_that_is_slow(
 
     settings = Cluster(nodes.address, workers=1)
     found, told = work(nodes, opening, [7], cluster=settings)
+    assert found == [7], told
+
+
+def test_a_place_that_fails_again_and_again_does_not_end_what_another_begins(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "FIRST_PAUSE_S", 0.1)
+    first = str(tmp_path / "first")
+
+    @asynccontextmanager
+    async def opening(workers: int) -> AsyncIterator[Callable[[int], Awaitable[int]]]:
+        try:
+            os.mkdir(first)
+        except FileExistsError:
+            raise UserError("no room on this node") from None
+        await asyncio.sleep(6)
+
+        async def made(item: int) -> int:
+            return item
+
+        yield made
+
+    found, told = work(nodes, opening, [7])
     assert found == [7], told
 
 

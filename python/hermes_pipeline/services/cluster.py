@@ -211,7 +211,8 @@ class _Pool(Generic[Item, Made]):
 
     async def _choose(self) -> _Live:
         while not self._live:
-            if not self._has_worked and self._failed >= len(self._places):
+            hopeless = not self._has_worked and not self._getting_ready
+            if hopeless and self._failed >= len(self._places):
                 raise UserError(f"no worker on Ray gets ready: {_line(self._problem)}")
             self._changed.clear()
             try:
