@@ -371,7 +371,7 @@ def test_an_address_that_is_no_router_is_refused_before_the_model_loads(
         (["--advertise", "http://a:1"], "--advertise says how a router calls the server"),
         (["--join", "http://nowhere.invalid:1"], "the router at http://nowhere.invalid:1 cannot"),
         (["--host", "nowhere.invalid"], "host 'nowhere.invalid' is no address of this machine"),
-        (["--host", "192.0.2.1"], "port 0 of 192.0.2.1 cannot be used"),
+        (["--host", "203.0.113.1"], "port 0 of 203.0.113.1 cannot be used"),
     ],
 )
 def test_a_wrong_address_is_explained(
