@@ -22,6 +22,8 @@ EXIT_CODES = """Exit codes:
 
 2: a mistake, a file or a disk; one line says which, and the way out
 
+3: `train` met a gradient that is not finite; nothing of that step is saved
+
 75: stopped by SIGTERM before it was done; what is done is safe, and the same command goes on
 
 128 + n: ended by signal n, as 130 by Ctrl-C and 141 where nobody reads the output"""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hermes_pipeline.sampling.draw import Draw, Tally
 from hermes_pipeline.services.account import Forecast, Prices, Usage, forecast
+from hermes_pipeline.services.progress import Tell
 
 RATE_LOOKS = 20  # tokens/s are those of so many looks
-
-Tell = Callable[[float, Mapping[str, float]], None]
 
 
 class Spending:

@@ -25,6 +25,9 @@ LINE_EVERY_S = 5.0
 WAIT_LINE_EVERY_S = 15.0
 
 
+Tell = Callable[[float, Mapping[str, float]], None]
+
+
 class Counter(Protocol):
     """Counts work done; `note` is a short live remark, such as the loss."""
 
@@ -130,6 +133,30 @@ class JsonLines:
             left = max(0.0, self._total - self._done) * seconds / self._done
             line |= {"total": self._total, "seconds_left": round(left, 1)}
         print(json.dumps(line | dict(figures)), file=self._stream, flush=True)
+
+
+@contextmanager
+def telling(
+    stage: str,
+    *,
+    total: float,
+    unit: str,
+    describe: Callable[[Mapping[str, float]], str],
+    as_json: bool,
+    label: str | None = None,
+) -> Iterator[Tell]:
+    """Where a stage tells what is done, with figures by their names.
+
+    Args:
+        describe: the figures as a remark for people.
+        as_json: lines of JSON on standard output, instead of a bar or lines for people.
+        label: what people see, ``stage`` if None.
+    """
+    if as_json:
+        yield JsonLines(stage, total=total).advance
+        return
+    with progress(label or stage, total=total, unit=unit) as bar:
+        yield lambda done, figures: bar.advance(done, describe(figures))
 
 
 @contextmanager

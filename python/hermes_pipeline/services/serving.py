@@ -81,6 +81,20 @@ class Requests:
     tokens_per_s: Positive | None = None
 
 
+def what_decides(model: Model, sampling: Sampling) -> dict[str, Any]:
+    """What decides an answer, besides what is asked and the seed; JSON values.
+
+    Raises:
+        UserError: no model, or two.
+    """
+    return {
+        "model": model.identity(),
+        "max_model_len": model.max_model_len,
+        **asdict(sampling),
+        "stop": list(sampling.stop),
+    }
+
+
 class Address(NamedTuple):
     base_urls: Sequence[str]
     model: str  # the name it is known by there

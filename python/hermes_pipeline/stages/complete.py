@@ -28,10 +28,10 @@ from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, plan, take
 from hermes_pipeline.sampling.draw import run as run_draws
 from hermes_pipeline.sampling.reading import Reading
 from hermes_pipeline.sampling.recipe import Data, Recipe
-from hermes_pipeline.sampling.spending import Show, Spending, Tell, describe
+from hermes_pipeline.sampling.spending import Show, Spending, describe
 from hermes_pipeline.services.endpoint import EndpointError, Reply
 from hermes_pipeline.services.hub import DataSource
-from hermes_pipeline.services.progress import JsonLines, progress
+from hermes_pipeline.services.progress import Tell, telling
 from hermes_pipeline.services.serving import (
     Answerer,
     Answering,
@@ -39,6 +39,7 @@ from hermes_pipeline.services.serving import (
     answerer,
     first_of,
     watched,
+    what_decides,
 )
 from hermes_pipeline.services.store import RunStore
 from hermes_pipeline.services.store_reader import (
@@ -72,7 +73,8 @@ def run(recipe: Recipe, *, pilot: int | None = None, as_json: bool = False) -> N
         raise UserError("where shall the answers go? give --out, or run.out in a recipe")
     name, data, out, seed = recipe.data.name, recipe.data, Path(recipe.run.out), recipe.run.seed
     source = DataSource(name, revision=data.revision, split=data.split, subset=data.subset)
-    settings = _settings(recipe)
+    # A conversation decides, too: the store knows each by what it says.
+    settings = what_decides(recipe.model, recipe.sampling) | {"system": data.system}
     told = flatten(recipe) | {"model.endpoint": recipe.model.shown()}
     try:
         with RunStore(out, stage="complete", settings=settings, seed=seed, recipe=told) as store:
@@ -91,21 +93,21 @@ def _run_whole(recipe: Recipe, source: DataSource, store: RunStore, as_json: boo
     """Every draw of every conversation."""
     out, draws = store.folder, recipe.run.draws
     tally = Tally()
-    spending = Spending(recipe.prices, read_usage(out), tally)
-    records, before = _count(source, recipe.data.limit), read_counts(out)
-    # As far as is known before the data is read.
-    quarantined = before["quarantined"] if before.get("read") == records else 0
-    left = _left(recipe, records, out, quarantined)
     reading = _read(source, recipe.data, out)
     planned = plan(reading.inputs(), store.past, draws=draws, seed=recipe.run.seed)
-    # A run that has nothing to ask starts no server.
+    # A run that has nothing to ask starts no server, and reckons nothing.
     if first := next((draw for draw in planned if draw is not None), None):
+        spending = Spending(recipe.prices, read_usage(out), tally)
+        records, before = _count(source, recipe.data.limit), read_counts(out)
+        # As far as is known before the data is read.
+        quarantined = before["quarantined"] if before.get("read") == records else 0
+        left = _left(recipe, records, out, quarantined)
         _tell_forecast(spending, left, as_json)
         total = left + draws * quarantined
         with _showing(recipe, out, total, as_json) as (tell, model):
             show = Show(tell, spending, total, lambda: draws * reading.quarantined)
             _ask(chain([first], planned), recipe, model, store, show)
-    _check_money(spending, store)
+        _check_money(spending, store)
     counts = _counts(reading, tally) | {"answers": count(out).records}
     store.write_counts(counts)
     errors = store.write_errors()
@@ -190,12 +192,11 @@ def _showing(
 ) -> Iterator[tuple[Tell, Answerer]]:
     """The model, and where progress is told once it is there."""
     log = out / "server.log"
-    with answerer(recipe.model, recipe.requests, recipe.ray, log, _warn) as model:
-        if as_json:
-            yield JsonLines("complete", total=total).advance, model
-            return
-        with progress("complete", total=total, unit="draws") as bar:
-            yield lambda done, figures: bar.advance(done, describe(figures)), model
+    with (
+        answerer(recipe.model, recipe.requests, recipe.ray, log, _warn) as model,
+        telling("complete", total=total, unit="draws", describe=describe, as_json=as_json) as tell,
+    ):
+        yield tell, model
 
 
 def _read(source: DataSource, data: Data, out: Path) -> Reading:
@@ -232,17 +233,6 @@ def _tell_forecast(spending: Spending, left: int, as_json: bool) -> None:
         _say(json.dumps({"stage": "complete", "forecast": asdict(told)}))
     else:
         _warn(f"{left:,} draws to go: {told}")
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides an answer, besides its conversation, by which the store knows it."""
-    return {
-        "model": recipe.model.identity(),
-        "max_model_len": recipe.model.max_model_len,
-        "system": recipe.data.system,
-        **asdict(recipe.sampling),
-        "stop": list(recipe.sampling.stop),
-    }
 
 
 def _left(recipe: Recipe, records: int, out: Path, quarantined: int) -> int:

@@ -14,8 +14,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,17 @@ from hermes_pipeline.evaluation.run import run as run_draws
 from hermes_pipeline.evaluation.table import Figures, Graded, summarize
 from hermes_pipeline.records import Message, Prompt, Score
 from hermes_pipeline.services.endpoint import EndpointError, Reply
-from hermes_pipeline.services.progress import JsonLines, progress
-from hermes_pipeline.services.serving import Answering, Request, answerer, first_of, watched
+from hermes_pipeline.services.progress import Tell, telling
+from hermes_pipeline.services.serving import (
+    Answering,
+    Request,
+    answerer,
+    first_of,
+    watched,
+    what_decides,
+)
 from hermes_pipeline.services.store import Input, Last, RunStore
 from hermes_pipeline.services.store_reader import read_results
-
-Tell = Callable[[float, Mapping[str, float]], None]
 
 
 def run(recipe: Recipe, *, label: str | None = None, as_json: bool = False) -> dict[str, Any]:
@@ -58,23 +63,23 @@ def run(recipe: Recipe, *, label: str | None = None, as_json: bool = False) -> d
     if recipe.run.out is None:
         raise UserError("where shall the scores go? give --out, or run.out in a recipe")
     benchmark, out = find_benchmark(asked.name), Path(recipe.run.out)
-    settings = {
-        "benchmark": asked.name,
-        "model": recipe.model.identity(),
-        "max_model_len": recipe.model.max_model_len,
-        **asdict(recipe.sampling),
-        "stop": list(recipe.sampling.stop),
-    }
+    settings = {"benchmark": asked.name, **what_decides(recipe.model, recipe.sampling)}
     planned = list(plan(benchmark, seed=seed, limit=asked.limit, draws=asked.draws))
     start = time.monotonic()
-    told = flatten(recipe) | {"model.endpoint": recipe.model.shown()}
-    with RunStore(out, stage="evaluate", settings=settings, seed=seed, recipe=told) as store:
+    whole = flatten(recipe) | {"model.endpoint": recipe.model.shown()}
+    with RunStore(out, stage="evaluate", settings=settings, seed=seed, recipe=whole) as store:
         answers = _Answers(store, planned)
         todo = [draw for draw in planned if not answers.hold(draw)]
         if todo:
-            label = label or f"evaluate {asked.name}"
-            telling = _telling(label, len(todo), as_json)
-            _ask(benchmark, todo, recipe, answers, out, telling)
+            told = telling(
+                "evaluate",
+                total=len(todo),
+                unit="answers",
+                describe=_note,
+                as_json=as_json,
+                label=label or f"evaluate {asked.name}",
+            )
+            _ask(benchmark, todo, recipe, answers, out, told)
         errors = store.write_errors()
         lines = _write_answers(out, planned)
         figures = summarize([_graded(line) for line in lines], failed=len(planned) - len(lines))
@@ -113,14 +118,14 @@ def _ask(
     recipe: Recipe,
     answers: _Answers,
     out: Path,
-    telling: AbstractContextManager[Tell],
+    told: AbstractContextManager[Tell],
 ) -> None:
     """Have the draws answered, scored and kept; stops at once when our server is found dead."""
     model = recipe.model
     count = None if model.checkpoint is None else _token_counter(Path(model.checkpoint))
     with (
         answerer(model, recipe.requests, recipe.ray, out / "server.log", _warn) as answering,
-        telling as tell,
+        told as tell,
     ):
         recorder = _Recorder(answers, tell, count)
         work = _answer(benchmark, draws, answering.opened, recipe, recorder)
@@ -204,15 +209,6 @@ class _Recorder:
             "tokens_per_s": round(self._tokens / max(1e-3, time.monotonic() - self._began), 1),
         }
         self._tell(1, figures)
-
-
-@contextmanager
-def _telling(label: str, total: int, as_json: bool) -> Iterator[Tell]:
-    if as_json:
-        yield JsonLines("evaluate", total=total).advance
-        return
-    with progress(label, total=total, unit="answers") as bar:
-        yield lambda done, figures: bar.advance(done, _note(figures))
 
 
 def _note(figures: Mapping[str, float]) -> str:

@@ -15,16 +15,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, STOPPED
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import Job, prepare
 from hermes_pipeline.training.report import NonFiniteStep, StepReport
 
 COMPLETE = 0
-MISTAKE = 2  # of the user's; one line says which
 NOT_FINITE = 3  # a gradient; the step was not applied and nothing saved
-STOPPED = 75  # by SIGTERM, with a checkpoint: start the same command again
-INTERRUPTED = 130  # by Ctrl-C, likewise
 
 PARENT = "HERMES4_PARENT"  # the process whose end must end this one
 PR_SET_PDEATHSIG = 1
@@ -73,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(job, rank, stop)
     except UserError as error:
         _say(rank, f"error: {error}", name="hermes4")
-        return MISTAKE
+        return MISTAKEN
     except NonFiniteStep as error:
         _say(rank, f"error: {error}", name="hermes4")
         return NOT_FINITE
