@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <system_error>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "arrays.hpp"
+#include "buffer.hpp"
 #include "choice.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
@@ -95,6 +97,20 @@ hermes::Seed seed_of(const std::vector<std::uint64_t>& words) {
     return seed;
 }
 
+Int64Array array_of(const std::vector<std::int64_t>& values) {
+    return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// NumPy's own arrays begin anywhere, so that up to four megabytes of each lie in small pages.
+Int64Array array_of(hermes::Buffer<std::int64_t> values) {
+    const auto size = static_cast<py::ssize_t>(values.size());
+    auto kept = std::make_unique<hermes::Buffer<std::int64_t>>(std::move(values));
+    std::int64_t* data = kept->data();
+    const py::capsule owner(kept.release(),
+                            [](void* p) { delete static_cast<hermes::Buffer<std::int64_t>*>(p); });
+    return Int64Array(size, data, owner);
+}
+
 struct Packed {
     Int64Array samples, row_offsets, dropped;
     std::int64_t lower_bound, tokens, longest, shortest;
@@ -117,7 +133,7 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
     hermes::Scan scanned;
     {
         py::gil_scoped_release release;
-        scanned = hermes::scan(lengths, row_length);
+        scanned = hermes::scan(lengths, row_length, too_long == "truncate");
     }
     if (scanned.too_small >= 0) {
         refuse_length(lengths, scanned.too_small, true, row_length);
@@ -126,16 +142,15 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
         refuse_length(lengths, scanned.too_long, false, row_length);
     }
     // The result's memory is the scratch as well: its two halves hold the ids while they move.
-    const Int64Array all(lengths.count);
-    auto* samples = const_cast<std::int64_t*>(all.data());
+    hermes::Buffer<std::int64_t> all(static_cast<std::size_t>(lengths.count));
+    std::int64_t* samples = all.data();
     auto* ids = reinterpret_cast<std::uint32_t*>(samples);
     hermes::Sorted sorted;
     hermes::Choice choice{};
     Packed packed{};
     {
         py::gil_scoped_release release;
-        sorted = hermes::sort_by_length(lengths, scanned, row_length, too_long == "truncate", ids,
-                                        ids + lengths.count);
+        sorted = hermes::sort_by_length(lengths, scanned, row_length, ids, ids + lengths.count);
         choice = hermes::best_plan(sorted.classes, limits, strategies);
     }
     const hermes::Plan& plan = choice.plan;
@@ -148,27 +163,25 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
         packed.longest = sorted.classes.front().length;
         packed.shortest = sorted.classes.back().length;
     }
-    packed.row_offsets = Int64Array(plan.rows + 1);
+    hermes::Buffer<std::int64_t> row_offsets(static_cast<std::size_t>(plan.rows) + 1);
     packed.dropped = Int64Array(sorted.dropped);
     std::copy_n(ids, sorted.dropped, packed.dropped.mutable_data());
-    std::int64_t* row_offsets = packed.row_offsets.mutable_data();
     {
         py::gil_scoped_release release;
         hermes::lay_out(plan, seed_words.empty() ? nullptr : &seed, lengths.count, sorted.dropped,
-                        samples, row_offsets);
+                        samples, row_offsets.data());
     }
-    packed.samples =
-        sorted.dropped == 0 ? all : Int64Array({lengths.count - sorted.dropped}, {8}, samples, all);
+    const Int64Array whole = array_of(std::move(all));
+    packed.samples = sorted.dropped == 0
+                         ? whole
+                         : Int64Array({lengths.count - sorted.dropped}, {8}, samples, whole);
+    packed.row_offsets = array_of(std::move(row_offsets));
     return packed;
 }
 
 struct Windows {
     Int64Array samples, row_offsets, carried, ages;
 };
-
-Int64Array array_of(const std::vector<std::int64_t>& values) {
-    return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
-}
 
 Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int64_t window,
                      std::int64_t row_length, std::int64_t max_samples,

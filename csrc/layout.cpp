@@ -3,69 +3,49 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <numeric>
-#include <vector>
+#include <utility>
 
 #include "buffer.hpp"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace hermes {
 namespace {
 
-// Rows are shuffled as by Rao (1961) and Sandelius (1962): each goes to one of 256 groups by
-// chance, and each group, small enough for a cache, is shuffled by Fisher and Yates.
-constexpr std::size_t kGroups = 256;
-constexpr std::size_t kRowsOfOneGroup = 4096;  // so few rows are shuffled as one group
-
-struct Row {  // where its ids lie among the packed ones, and how many
+// Of a row: where its ids lie among the packed ones, and how many. In one word, so that the rows
+// are kept and shuffled where their offsets will stand.
+struct Row {
     std::uint32_t begin;
     std::uint32_t size;
+
+    static Row of(std::int64_t word) {
+        const auto bits = static_cast<std::uint64_t>(word);
+        return {static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32)};
+    }
+    std::int64_t word() const {
+        return static_cast<std::int64_t>(std::uint64_t{size} << 32 | begin);
+    }
 };
 
-struct Arranged {
-    Buffer<Row> rows;                                // group after group
-    std::array<std::uint32_t, kGroups + 1> first{};  // of a group, in `rows`
-    std::array<std::uint32_t, kGroups + 1> ids{};    // of a group, among the packed ids
-};
-
-// The size of each row, by its number in the plan.
-Buffer<std::uint32_t> row_sizes(const Plan& plan) {
-    Buffer<std::uint32_t> sizes(static_cast<std::size_t>(plan.rows));
-    std::fill(sizes.begin(), sizes.end(), 0U);
+// Where each row's ids begin, by its number in the plan; `words` become the rows.
+Buffer<std::uint32_t> measure_rows(const Plan& plan, std::int64_t* words) {
+    // First how much larger each row is than the one before it.
+    Buffer<std::uint32_t> begins(static_cast<std::size_t>(plan.rows) + 1);
+    std::fill(begins.begin(), begins.end(), 0U);
     for (const Placement& p : plan.placements) {
-        for (std::uint32_t row = p.first; row < p.first + p.rows; ++row) {
-            sizes[row] += p.each;
-        }
+        begins[p.first] += p.each;
+        begins[p.first + p.rows] -= p.each;
     }
-    return sizes;
-}
-
-// Deals the rows to groups; `sizes` becomes where each row's ids begin.
-Arranged arrange(Buffer<std::uint32_t>& sizes, Xoshiro256* random) {
-    const std::size_t count = sizes.size();
-    Arranged out{Buffer<Row>(count)};
-    Buffer<std::uint8_t> groups(count + 8);
-    for (std::size_t i = 0; i < count; i += 8) {
-        const std::uint64_t eight =
-            random != nullptr && count > kRowsOfOneGroup ? random->next() : 0;
-        std::memcpy(groups.data() + i, &eight, 8);
+    Row row{0, 0};
+    for (std::int64_t i = 0; i < plan.rows; ++i) {
+        row.size += begins[i];
+        words[i] = row.word();
+        begins[i] = row.begin;
+        row.begin += row.size;
     }
-    for (std::size_t i = 0; random == nullptr && i < count; ++i) {  // groups of successive rows
-        groups[i] = static_cast<std::uint8_t>(i * kGroups / count);
-    }
-    for (std::size_t i = 0; i < count; ++i) {
-        ++out.first[groups[i] + 1U];
-        out.ids[groups[i] + 1U] += sizes[i];
-    }
-    std::partial_sum(out.first.begin(), out.first.end(), out.first.begin());
-    std::partial_sum(out.ids.begin(), out.ids.end(), out.ids.begin());
-    auto next_row = out.first, next_id = out.ids;
-    for (std::size_t i = 0; i < count; ++i) {
-        const std::uint32_t size = sizes[i], begin = next_id[groups[i]];
-        out.rows[next_row[groups[i]]++] = {begin, size};
-        next_id[groups[i]] += size;
-        sizes[i] = begin;
-    }
-    return out;
+    return begins;
 }
 
 // Puts `each` ids at the end of each of these rows.
@@ -97,50 +77,68 @@ void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::
     }
 }
 
+// Copies the `count` ids of the rows one row after another. In place of each row's word stands at
+// last where its ids begin.
+void gather(const std::uint32_t* packed, std::int64_t count, std::int64_t rows, std::uint32_t* out,
+            std::int64_t* words) {
+    constexpr std::int64_t few = 8;   // so many are copied at once, needed or not
+    constexpr std::int64_t far = 64;  // rows ahead: they lie anywhere in what may fit in no cache
+    std::int64_t written = 0;
+    for (std::int64_t i = 0; i < rows; ++i) {
+        if (i + far < rows) {
+            const std::uint32_t* next = packed + Row::of(words[i + far]).begin;
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + few - 1);
+        }
+        const auto [begin, size] = Row::of(words[i]);
+        if (size <= few && std::max<std::int64_t>(begin, written) + few <= count) {
+            std::memcpy(out + written, packed + begin, few * sizeof *out);
+        } else {
+            std::memcpy(out + written, packed + begin, size * sizeof *out);
+        }
+        words[i] = written;
+        written += size;
+    }
+    words[rows] = written;
+}
+
+// Ids of 32 bits become 64 in place, from the last one down, written past the caches.
+void widen(std::int64_t* samples, std::int64_t count) {
+    auto* ids = reinterpret_cast<std::uint32_t*>(samples);
+    std::int64_t i = count;
+#ifdef __SSE2__
+    for (; i > 0 && reinterpret_cast<std::uintptr_t>(samples + i) % 16 != 0; --i) {
+        samples[i - 1] = ids[i - 1];
+    }
+    for (; i >= 4; i -= 4) {
+        const __m128i zero = _mm_setzero_si128();
+        const auto four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(ids + i - 4));
+        auto* to = reinterpret_cast<__m128i*>(samples + i - 4);
+        _mm_stream_si128(to + 1, _mm_unpackhi_epi32(four, zero));
+        _mm_stream_si128(to, _mm_unpacklo_epi32(four, zero));
+    }
+    _mm_sfence();
+#endif
+    for (; i > 0; --i) {
+        samples[i - 1] = ids[i - 1];
+    }
+}
+
 }  // namespace
 
 void lay_out(const Plan& plan, const Seed* seed, std::int64_t count, std::int64_t skipped,
              std::int64_t* samples, std::int64_t* row_offsets) {
     auto* ids = reinterpret_cast<std::uint32_t*>(samples);
     std::uint32_t* packed = ids + count;
-    Xoshiro256 random(seed != nullptr ? *seed : Seed{1, 0, 0, 0});
-    Buffer<std::uint32_t> starts = row_sizes(plan);
-    Arranged arranged = arrange(starts, seed != nullptr ? &random : nullptr);
-    deal(plan, ids + skipped, starts.data(), packed);
-
-    // In its final place a group reaches at most to its own packed ids, so a copy of them is read.
-    std::uint32_t largest = 0;
-    for (std::size_t g = 0; g < kGroups; ++g) {
-        largest = std::max(largest, arranged.ids[g + 1] - arranged.ids[g]);
+    const std::int64_t packed_count = count - skipped;
+    Buffer<std::uint32_t> begins = measure_rows(plan, row_offsets);
+    deal(plan, ids + skipped, begins.data(), packed);
+    if (seed != nullptr) {
+        Xoshiro256 random(*seed);
+        shuffle(row_offsets, static_cast<std::size_t>(plan.rows), random);
     }
-    constexpr std::uint32_t ahead = 8;  // ids are copied by eights
-    Buffer<std::uint32_t> group(std::size_t{largest} + ahead);
-    std::int64_t written = 0;
-    const auto total = static_cast<std::int64_t>(arranged.ids[kGroups]);
-    for (std::size_t g = 0; g < kGroups; ++g) {
-        const std::uint32_t base = arranged.ids[g], size = arranged.ids[g + 1] - base;
-        std::memcpy(group.data(), packed + base, size * sizeof(std::uint32_t));
-        Row* rows = arranged.rows.data() + arranged.first[g];
-        const std::uint32_t row_count = arranged.first[g + 1] - arranged.first[g];
-        if (seed != nullptr) {
-            shuffle(rows, row_count, random);
-        }
-        const std::int64_t group_end = written + size;
-        for (std::uint32_t i = 0; i < row_count; ++i) {
-            const std::uint32_t* from = group.data() + (rows[i].begin - base);
-            std::int64_t* to = samples + written;
-            *row_offsets++ = written;
-            if (rows[i].size <= ahead && written + ahead <= group_end) {
-                for (std::uint32_t j = 0; j < ahead; ++j) {
-                    to[j] = from[j];
-                }
-            } else {
-                std::copy_n(from, rows[i].size, to);
-            }
-            written += rows[i].size;
-        }
-    }
-    *row_offsets = total;
+    gather(packed, packed_count, plan.rows, ids, row_offsets);
+    widen(samples, packed_count);
 }
 
 }  // namespace hermes

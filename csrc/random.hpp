@@ -26,9 +26,6 @@ inline Seed seed_for(Seed seed, std::uint64_t number) {
 class Xoshiro256 {  // xoshiro256** 1.0 by Blackman and Vigna
 public:
     explicit Xoshiro256(const Seed& seed) : s_(seed) {}
-    std::uint32_t below(std::uint32_t bound) {  // the bias is below bound / 2^64
-        return static_cast<std::uint32_t>(static_cast<unsigned __int128>(next()) * bound >> 64);
-    }
     std::uint64_t next() {
         const std::uint64_t result = rotate(s_[1] * 5, 7) * 9;
         const std::uint64_t t = s_[1] << 17;
@@ -48,11 +45,59 @@ private:
     Seed s_;
 };
 
-// Puts `count` elements in an order of chance, by Fisher and Yates from the last one down.
+// Numbers below `bound`, `bound` - 1, ... from one random word, each as likely as another: a word
+// that would favour some is drawn again (Brackett-Rozinsky and Lemire, 2024). The product of the
+// bounds must be below 2^64.
+template <std::size_t kDraws>
+void draw_below(std::uint64_t bound, Xoshiro256& random, std::uint32_t* picks) {
+    std::uint64_t product = 1;
+    for (std::size_t i = 0; i < kDraws; ++i) {
+        product *= bound - i;
+    }
+    for (;;) {
+        std::uint64_t rest = random.next();
+        for (std::size_t i = 0; i < kDraws; ++i) {
+            const auto wide = static_cast<unsigned __int128>(rest) * (bound - i);
+            picks[i] = static_cast<std::uint32_t>(wide >> 64);
+            rest = static_cast<std::uint64_t>(wide);
+        }
+        if (rest >= product || rest >= (0 - product) % product) {
+            return;
+        }
+    }
+}
+
+// Puts `count` elements, below 2^32, in an order of chance, by Fisher and Yates from the last one
+// down: two of them a random word, four where the product of their bounds allows it.
 template <class T>
 void shuffle(T* elements, std::size_t count, Xoshiro256& random) {
-    for (std::size_t i = count; i > 1; --i) {
-        std::swap(elements[i - 1], elements[random.below(static_cast<std::uint32_t>(i))]);
+    constexpr std::size_t kFourAWord = std::size_t{1} << 16, kAhead = 512;
+    std::uint32_t picks[kAhead];
+    std::size_t left = count;
+    const auto swap_last = [&](std::size_t draws) {
+        for (std::size_t i = 0; i < draws; ++i) {
+            std::swap(elements[--left], elements[picks[i]]);
+        }
+    };
+    while (left >= kFourAWord + kAhead) {  // may be in no cache
+        for (std::size_t i = 0; i < kAhead; i += 2) {
+            draw_below<2>(left - i, random, picks + i);
+            __builtin_prefetch(elements + picks[i], 1);
+            __builtin_prefetch(elements + picks[i + 1], 1);
+        }
+        swap_last(kAhead);
+    }
+    while (left > kFourAWord) {
+        draw_below<2>(left, random, picks);
+        swap_last(2);
+    }
+    while (left > 4) {
+        draw_below<4>(left, random, picks);
+        swap_last(4);
+    }
+    while (left > 1) {
+        draw_below<1>(left, random, picks);
+        swap_last(1);
     }
 }
 

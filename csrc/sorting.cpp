@@ -5,14 +5,17 @@
 #include <limits>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 
 #include "buffer.hpp"
 
 namespace hermes {
 namespace {
 
-// Up to so many keys, two counting sorts of half the bits each keep all their ends in the caches.
-constexpr std::int64_t kTwoPassKeys = std::int64_t{1} << 17;
+// Up to so many lengths, each is counted, and two passes over parts that fit in a cache sort by
+// those counts. Where the samples are fewer than a quarter of them, counting costs more.
+constexpr std::int64_t kCountedLengths = std::int64_t{1} << 17;
+constexpr std::int64_t kLengthsOfASample = 4;
 
 template <class F>
 auto with_type(const Lengths& lengths, F f) {
@@ -45,82 +48,77 @@ struct Keys {
     }
 };
 
-void add_class(std::vector<LengthClass>& classes, std::int64_t length, std::uint32_t count) {
-    if (count != 0) {
-        classes.push_back({length, count});
+// Counts every key, and gathers the bits of (length - 1): a length below 1 sets the highest of a
+// signed type.
+//
+// In words of 16 bits, emptied before one can overflow, the counters of 16,384 lengths stay in the
+// innermost cache.
+template <class T>
+std::make_unsigned_t<T> count_keys(const Keys<T>& keys, std::size_t count,
+                                   std::vector<std::uint32_t>& counts) {
+    using U = std::make_unsigned_t<T>;
+    constexpr std::size_t most = std::numeric_limits<std::uint16_t>::max();
+    std::vector<std::uint16_t> few(counts.size());
+    U bits = 0;
+    for (std::size_t i = 0; i < count;) {
+        for (const std::size_t end = std::min(count, i + most); i < end; ++i) {
+            bits = static_cast<U>(bits | static_cast<U>(static_cast<U>(keys.lengths[i]) - U{1}));
+            ++few[keys(i)];
+        }
+        for (std::size_t k = 0; k < few.size(); ++k) {
+            counts[k] += few[k];
+            few[k] = 0;
+        }
     }
+    return bits;
 }
 
-// Counts and then moves `count` elements, two at a time from two halves: elements of one key that
-// follow one another would wait for the counter's last store. `key(i)` is below `keys`, and
-// `put(place, i)` writes element i. Returns where each key begins, and the end.
-template <class Key, class Put>
-void counting_sort(std::size_t count, std::size_t keys, std::uint32_t start, Key key, Put put,
-                   std::vector<std::uint32_t>& ends, std::uint32_t* begins) {
-    const std::size_t half = count / 2;
-    ends.assign(2 * keys, 0);
-    std::uint32_t* first = ends.data();
-    std::uint32_t* second = first + keys;
-    for (std::size_t i = 0; i < half; ++i) {
-        ++first[key(i)];
-        ++second[key(half + i)];
+template <class T>
+std::make_unsigned_t<T> bits_of(const T* values, std::int64_t count) {
+    using U = std::make_unsigned_t<T>;
+    U bits = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        bits = static_cast<U>(bits | static_cast<U>(static_cast<U>(values[i]) - U{1}));
     }
-    if (count % 2 != 0) {
-        ++second[key(count - 1)];
-    }
-    for (std::size_t k = 0; k < keys; ++k) {
-        begins[k] = start;
-        const std::uint32_t in_first = first[k], in_second = second[k];
-        first[k] = start;
-        second[k] = start + in_first;
-        start += in_first + in_second;
-    }
-    begins[keys] = start;
-    for (std::size_t i = 0; i < half; ++i) {
-        put(first[key(i)]++, i);
-        put(second[key(half + i)]++, half + i);
-    }
-    if (count % 2 != 0) {
-        put(second[key(count - 1)]++, count - 1);
-    }
+    return bits;
+}
+
+// Ahead of a write that is one of hundreds of streams, too many for the hardware to foresee.
+inline void expect_write(const std::uint32_t* place) {
+    constexpr int line = 64 / sizeof(std::uint32_t);
+    __builtin_prefetch(place + line, 1);
 }
 
 // By the upper bits of the key, then each of those parts, which fits in a cache, by the lower ones.
 // Between the two, an element is one word: lower bits of the key, then its id.
 template <class T>
-void sort_in_two_passes(const Keys<T>& keys, std::size_t count, std::uint32_t* ids,
-                        std::uint32_t* spare, std::vector<LengthClass>& classes) {
-    const int key_bits = bit_width(static_cast<std::uint64_t>(keys.top) - 1);
+void sort_in_two_passes(Keys<T> keys, std::size_t count, const std::vector<std::uint32_t>& begins,
+                        std::uint32_t* ids, std::uint32_t* spare) {
+    const std::size_t key_count = begins.size() - 1;
+    const int key_bits = bit_width(key_count - 1);
     const int id_bits = std::max(1, bit_width(count - 1));
     const int low_bits = std::min(32 - id_bits, (key_bits + 1) / 2);
-    const std::size_t parts = std::size_t{1} << (key_bits - low_bits);
-    const std::size_t low_keys = std::size_t{1} << low_bits;
-    const std::uint32_t low_mask = static_cast<std::uint32_t>(low_keys) - 1;
     const int id_shift = 32 - low_bits;
-    const std::uint32_t id_mask = static_cast<std::uint32_t>((std::uint64_t{1} << id_shift) - 1);
-    std::vector<std::uint32_t> ends, begins(parts + 1), low_begins(low_keys + 1);
-    counting_sort(
-        count, parts, 0, [&](std::size_t i) { return keys(i) >> low_bits; },
-        [&](std::uint32_t place, std::size_t i) {
-            const std::uint64_t low = keys(i) & low_mask;
-            spare[place] = static_cast<std::uint32_t>(low << id_shift | i);
-        },
-        ends, begins.data());
-    for (std::size_t part = 0; part < parts; ++part) {
-        const std::uint32_t* words = spare + begins[part];
-        const std::size_t size = begins[part + 1] - begins[part];
-        if (size == 0) {
-            continue;
-        }
-        counting_sort(
-            size, low_keys, begins[part],
-            [&](std::size_t i) { return static_cast<std::uint64_t>(words[i]) >> id_shift; },
-            [&](std::uint32_t place, std::size_t i) { ids[place] = words[i] & id_mask; }, ends,
-            low_begins.data());
-        const auto first_key = static_cast<std::int64_t>(part << low_bits);
-        for (std::size_t low = 0; low < low_keys; ++low) {
-            add_class(classes, keys.top - first_key - static_cast<std::int64_t>(low),
-                      low_begins[low + 1] - low_begins[low]);
+    const std::uint32_t low_mask = (1U << low_bits) - 1;
+    const auto id_mask = static_cast<std::uint32_t>((std::uint64_t{1} << id_shift) - 1);
+    std::vector<std::uint32_t> parts;  // where each begins
+    for (std::size_t key = 0; key < key_count; key += std::size_t{1} << low_bits) {
+        parts.push_back(begins[key]);
+    }
+    std::vector<std::uint32_t> ends_of_parts = parts, ends_of_keys = begins;
+    std::uint32_t* ends = ends_of_parts.data();
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::uint32_t key = keys(i), place = ends[key >> low_bits]++;
+        const std::uint64_t low = key & low_mask;
+        spare[place] = static_cast<std::uint32_t>(low << id_shift | i);
+        expect_write(spare + place);
+    }
+    parts.push_back(static_cast<std::uint32_t>(count));
+    for (std::size_t part = 0; part + 1 < parts.size(); ++part) {
+        ends = ends_of_keys.data() + (part << low_bits);
+        for (std::uint32_t i = parts[part]; i < parts[part + 1]; ++i) {
+            const std::uint32_t word = spare[i];
+            ids[ends[std::uint64_t{word} >> id_shift]++] = word & id_mask;
         }
     }
 }
@@ -168,29 +166,37 @@ std::int64_t find_outside(const T* values, std::int64_t count, std::uint64_t top
 
 }  // namespace
 
-Scan scan(const Lengths& lengths, std::int64_t row_length) {
+Scan scan(const Lengths& lengths, std::int64_t row_length, bool truncate) {
     return with_type(lengths, [&](const auto* values) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
-        using U = std::make_unsigned_t<T>;
-        // All bits of (length - 1) at once: a length below 1 sets the highest of a signed type.
-        U bits = 0;
-        for (std::int64_t i = 0; i < lengths.count; ++i) {
-            bits = static_cast<U>(bits | static_cast<U>(static_cast<U>(values[i]) - U{1}));
-        }
-        Scan found;
-        const auto most = static_cast<std::uint64_t>(row_length);
         constexpr auto largest = static_cast<std::uint64_t>(std::numeric_limits<T>::max());
+        const auto count = static_cast<std::size_t>(lengths.count);
+        const auto most = static_cast<std::uint64_t>(row_length);
+        const bool is_counted = row_length < kCountedLengths;
+        Scan found;
+        std::uint64_t bits = 0;
+        found.top = row_length + !truncate;
+        if (!is_counted) {
+            bits = bits_of(values, lengths.count);
+            found.top = std::min(found.top, static_cast<std::int64_t>(std::min(bits, most)) + 1);
+        }
+        if (found.top <= kCountedLengths && found.top <= kLengthsOfASample * lengths.count) {
+            std::vector<std::uint32_t> counts(static_cast<std::size_t>(found.top) + 1);
+            bits = count_keys(Keys<T>{values, found.top}, count, counts);
+            std::uint32_t begin = 0;
+            for (std::uint32_t& n : counts) {
+                begin += std::exchange(n, begin);
+            }
+            found.begins = std::move(counts);
+        } else if (is_counted) {
+            bits = bits_of(values, lengths.count);
+        }
         if (bits >= largest) {
             found.too_small = find_outside(values, lengths.count, ~std::uint64_t{0});
         }
-        found.top = static_cast<std::int64_t>(std::min<std::uint64_t>(bits, most) + 1);
-        if (bits < most) {  // every length is at most bits + 1
-            return found;
-        }
-        if (found.too_small < 0) {
+        if (bits >= most && found.too_small < 0) {  // every length is at most bits + 1
             found.too_long = find_outside(values, lengths.count, most);
         }
-        found.top = row_length + (found.too_long >= 0);
         return found;
     });
 }
@@ -201,20 +207,25 @@ std::string length_text(const Lengths& lengths, std::int64_t index) {
 }
 
 Sorted sort_by_length(const Lengths& lengths, const Scan& scanned, std::int64_t row_length,
-                      bool truncate, std::uint32_t* ids, std::uint32_t* spare) {
+                      std::uint32_t* ids, std::uint32_t* spare) {
     Sorted sorted;
     if (lengths.count == 0) {
         return sorted;
     }
-    const std::int64_t top = truncate ? std::min(scanned.top, row_length) : scanned.top;
     with_type(lengths, [&](const auto* values) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
-        const Keys<T> keys{values, top};
+        const Keys<T> keys{values, scanned.top};
         const auto count = static_cast<std::size_t>(lengths.count);
-        if (top <= kTwoPassKeys) {
-            sort_in_two_passes(keys, count, ids, spare, sorted.classes);
-        } else {
+        if (scanned.begins.empty()) {
             sort_in_digits(keys, count, ids, sorted.classes);
+            return;
+        }
+        sort_in_two_passes(keys, count, scanned.begins, ids, spare);
+        for (std::int64_t key = 0; key < scanned.top; ++key) {
+            const std::uint32_t* begin = scanned.begins.data() + key;
+            if (begin[1] != begin[0]) {
+                sorted.classes.push_back({scanned.top - key, begin[1] - begin[0]});
+            }
         }
     });
     if (!sorted.classes.empty() && sorted.classes.front().length > row_length) {

@@ -28,20 +28,25 @@ struct Sorted {
     std::int64_t dropped = 0;          // how many of the ids, from their start, are too long
 };
 
-// What a scan of all lengths found; a length above the row is no error by itself.
+// What a scan of all lengths found; a length outside [1, row_length] is no error by itself.
 struct Scan {
-    std::int64_t top = 0;         // no length is above; at most row_length + 1
+    std::int64_t top = 0;         // no length is above; at most row_length + 1, "too long"
     std::int64_t too_small = -1;  // index of the first length below 1, or -1
     std::int64_t too_long = -1;   // index of the first length above row_length, or -1
+    // Where the ids of each length begin, from `top` down, and their end; empty where that many
+    // lengths are possible that few samples share one.
+    std::vector<std::uint32_t> begins;
 };
-Scan scan(const Lengths& lengths, std::int64_t row_length);
+
+// Lengths above row_length are counted as row_length with `truncate`.
+Scan scan(const Lengths& lengths, std::int64_t row_length, bool truncate);
 
 // The value at `index`, for a message.
 std::string length_text(const Lengths& lengths, std::int64_t index);
 
 // Writes all ids by falling length, ties by id; `ids` and `spare` have room for one each. Lengths
-// above row_length come first and are counted as dropped or, with `truncate`, as row_length.
+// above row_length come first and are counted as dropped. No length may be below 1.
 Sorted sort_by_length(const Lengths& lengths, const Scan& scanned, std::int64_t row_length,
-                      bool truncate, std::uint32_t* ids, std::uint32_t* spare);
+                      std::uint32_t* ids, std::uint32_t* spare);
 
 }  // namespace hermes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
 
 MASK = (1 << 64) - 1
 
@@ -21,6 +23,28 @@ def xoshiro(words: Sequence[int]) -> Iterator[int]:
         s[0] ^= s[3]
         s[2] ^= t
         s[3] = (s[3] << 45 | s[3] >> 19) & MASK
+
+
+def draw_below(bound: int, draws: int, numbers: Iterator[int]) -> list[int]:
+    """Numbers below ``bound``, ``bound`` - 1, ... from one random number that favours none."""
+    product = prod(range(bound, bound - draws, -1))
+    while True:
+        rest, picks = next(numbers), []
+        for below in range(bound, bound - draws, -1):
+            picks.append(rest * below >> 64)
+            rest = rest * below & MASK
+        if rest >= ((1 << 64) - product) % product:
+            return picks
+
+
+def shuffle(elements: list[Any], numbers: Iterator[int]) -> None:
+    """Fisher and Yates from the last one down."""
+    left = len(elements)
+    while left > 1:
+        draws = 2 if left > 1 << 16 else 4 if left > 4 else 1
+        for pick in draw_below(left, draws, numbers):
+            left -= 1
+            elements[left], elements[pick] = elements[pick], elements[left]
 
 
 def seed_for(words: Sequence[int], number: int) -> list[int]:
@@ -128,10 +152,7 @@ def windows(
         pool += [(i, 0) for i in range(start, min(start + window, len(lengths)))]
         last = start + window > len(lengths)
         made, used = one_window(pool, lengths, row_length, max_samples, last)
-        numbers = xoshiro(seed_for(words, number))
-        for i in range(len(made), 1, -1):
-            j = next(numbers) * i >> 64
-            made[i - 1], made[j] = made[j], made[i - 1]
+        shuffle(made, xoshiro(seed_for(words, number)))
         rows += made
         pool = [(i, age + 1) for i, age in pool if i not in used]
     return rows
