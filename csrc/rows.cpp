@@ -65,7 +65,8 @@ private:
 // Measured on Zen 5, where neither wider vectors nor stores past the caches are faster.
 constexpr std::int64_t kBlock = Ahead::kBlock;
 constexpr std::int64_t kLanes = 4;
-constexpr std::int64_t kAhead = 1024;                 // tokens; as fast as 4096, slower at 256
+constexpr std::int64_t kPiece = 4 * kBlock;  // of a column, written at once; slower by lines
+constexpr std::int64_t kAhead = 1024;        // tokens; as fast as 4096, slower at 256
 constexpr std::int64_t kTokensOfOneThread = 1 << 17;  // 50 us, which outweigh starting a thread
 
 namespace scalar {

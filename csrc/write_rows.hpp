@@ -2,7 +2,7 @@
 //
 // Vectors are spelled out, and every function is compiled for its instruction set from the start:
 // a compiler that splits wide vectors before it inlines, as GCC does, would split these.
-// HERMES_TARGET: its attribute. kLanes, kBlock, kAhead, Ahead: of rows.cpp.
+// HERMES_TARGET: its attribute. kLanes, kPiece, kBlock, kAhead, Ahead: of rows.cpp.
 
 template <class T>
 using Vector __attribute__((vector_size(kLanes * sizeof(T)))) = T;
@@ -19,18 +19,21 @@ HERMES_TARGET HERMES_INLINE void write_run(const Token* __restrict tokens, std::
     const Wide ignored = Wide{} + kIgnored;
     Narrow bits{};
     std::int64_t i = 0;
-    for (; i + kBlock <= count; i += kBlock) {
-        ahead.step();
+    while (count - i >= kBlock) {
+        const std::int64_t end = i + std::min(kPiece, (count - i) / kBlock * kBlock);
+        for (std::int64_t block = i; block < end; block += kBlock) {
+            ahead.step();
 #pragma GCC unroll 4
-        for (std::int64_t j = i; j < i + kBlock; j += kLanes) {
-            Narrow some;
-            std::memcpy(&some, tokens + j, sizeof some);
-            const Wide ids = __builtin_convertvector(some, Wide);
-            std::memcpy(input_ids + j, &ids, sizeof ids);
-            bits |= some;
+            for (std::int64_t j = block; j < block + kBlock; j += kLanes) {
+                Narrow some;
+                std::memcpy(&some, tokens + j, sizeof some);
+                const Wide ids = __builtin_convertvector(some, Wide);
+                std::memcpy(input_ids + j, &ids, sizeof ids);
+                bits |= some;
+            }
         }
 #pragma GCC unroll 4
-        for (std::int64_t j = i; j < i + kBlock; j += kLanes) {
+        for (std::int64_t j = i; j < end; j += kLanes) {
             Wide next = ignored;
             if (kKept) {
                 Narrow some;
@@ -39,9 +42,10 @@ HERMES_TARGET HERMES_INLINE void write_run(const Token* __restrict tokens, std::
             }
             std::memcpy(labels + j, &next, sizeof next);
         }
-        for (std::int64_t j = i; j < i + kBlock; ++j) {
+        for (std::int64_t j = i; j < end; ++j) {
             positions[j] = static_cast<Id>(position + j);
         }
+        i = end;
     }
     for (std::int64_t lane = 0; lane < kLanes; ++lane) {
         seen |= bits[lane];
