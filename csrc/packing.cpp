@@ -175,7 +175,7 @@ Plan place(const std::vector<LengthClass>& classes, const Limits& limits, std::i
 FirstFitting::FirstFitting(const std::vector<LengthClass>& classes, std::int64_t row_length)
     : classes_(classes.data()), end_(static_cast<std::uint32_t>(classes.size())) {
     // One entry for each length where that is affordable: few classes do not pay for a large table.
-    const auto wanted = std::clamp<std::int64_t>(8 * std::int64_t{end_}, 1 << 10, 1 << 18);
+    const auto wanted = std::clamp<std::int64_t>(16 * std::int64_t{end_}, 1 << 10, 1 << 18);
     while (row_length >> shift_ > wanted) {
         ++shift_;
     }

@@ -242,7 +242,7 @@ def _pack_in_windows(
     words: list[int],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     order = _C.shuffle(len(lengths), seed_words=words) if words else np.arange(len(lengths))
-    ordered = lengths[order]
+    ordered = lengths.take(order)
     if too_long == "drop":
         fitting = ordered <= row_length
         order, ordered = order[fitting], ordered[fitting]
@@ -258,7 +258,7 @@ def _pack_in_windows(
         first_window=0,
         finish=True,
     )
-    return order[made.samples], made.row_offsets
+    return order.take(made.samples), made.row_offsets
 
 
 def seed_words(seed: int) -> list[int]:
