@@ -115,47 +115,15 @@ def _pairs(x, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _bits(limit):
-    """[M] int32 whose lowest ``limit`` bits are set, none below 0 and all from 32 on."""
-    bits = (1 << gl.minimum(gl.maximum(limit, 0), 31)) - 1
-    return gl.where(limit > 31, -1, bits)
+def _seen(low, high):
+    """[M] int32: of 32 columns, a bit for each from ``low`` to ``high``."""
+    bits = ((2 << gl.minimum(high, 31)) - 1) & (-1 << gl.maximum(low, 0))
+    return gl.where((high >= 0) & (low <= 31), bits, 0)
 
 
 @gluon.jit
-def _weigh(
-    s, alpha, s_ready, p_ready, a_ready, a_free, top, total, start, t, n, i, scale,
-    dtype: gl.constexpr, BORDER: gl.constexpr,
-):
-    M: gl.constexpr = s.shape[0]
-    J: gl.constexpr = s.shape[1]
-    layout: gl.constexpr = row_a_thread(M, CHUNK)
-    mbarrier.wait(s_ready, i & 1)
-    parts = ()
-    new_top = top
-    for c in gl.static_range(J // CHUNK):
-        part = s.slice(c * CHUNK, CHUNK).load(layout)
-        if BORDER:
-            column = n + c * CHUNK
-            seen = _bits(t + 1 - column) & ~_bits(start - column)
-            bit = 1 << gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
-            part = gl.where((seen[:, None] & bit[None, :]) != 0, part, MASKED)
-        parts = parts + (part,)
-        new_top = gl.maximum(new_top, gl.max(part, 1) * scale)
-    new_top = gl.where(new_top - top > SLACK, new_top, top)
-    shrink = gl.exp2(top - new_top)
-    mbarrier.wait(a_free, (i & 1) ^ 1)
-    alpha.store(shrink)
-    mbarrier.arrive(a_ready)
-    p = _weights(s, dtype)
-    total = total * shrink
-    for c in gl.static_range(J // CHUNK):
-        x = float2.pack(parts[c], 1)
-        x = float2.fma(x, float2.full_like(x, scale), _pairs(-new_top, CHUNK))
-        part = gl.exp2(float2.unpack(x, 1))
-        p.slice(c * CHUNK, CHUNK).store(part.to(dtype))
-        total = total + gl.sum(part, 1)
-    mbarrier.arrive(p_ready)
-    return new_top, total
+def _kept(s, seen, bit):
+    return gl.where((seen & bit) == 0, MASKED, s)
 
 
 @gluon.jit
@@ -165,31 +133,55 @@ def _softmax(
 ):
     M: gl.constexpr = s.shape[0]
     J: gl.constexpr = s.shape[1]
-    rows: gl.constexpr = gl.SliceLayout(1, row_a_thread(M, CHUNK))
+    layout: gl.constexpr = row_a_thread(M, CHUNK)
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
     t = row + gl.arange(0, M, rows)
     start = gl.load(starts + gl.minimum(t, T - 1))
     last_start = gl.load(starts + gl.minimum(row + M, T) - 1)
-    inner = gl.minimum(gl.cdiv(last_start, J) * J, row)
+    p = _weights(s, dtype)
     top = gl.full([M], LEAST, gl.float32, rows)
     total = gl.full([M], 0.0, gl.float32, rows)
-    i = 0
-    for n in range(first, inner, J):
-        top, total = _weigh(
-            s, alpha, s_ready, p_ready, a_ready, a_free, top, total, start, t, n, i, scale, dtype, True
-        )
-        i += 1
-    for n in range(inner, row, J):
-        top, total = _weigh(
-            s, alpha, s_ready, p_ready, a_ready, a_free, top, total, start, t, n, i, scale, dtype, False
-        )
-        i += 1
-    top, total = _weigh(
-        s, alpha, s_ready, p_ready, a_ready, a_free, top, total, start, t, row, i, scale, dtype, True
-    )
-    mbarrier.wait(a_free, i & 1)
+    for n in range(first, row + M, J):
+        turn = (n - first) // J & 1
+        mbarrier.wait(s_ready, turn)
+        parts = ()
+        for c in gl.static_range(J // CHUNK):
+            parts = parts + (s.slice(c * CHUNK, CHUNK).load(layout),)
+        if (n < last_start) | (n == row):
+            parts = _masked(parts, start - n, t - n, layout)
+        new_top = top
+        for c in gl.static_range(J // CHUNK):
+            new_top = gl.maximum(new_top, gl.max(parts[c], 1) * scale)
+        new_top = gl.where(new_top - top > SLACK, new_top, top)
+        shrink = gl.exp2(top - new_top)
+        mbarrier.wait(a_free, turn ^ 1)
+        alpha.store(shrink)
+        mbarrier.arrive(a_ready)
+        total = total * shrink
+        for c in gl.static_range(J // CHUNK):
+            x = float2.pack(parts[c], 1)
+            x = float2.fma(x, float2.full_like(x, scale), _pairs(-new_top, CHUNK))
+            part = gl.exp2(float2.unpack(x, 1))
+            p.slice(c * CHUNK, CHUNK).store(part.to(dtype))
+            even, odd = float2.unpack2(float2.pack(part, 1).sum(1))
+            total = total + gl.convert_layout(even + odd, rows)
+        mbarrier.arrive(p_ready)
+        top = new_top
+    blocks = (row + M - first) // J
+    mbarrier.wait(a_free, (blocks & 1) ^ 1)
     alpha.store(1 / total)
     mbarrier.arrive(a_ready)
     gl.store(lse_ptr + t, (top + gl.log2(total)) * LN2)
+
+
+@gluon.jit
+def _masked(parts, low, high, layout: gl.constexpr):
+    bit = (1 << gl.arange(0, CHUNK, gl.SliceLayout(0, layout)))[None, :]
+    kept = ()
+    for c in gl.static_range(len(parts)):
+        seen = _seen(low - c * CHUNK, high - c * CHUNK)[:, None]
+        kept = kept + (gl.map_elementwise(_kept, parts[c], seen, bit),)
+    return kept
 
 
 @gluon.jit
