@@ -144,11 +144,10 @@ def _softmax(
     for n in range(first, row + M, J):
         turn = (n - first) // J & 1
         mbarrier.wait(s_ready, turn)
-        parts = ()
-        for c in gl.static_range(J // CHUNK):
-            parts = parts + (s.slice(c * CHUNK, CHUNK).load(layout),)
         if (n < last_start) | (n == row):
-            parts = _masked(parts, start - n, t - n, layout)
+            parts = _masked(_scores(s, layout), start - n, t - n, layout)
+        else:
+            parts = _scores(s, layout)
         new_top = top
         for c in gl.static_range(J // CHUNK):
             new_top = gl.maximum(new_top, gl.max(parts[c], 1) * scale)
@@ -172,6 +171,15 @@ def _softmax(
     alpha.store(1 / total)
     mbarrier.arrive(a_ready)
     gl.store(lse_ptr + t, (top + gl.log2(total)) * LN2)
+
+
+@gluon.jit
+def _scores(s, layout: gl.constexpr):
+    J: gl.constexpr = s.shape[1]
+    parts = ()
+    for c in gl.static_range(J // CHUNK):
+        parts = parts + (s.slice(c * CHUNK, CHUNK).load(layout),)
+    return parts
 
 
 @gluon.jit
