@@ -21,6 +21,12 @@ MASKED = gl.constexpr(float("-inf"))
 LEAST = gl.constexpr(-1e30)
 CHUNK = gl.constexpr(32)
 SLACK = gl.constexpr(8.0)
+STRIPS = gl.constexpr(5)
+ROUND = gl.constexpr(12582912.0)
+C1 = gl.constexpr(0.6931241750717163)
+C2 = gl.constexpr(0.24024099111557007)
+C3 = gl.constexpr(0.05590646341443062)
+C4 = gl.constexpr(0.009582862257957458)
 
 
 @gluon.constexpr_function
@@ -29,6 +35,16 @@ def row_a_thread(rows, columns):
     return get_tmem_reg_layout(
         gl.float32, (rows, columns), TensorMemoryLayout((rows, columns), col_stride=1), 4
     )
+
+
+@gluon.constexpr_function
+def left(strip):
+    return (0, 32, 64, 96, 112)[strip]
+
+
+@gluon.constexpr_function
+def width(strip):
+    return (32, 32, 32, 16, 16)[strip]
 
 
 @gluon.jit
@@ -111,6 +127,8 @@ def _add(v, s, o, p_ready, o_scaled, i, done):
 
 @gluon.jit
 def _pairs(x, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = row_a_thread(x.shape[0], COLUMNS)
+    x = gl.convert_layout(x, gl.SliceLayout(1, layout))
     return float2.pack(x[:, None].broadcast_to(x.shape[0], COLUMNS), 1)
 
 
@@ -133,8 +151,7 @@ def _softmax(
 ):
     M: gl.constexpr = s.shape[0]
     J: gl.constexpr = s.shape[1]
-    layout: gl.constexpr = row_a_thread(M, CHUNK)
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    rows: gl.constexpr = gl.SliceLayout(1, row_a_thread(M, 32))
     t = row + gl.arange(0, M, rows)
     start = gl.load(starts + gl.minimum(t, T - 1))
     last_start = gl.load(starts + gl.minimum(row + M, T) - 1)
@@ -145,24 +162,25 @@ def _softmax(
         turn = (n - first) // J & 1
         mbarrier.wait(s_ready, turn)
         if (n < last_start) | (n == row):
-            parts = _masked(_scores(s, layout), start - n, t - n, layout)
+            strips = _masked(_scores(s), start - n, t - n)
         else:
-            parts = _scores(s, layout)
+            strips = _scores(s)
         new_top = top
-        for c in gl.static_range(J // CHUNK):
-            new_top = gl.maximum(new_top, gl.max(parts[c], 1) * scale)
+        for c in gl.static_range(STRIPS):
+            highest = gl.convert_layout(gl.max(strips[c], 1), rows)
+            new_top = gl.maximum(new_top, highest * scale)
         new_top = gl.where(new_top - top > SLACK, new_top, top)
         shrink = gl.exp2(top - new_top)
         mbarrier.wait(a_free, turn ^ 1)
         alpha.store(shrink)
         mbarrier.arrive(a_ready)
         total = total * shrink
-        for c in gl.static_range(J // CHUNK):
-            x = float2.pack(parts[c], 1)
-            x = float2.fma(x, float2.full_like(x, scale), _pairs(-new_top, CHUNK))
-            part = gl.exp2(float2.unpack(x, 1))
-            p.slice(c * CHUNK, CHUNK).store(part.to(dtype))
-            even, odd = float2.unpack2(float2.pack(part, 1).sum(1))
+        for c in gl.static_range(STRIPS):
+            x = float2.pack(strips[c], 1)
+            x = float2.fma(x, float2.full_like(x, scale), _pairs(-new_top, width(c)))
+            weights = _eased(x) if c == STRIPS - 1 else gl.exp2(float2.unpack(x, 1))
+            p.slice(left(c), width(c)).store(weights.to(dtype))
+            even, odd = float2.unpack2(float2.pack(weights, 1).sum(1))
             total = total + gl.convert_layout(even + odd, rows)
         mbarrier.arrive(p_ready)
         top = new_top
@@ -174,22 +192,43 @@ def _softmax(
 
 
 @gluon.jit
-def _scores(s, layout: gl.constexpr):
-    J: gl.constexpr = s.shape[1]
-    parts = ()
-    for c in gl.static_range(J // CHUNK):
-        parts = parts + (s.slice(c * CHUNK, CHUNK).load(layout),)
-    return parts
+def _scores(s):
+    strips = ()
+    for c in gl.static_range(STRIPS):
+        strips = strips + (s.slice(left(c), width(c)).load(row_a_thread(s.shape[0], width(c))),)
+    return strips
 
 
 @gluon.jit
-def _masked(parts, low, high, layout: gl.constexpr):
-    bit = (1 << gl.arange(0, CHUNK, gl.SliceLayout(0, layout)))[None, :]
+def _masked(strips, low, high):
     kept = ()
-    for c in gl.static_range(len(parts)):
-        seen = _seen(low - c * CHUNK, high - c * CHUNK)[:, None]
-        kept = kept + (gl.map_elementwise(_kept, parts[c], seen, bit),)
+    for c in gl.static_range(STRIPS):
+        kept = kept + (_strip_masked(strips[c], low - left(c), high - left(c), width(c)),)
     return kept
+
+
+@gluon.jit
+def _strip_masked(strip, low, high, WIDTH: gl.constexpr):
+    layout: gl.constexpr = row_a_thread(strip.shape[0], WIDTH)
+    seen = gl.convert_layout(_seen(low, high), gl.SliceLayout(1, layout))
+    bit = 1 << gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    return gl.map_elementwise(_kept, strip, seen[:, None], bit[None, :])
+
+
+@gluon.jit
+def _eased(x):
+    x = float2.pack(gl.maximum(float2.unpack(x, 1), -127.0), 1)
+    round = float2.full_like(x, gl.to_tensor(ROUND))
+    shifted = x + round
+    rest = x - (shifted - round)
+    power = float2.full_like(x, gl.to_tensor(C4))
+    power = float2.fma(power, rest, float2.full_like(x, gl.to_tensor(C3)))
+    power = float2.fma(power, rest, float2.full_like(x, gl.to_tensor(C2)))
+    power = float2.fma(power, rest, float2.full_like(x, gl.to_tensor(C1)))
+    power = float2.fma(power, rest, float2.full_like(x, gl.to_tensor(1.0)))
+    exponent = float2.unpack(shifted, 1).to(gl.int32, bitcast=True) << 23
+    bits = float2.unpack(power, 1).to(gl.int32, bitcast=True) + exponent
+    return bits.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
