@@ -21,6 +21,13 @@ MASKED = gl.constexpr(float("-inf"))
 LEAST = gl.constexpr(-1e30)
 CHUNK = gl.constexpr(32)
 SLACK = gl.constexpr(8.0)
+KEEP = gl.constexpr("""{
+    .reg .pred seen;
+    .reg .b32 bit;
+    and.b32 bit, $2, $3;
+    setp.ne.b32 seen, bit, 0;
+    selp.b32 $0, $1, 0xFF800000, seen;
+}""")
 STRIPS = gl.constexpr(5)
 ROUND = gl.constexpr(12582912.0)
 C1 = gl.constexpr(0.6931241750717163)
@@ -59,7 +66,7 @@ def _load(
         mbarrier.expect(bar, q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [row, (head + x) * H], bar, q.index(x))
     for i in range(blocks):
-        at = first + i * J
+        at = _key(i, row, first, J)
         _fetch(k_desc, kv, kv_ready, kv_free, 2 * i, at, head // G * H)
         _fetch(v_desc, kv, kv_ready, kv_free, 2 * i + 1, at, head // G * H)
 
@@ -140,11 +147,6 @@ def _seen(low, high):
 
 
 @gluon.jit
-def _kept(s, seen, bit):
-    return gl.where((seen & bit) == 0, MASKED, s)
-
-
-@gluon.jit
 def _softmax(
     s, alpha, s_ready, p_ready, a_ready, a_free, lse_ptr, starts, scale, row, first, T,
     dtype: gl.constexpr,
@@ -155,40 +157,58 @@ def _softmax(
     t = row + gl.arange(0, M, rows)
     start = gl.load(starts + gl.minimum(t, T - 1))
     last_start = gl.load(starts + gl.minimum(row + M, T) - 1)
-    p = _weights(s, dtype)
+    borders = 1 + gl.minimum(gl.cdiv(last_start - first, J), (row - first) // J)
+    blocks = 1 + (row - first) // J
     top = gl.full([M], LEAST, gl.float32, rows)
     total = gl.full([M], 0.0, gl.float32, rows)
-    for n in range(first, row + M, J):
-        turn = (n - first) // J & 1
-        mbarrier.wait(s_ready, turn)
-        if (n < last_start) | (n == row):
-            strips = _masked(_scores(s), start - n, t - n)
-        else:
-            strips = _scores(s)
-        new_top = top
-        for c in gl.static_range(STRIPS):
-            highest = gl.convert_layout(gl.max(strips[c], 1), rows)
-            new_top = gl.maximum(new_top, highest * scale)
-        new_top = gl.where(new_top - top > SLACK, new_top, top)
-        shrink = gl.exp2(top - new_top)
-        mbarrier.wait(a_free, turn ^ 1)
-        alpha.store(shrink)
-        mbarrier.arrive(a_ready)
-        total = total * shrink
-        for c in gl.static_range(STRIPS):
-            x = float2.pack(strips[c], 1)
-            x = float2.fma(x, float2.full_like(x, scale), _pairs(-new_top, width(c)))
-            weights = _eased(x) if c == STRIPS - 1 else gl.exp2(float2.unpack(x, 1))
-            p.slice(left(c), width(c)).store(weights.to(dtype))
-            even, odd = float2.unpack2(float2.pack(weights, 1).sum(1))
-            total = total + gl.convert_layout(even + odd, rows)
-        mbarrier.arrive(p_ready)
-        top = new_top
-    blocks = (row + M - first) // J
+    for i in range(borders):
+        mbarrier.wait(s_ready, i & 1)
+        n = _key(i, row, first, J)
+        strips = _masked(_scores(s), start - n, t - n)
+        top, total = _weigh(
+            strips, s, alpha, p_ready, a_ready, a_free, top, total, i, scale, dtype
+        )
+    for i in range(borders, blocks):
+        mbarrier.wait(s_ready, i & 1)
+        top, total = _weigh(
+            _scores(s), s, alpha, p_ready, a_ready, a_free, top, total, i, scale, dtype
+        )
     mbarrier.wait(a_free, (blocks & 1) ^ 1)
     alpha.store(1 / total)
     mbarrier.arrive(a_ready)
     gl.store(lse_ptr + t, (top + gl.log2(total)) * LN2)
+
+
+@gluon.jit
+def _key(i, row, first, J: gl.constexpr):
+    return gl.where(i == 0, row, first + (i - 1) * J)
+
+
+@gluon.jit
+def _weigh(
+    strips, s, alpha, p_ready, a_ready, a_free, top, total, i, scale, dtype: gl.constexpr
+):
+    rows: gl.constexpr = gl.SliceLayout(1, row_a_thread(s.shape[0], 32))
+    new_top = top
+    for c in gl.static_range(STRIPS):
+        highest = gl.convert_layout(gl.max(strips[c], 1), rows)
+        new_top = gl.maximum(new_top, highest * scale)
+    new_top = gl.where(new_top - top > SLACK, new_top, top)
+    shrink = gl.exp2(top - new_top)
+    mbarrier.wait(a_free, (i & 1) ^ 1)
+    alpha.store(shrink)
+    mbarrier.arrive(a_ready)
+    total = total * shrink
+    p = _weights(s, dtype)
+    for c in gl.static_range(STRIPS):
+        x = float2.pack(strips[c], 1)
+        x = float2.fma(x, float2.full_like(x, scale), _pairs(-new_top, width(c)))
+        weights = _eased(x) if c == STRIPS - 1 else gl.exp2(float2.unpack(x, 1))
+        p.slice(left(c), width(c)).store(weights.to(dtype))
+        even, odd = float2.unpack2(float2.pack(weights, 1).sum(1))
+        total = total + gl.convert_layout(even + odd, rows)
+    mbarrier.arrive(p_ready)
+    return new_top, total
 
 
 @gluon.jit
@@ -212,7 +232,10 @@ def _strip_masked(strip, low, high, WIDTH: gl.constexpr):
     layout: gl.constexpr = row_a_thread(strip.shape[0], WIDTH)
     seen = gl.convert_layout(_seen(low, high), gl.SliceLayout(1, layout))
     bit = 1 << gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    return gl.map_elementwise(_kept, strip, seen[:, None], bit[None, :])
+    return gl.inline_asm_elementwise(
+        KEEP, "=r,r,r,r", [strip, seen[:, None], bit[None, :]],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

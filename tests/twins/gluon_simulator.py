@@ -46,7 +46,9 @@ class Tensor:
     def shape(self) -> list[int]:
         return list(self.data.shape)
 
-    def to(self, dtype: DType) -> Tensor:
+    def to(self, dtype: DType, bitcast: bool = False) -> Tensor:
+        if bitcast:
+            return Tensor(self.data.view(dtype.storage), dtype)
         return Tensor(dtype.rounded(self.data), dtype)
 
     def broadcast_to(self, *shape: int) -> Tensor:
@@ -116,6 +118,9 @@ class Pairs:
     def __add__(self, other: Pairs) -> Pairs:
         return Pairs(self.data + other.data)
 
+    def __sub__(self, other: Pairs) -> Pairs:
+        return Pairs(self.data - other.data)
+
     def sum(self, axis: int) -> Pairs:
         halves = [self.data[:, i::2].sum(axis, dtype=np.float32) for i in (0, 1)]
         return Pairs(np.stack(halves, -1))
@@ -125,6 +130,26 @@ def fused(a: Pairs, b: Pairs, c: Pairs) -> Pairs:
     with np.errstate(all="ignore"):
         wide = a.data.astype(np.float64) * b.data + c.data
     return Pairs(wide.astype(np.float32))
+
+
+PTX: dict[str, Callable[..., Any]] = {
+    "and.b32": np.bitwise_and,
+    "setp.ne.b32": np.not_equal,
+    "selp.b32": lambda a, b, p: np.where(p, a, b),
+}
+
+
+def assembled(text: str, _: str, inputs: Sequence[Tensor], *, dtype: DType, **__: Any) -> Tensor:
+    """Straight PTX on 32-bit registers: $0 is the result, the others the inputs."""
+    values = {f"${i + 1}": x.data.view(np.uint32) for i, x in enumerate(inputs)}
+    for statement in text.strip("{} \n").split(";"):
+        name, _, operands = statement.strip().partition(" ")
+        if name in PTX:
+            target, *sources = operands.replace(" ", "").split(",")
+            values[target] = PTX[name](
+                *(values[x] if x in values else np.uint32(int(x, 0)) for x in sources)
+            )
+    return Tensor(values["$0"].view(dtype.storage), dtype)
 
 
 @dataclass(frozen=True)
@@ -275,8 +300,9 @@ class Language:
             full=lambda s, v, d, layout=None: Tensor(np.full(s, v, d.storage), d),
             load=lambda p: Tensor(p.values[p.places()], type_of(p.values)),
             store=self.store,
+            to_tensor=lambda x: Tensor(np.asarray(x, F32.storage), F32),
             convert_layout=lambda x, layout: x,
-            map_elementwise=lambda f, *xs: f(*xs),
+            inline_asm_elementwise=assembled,
             where=lambda c, a, b: reckon(np.where, c, a, b),
             maximum=lambda a, b: reckon(np.maximum, a, b),
             minimum=lambda a, b: reckon(np.minimum, a, b),
