@@ -17,20 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.experimental.gluon import language as gl
 
 from bench.attention import gpu_shapes
 from bench.attention_model import Turn, predict
 from bench.harness import Result
 from bench.machine_code import MachineCode, compile_kernel
+from hermes_kernels import forward_sm100
 from hermes_kernels import varlen_attention as kernels
-from hermes_kernels.launch import TABLE, Kernel, Launch, launch_of, parts_of
+from hermes_kernels.launch import TABLE, TILE, Kernel, Launch, launch_of, parts_of
 
 TARGETS = (90, 100)
 MATRIX = {90: "HGMMA", 100: "UTCHMMA"}
 SPILLS = ("LDL", "STL")
 # On sm_100 Triton 3.7 keeps the thread's number in one slot of the stack, which each group of
-# warps reads when it starts; 3.6 reads one in dq. No loop of a group touches it.
-SPILLS_OUTSIDE_LOOPS = {90: 0, 100: 12}
+# warps reads when it starts; 3.6 reads one in dq. No loop of a group that multiplies or exponentiates
+# touches it. In pairs 3.7 keeps there what roles ask for when they begin, and the one that corrects
+# reads its warp's number where it has to scale; 3.6 spills nothing.
+SPILLS_OUTSIDE_LOOPS = {"pairs": 24, "sm_100": 12, "sm_90": 0}
 
 # Instructions that a warp issues in one turn of the softmax loop, by class, with Triton 3.7.1 or
 # 3.6.0, whichever is more. A regression is more than a twentieth and four above that.
@@ -61,14 +65,18 @@ class Entry:
     size: int
     launch: Launch
     code: MachineCode
+    group: int = 8  # query heads of a key head
 
     @property
     def loop(self) -> Counter[str]:
         """The loop that does the softmax: the shortest that has most of the exponentials."""
+        return min(self._softmax_loops, key=Counter.total, default=Counter())
+
+    @property
+    def _softmax_loops(self) -> list[Counter[str]]:
         loops = self.code.hot_loops()
         most = max((body["MUFU.EX2"] for body in loops), default=0)
-        softmax = [body for body in loops if 2 * body["MUFU.EX2"] >= most]
-        return min(softmax, key=Counter.total, default=Counter())
+        return [body for body in loops if 2 * body["MUFU.EX2"] >= most]
 
     def count(self, *prefixes: str) -> int:
         """Instructions of that loop by the beginning of their names."""
@@ -78,10 +86,62 @@ class Entry:
     def name(self) -> str:
         return f"sm_{self.target} {self.kernel} {self.size}"
 
+    @property
+    def masking(self) -> int:
+        """Instructions more of the loop that masks, where it is one of its own."""
+        if not self._paired:
+            return 0
+        return max(map(Counter.total, self._softmax_loops)) - self.loop.total()
+
+    @property
+    def others(self) -> int:
+        """Instructions that all roles but the softmax issue in a turn, on sm_100."""
+        if self.target != 100 or not (self.launch.specialize or self._paired):
+            return 0
+        # What stores the output is no loop, though its waits jump back.
+        return sum(
+            body.total() * (self.launch.warps if body["FMUL"] + body["FMUL2"] else 1)
+            for body in self.code.loops("UTCHMMA", "LDTM", "UTMALDG")
+            if body not in self._softmax_loops
+            and not any(name.startswith("UTMASTG") for name in body)
+        )
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions of that loop by the beginning of their names."""
+        return sum(n for name, n in self.loop.items() if name.startswith(prefixes))
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.target} {self.kernel} {self.size}"
+
+    @property
+    def masking(self) -> int:
+        """Instructions more of the loop that masks, where it is one of its own."""
+        if not self._paired:
+            return 0
+        return max(map(Counter.total, self._softmax_loops)) - self.loop.total()
+
+    @property
+    def others(self) -> int:
+        """Instructions that roles without exponentials issue in a turn, on sm_100."""
+        if self.target != 100 or not (self.launch.specialize or self.kernel == "pairs"):
+            return 0
+        return sum(
+            body.total() * (self.launch.warps if any(name.startswith("LDTM") for name in body) else 1)
+            for body in self.code.loops("UTCHMMA", "LDTM", "UTMALDG")
+            if not body["MUFU.EX2"]
+        )
+
     def classes(self) -> dict[str, int]:
-        """Instructions of that loop by class; "other" are what no class names."""
+        """Instructions of that loop by class; "other" are what no class names. Of pairs, also those
+        of a border and of the other roles."""
         counts = {name: self.count(*prefixes) for name, prefixes in CLASSES.items()}
-        return counts | {"other": self.loop.total() - sum(counts.values())}
+        counts["other"] = self.loop.total() - sum(counts.values())
+        return counts | ({"masking": self.masking, "roles": self.others} if self._paired else {})
+
+    @property
+    def _paired(self) -> bool:
+        return self.kernel == "pairs"
 
     def overspent(self) -> list[str]:
         """Classes that are over their budget."""
@@ -101,10 +161,11 @@ class Entry:
         checks = {
             f"{in_loops} spills in a loop": in_loops > 0,
             f"{code.count(*SPILLS)} spills": code.count(*SPILLS)
-            > SPILLS_OUTSIDE_LOOPS[self.target],
+            > SPILLS_OUTSIDE_LOOPS["pairs" if self._paired else f"sm_{self.target}"],
             f"no {matrix}": code.count(matrix) == 0,
             "no TMA loads": code.count("UTMALDG") == 0,
-            "warps are not specialised": self.launch.specialize and code.warps <= self.launch.warps,
+            "warps are not specialised": (self.launch.specialize or self._paired)
+            and code.warps <= self.launch.warps,
             "no loop that exponentiates": not self.loop,
         }
         limits = [text for text in code.faults() if "spill" not in text]
@@ -122,6 +183,8 @@ def compile_entry(
     target: int, kernel: Kernel, size: int, launch: Launch, *, kv_heads: int = 8
 ) -> MachineCode:
     """One kernel as the recipes call it: bf16, 64 query heads on 8, or a rank's share of them."""
+    if kernel == "pairs":
+        return compile_pairs(size, launch)
     queries = f"tensordesc<bf16[{launch.queries},{size}]>"
     keys = f"tensordesc<bf16[{launch.keys},{size}]>"
     vector = f"tensordesc<fp32[{launch.queries}]>"
@@ -151,6 +214,37 @@ def compile_entry(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+
+
+def compile_pairs(
+    size: int, launch: Launch, *, group: int = 8, dtype: str = "bf16"
+) -> MachineCode:
+    """The forward of sm_100, for key heads with so many query heads."""
+    kinds = {"bf16": gl.bfloat16, "fp16": gl.float16}
+    layout = gl.NVMMASharedLayout.get_default_for([TILE, size], kinds[dtype])
+    boxes = dict.fromkeys(
+        ("q_desc", "k_desc", "v_desc", "out_desc"), f"tensordesc<{dtype}[{TILE}, {size}],{layout!r}>"
+    )
+    pointers = {"lse_ptr": "*fp32", "starts": "*i32", "order": "*i32"}
+    down, across = forward_sm100.steps_of(group)
+    return compile_kernel(
+        forward_sm100.pair_kernel,
+        boxes | pointers | {"scale": "fp32", "T": "i32", "U": "i32"},
+        {"G": group, "DOWN": down, "ACROSS": across, "STAGES": launch.stages},
+        100,
+        divisible=("T", "U"),
+        num_warps=forward_sm100.WARPS,
+        maxnreg=forward_sm100.REGISTERS,
+    )
+
+
+def pair_entries() -> Iterator[Entry]:
+    """Pairs as they are for an odd group, and in fp16."""
+    for (target, kernel, size), launch in TABLE.items():
+        if kernel == "pairs":
+            for group, dtype in ((5, "bf16"), (8, "fp16")):
+                code = compile_pairs(size, launch, group=group, dtype=dtype)
+                yield Entry(target, kernel, size, launch, code, group)
 
 
 def delta_faults() -> list[str]:
@@ -193,6 +287,10 @@ def run() -> Iterator[Result | str]:
         yield line(entry) + (f"  FAULT: {'; '.join(faults)}" if faults else "")
         turns[entry.target, entry.kernel, entry.size] = turn_of(entry)
     wrong += delta_faults() + part_faults()
+    for entry in pair_entries():
+        wrong += [f"{entry.name}, {entry.group} heads: {fault}" for fault in entry.faults()]
+        if entry.group % 2:
+            turns[100, "pairs of rows", entry.size] = turn_of(entry)
     if wrong:
         raise SystemExit("\n".join(wrong))
     yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA, spills nothing in a loop"
@@ -202,7 +300,8 @@ def run() -> Iterator[Result | str]:
 def line(entry: Entry) -> str:
     how, code = entry.launch, entry.code
     by_class = ", ".join(f"{count} {name}" for name, count in entry.classes().items() if count)
-    special = f"{code.warps} warps by role" if how.specialize else f"{code.warps} warps"
+    roles = " by role" if how.specialize or entry.kernel == "pairs" else ""
+    special = f"{code.warps} warps{roles}"
     return (
         f"sm_{entry.target:<3} {entry.kernel:7} {entry.size:3}  {how.queries:3} x {how.keys:<3} "
         f"{special:16} {code.registers:3} registers  {code.shared_bytes:7,} B shared  "
@@ -215,14 +314,21 @@ def line(entry: Entry) -> str:
 
 def turn_of(entry: Entry) -> Turn:
     """One turn of the softmax loop, as `attention_model` wants it."""
-    how = entry.launch
+    how, heads, tiles = entry.launch, 1, 1
     # On sm_90 the warps asked for stand twice, as two groups that share a tile.
     computing = how.warps * (2 if how.specialize and entry.target == 90 else 1)
-    products = {"forward": 2, "dq": 3, "dkdv": 4}[entry.kernel]
+    if entry.kernel == "pairs":
+        computing, tiles = 2 * how.warps, 2
+        heads = 1 + forward_sm100.steps_of(entry.group)[1]
+    products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel]
     return Turn(
-        queries=how.queries,
+        queries=how.queries * tiles // heads,
         keys=how.keys,
-        flops=2 * products * how.queries * how.keys * entry.size,
+        flops=2 * products * tiles * how.queries * how.keys * entry.size,
         instructions=entry.loop.total(),
         warps=computing,
+        others=entry.others,
+        exponentials=entry.count("MUFU.EX2"),
+        masking=entry.masking,
+        heads=heads,
     )

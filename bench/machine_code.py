@@ -57,7 +57,11 @@ class MachineCode:
         return _count(self.opcodes(), *prefixes)
 
     def hot_loops(self) -> list[Counter[str]]:
-        """The instructions of each innermost loop that multiplies matrices or exponentiates.
+        """The instructions of each innermost loop that multiplies matrices or exponentiates."""
+        return self.loops(*HOT)
+
+    def loops(self, *names: str) -> list[Counter[str]]:
+        """The instructions of each innermost loop that has one whose name starts so.
 
         Waits for a barrier stand at the end and jump back into the middle: no loop is innermost
         around such an instruction because of them, and one that re-divides registers is none.
@@ -73,7 +77,7 @@ class MachineCode:
         innermost = set()
         for at, name, _ in code:
             around = [s for s in spans if s[0] <= at <= s[1]]
-            if name.startswith(HOT) and around:
+            if name.startswith(names) and around:
                 innermost.add(min(around, key=lambda s: s[1] - s[0]))
         return [
             Counter(name for at, name, _ in code if start <= at <= end)
@@ -103,7 +107,7 @@ def compile_kernel(
     divisible: Sequence[str] = (),
     **options: Any,
 ) -> MachineCode:
-    """Compile a ``@triton.jit`` kernel for sm_``target``; takes seconds, needs no GPU.
+    """Compile a kernel of Triton or Gluon for sm_``target``; takes seconds, needs no GPU.
 
     Args:
         signature: the type of each argument that is no constant, in Triton's words: "*bf16",
@@ -119,12 +123,14 @@ def compile_kernel(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set here; compile in a process without it")
     at = {name: i for i, name in enumerate(kernel.arg_names)}
     aligned = [*(n for n, kind in signature.items() if kind.startswith("*")), *divisible]
-    source = ASTSource(
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(
         fn=kernel,
         signature={name: signature.get(name, "constexpr") for name in kernel.arg_names},
         constexprs={(at[name],): value for name, value in constants.items()},

@@ -28,6 +28,7 @@ M, M queries of a tile and J keys of a block.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton import language as tl
 from triton.experimental import gluon
@@ -44,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 from triton.experimental.gluon.nvidia.blackwell import TensorDescriptor
 
-from hermes_kernels.launch import TILE, Launch
+from hermes_kernels.launch import TILE
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -53,10 +54,14 @@ LEAST = gl.constexpr(-1e30)
 # By how much, as a power of two, weights may pass 1 before the maximum is taken over.
 SLACK = gl.constexpr(8.0)
 
-# Registers of a thread: all have 128 at the start and give or take when the roles begin.
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+# Of the first role, and registers of a thread: all have these at the start, and give or take when
+# the roles begin.
+WARPS = 4
 REGISTERS = 128
 SOFTMAX_REGISTERS = gl.constexpr(192)
-OTHER_REGISTERS = gl.constexpr(24)
+OTHER_REGISTERS = gl.constexpr(40)
 
 # Scores are loaded, and weights stored, in strips of columns: as many as fit into registers.
 STRIPS = gl.constexpr(5)
@@ -420,22 +425,29 @@ def pair_kernel(
 
 def forward(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NU: Tensor,
-    starts_T: Tensor, order: Tensor, scale: float, how: Launch,
+    starts_T: Tensor, order: Tensor, scale: float, *, stages: int,
 ) -> None:  # fmt: skip
-    """Write ``out_TNH`` and ``lse_NU``; the others as `varlen_attention.forward` takes them."""
+    """Write ``out_TNH`` and ``lse_NU``; the others are those of `varlen_attention.forward`.
+
+    Args:
+        stages: places for blocks of keys or values in shared memory.
+    """
     tokens, heads, _ = q_TNH.shape
     group = heads // k_TKH.shape[1]
-    across = 1 if group % 2 == 0 else 0
+    down, across = steps_of(group)
+    boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out_TNH))
     pair_kernel[heads // (1 + across), order.numel()](
-        *(_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out_TNH)), lse_NU, starts_T, order, scale,
-        tokens, lse_NU.shape[1], group, TILE * (1 - across), across, how.stages,
-        num_warps=how.warps, maxnreg=REGISTERS,
+        *boxes, lse_NU, starts_T, order, scale, tokens, lse_NU.shape[1],
+        group, down, across, stages, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
+def steps_of(group: int) -> tuple[int, int]:
+    """Tokens and heads from a program's first tile to its second, for G query heads a key head."""
+    return (0, 1) if group % 2 == 0 else (TILE, 0)
+
+
 def _boxes(x_TNH: Tensor) -> TensorDescriptor:
-    rows = x_TNH.flatten(1)
     block = [TILE, x_TNH.shape[2]]
-    dtype = {2: gl.bfloat16}  # a layout asks for the width alone
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype[x_TNH.element_size()])
-    return TensorDescriptor.from_tensor(rows, block, layout)
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x_TNH.dtype])
+    return TensorDescriptor.from_tensor(x_TNH.flatten(1), block, layout)

@@ -167,7 +167,7 @@ class Pointer:
 
     def places(self) -> NDArray[np.int64]:
         at = np.asarray(self.offset.data if isinstance(self.offset, Tensor) else self.offset)
-        if at.min() < 0 or at.max() >= len(self.values):
+        if at.size and not 0 <= at.min() <= at.max() < len(self.values):
             raise Fault(f"address {at.min()} to {at.max()} of {len(self.values)} elements")
         return at
 
@@ -304,10 +304,13 @@ class Language:
             convert_layout=lambda x, layout: x,
             inline_asm_elementwise=assembled,
             where=lambda c, a, b: reckon(np.where, c, a, b),
-            maximum=lambda a, b: reckon(np.maximum, a, b),
-            minimum=lambda a, b: reckon(np.minimum, a, b),
+            maximum=lambda a, b, propagate_nan=False: reckon(
+                np.maximum if propagate_nan else np.fmax, a, b
+            ),
+            minimum=lambda a, b: reckon(np.fmin, a, b),
             cdiv=lambda a, b: (a + (b - 1)) // b,
-            max=lambda x, axis: reckon(lambda v: v.max(axis), x),
+            max=lambda x, axis: reckon(lambda v: np.fmax.reduce(v, axis), x),
+            min=lambda x, axis: reckon(lambda v: np.fmin.reduce(v, axis), x),
             sum=lambda x, axis: reckon(lambda v: v.sum(axis), x),
             exp2=lambda x: reckon(np.exp2, x),
             log2=lambda x: reckon(np.log2, x),
@@ -341,14 +344,19 @@ class Language:
         gluon = SimpleNamespace(
             jit=lambda function: function, constexpr_function=lambda function: function, language=gl
         )
+        propagate = SimpleNamespace(PropagateNan=SimpleNamespace(ALL=True, NONE=False))
         return {
+            "triton": SimpleNamespace(language=propagate),
             "triton.experimental": SimpleNamespace(gluon=gluon),
+            "triton.experimental.gluon.nvidia.blackwell": SimpleNamespace(TensorDescriptor=None),
             "triton.experimental.gluon": gluon,
             "triton.experimental.gluon.language.nvidia.blackwell": blackwell,
         }
 
-    def store(self, pointer: Pointer, value: Tensor) -> None:
-        places = pointer.places()
+    def store(self, pointer: Pointer, value: Tensor, mask: Tensor) -> None:
+        kept = mask.data
+        pointer = Pointer(pointer.values, pointer.offset[kept])
+        places, value = pointer.places(), value[kept]
         if not np.isnan(pointer.values[places]).all():
             raise Fault("an element of the output is stored twice")
         pointer.values[places] = value.data
