@@ -91,7 +91,7 @@ class Entry:
         """Instructions more of the loop that masks, where it is one of its own."""
         if not self._paired:
             return 0
-        return max(map(Counter.total, self._softmax_loops)) - self.loop.total()
+        return max(map(Counter.total, self._softmax_loops), default=0) - self.loop.total()
 
     @property
     def others(self) -> int:
@@ -104,32 +104,6 @@ class Entry:
             for body in self.code.loops("UTCHMMA", "LDTM", "UTMALDG")
             if body not in self._softmax_loops
             and not any(name.startswith("UTMASTG") for name in body)
-        )
-
-    def count(self, *prefixes: str) -> int:
-        """Instructions of that loop by the beginning of their names."""
-        return sum(n for name, n in self.loop.items() if name.startswith(prefixes))
-
-    @property
-    def name(self) -> str:
-        return f"sm_{self.target} {self.kernel} {self.size}"
-
-    @property
-    def masking(self) -> int:
-        """Instructions more of the loop that masks, where it is one of its own."""
-        if not self._paired:
-            return 0
-        return max(map(Counter.total, self._softmax_loops)) - self.loop.total()
-
-    @property
-    def others(self) -> int:
-        """Instructions that roles without exponentials issue in a turn, on sm_100."""
-        if self.target != 100 or not (self.launch.specialize or self.kernel == "pairs"):
-            return 0
-        return sum(
-            body.total() * (self.launch.warps if any(name.startswith("LDTM") for name in body) else 1)
-            for body in self.code.loops("UTCHMMA", "LDTM", "UTMALDG")
-            if not body["MUFU.EX2"]
         )
 
     def classes(self) -> dict[str, int]:
