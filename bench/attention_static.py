@@ -190,14 +190,13 @@ def compile_entry(
     )
 
 
-def compile_pairs(
-    size: int, launch: Launch, *, group: int = 8, dtype: str = "bf16"
-) -> MachineCode:
+def compile_pairs(size: int, launch: Launch, *, group: int = 8, dtype: str = "bf16") -> MachineCode:
     """The forward of sm_100, for key heads with so many query heads."""
     kinds = {"bf16": gl.bfloat16, "fp16": gl.float16}
     layout = gl.NVMMASharedLayout.get_default_for([TILE, size], kinds[dtype])
     boxes = dict.fromkeys(
-        ("q_desc", "k_desc", "v_desc", "out_desc"), f"tensordesc<{dtype}[{TILE}, {size}],{layout!r}>"
+        ("q_desc", "k_desc", "v_desc", "out_desc"),
+        f"tensordesc<{dtype}[{TILE}, {size}],{layout!r}>",
     )
     pointers = {"lse_ptr": "*fp32", "starts": "*i32", "order": "*i32"}
     down, across = forward_sm100.steps_of(group)

@@ -1,12 +1,14 @@
-"""What a Gluon kernel runs on, for `gluon_simulator`: memory that remembers who touched it, barriers
-with phases, copies and products that end when they please, roles that take turns at random.
+"""What a Gluon kernel runs on, for `gluon_simulator`: memory that remembers who touched it,
+barriers with phases, copies and products that end when they please, roles that take turns at
+random.
 
 Two accesses of which one writes must be ordered by what the kernel waits for, whatever order this
-run happened to take: every role, copy and product has a vector clock, a barrier hands clocks on, and
-an access that does not know of an earlier one is a race. So a missing wait is found in any run.
+run happened to take: every role, copy and product has a vector clock, a barrier hands clocks on,
+and an access that does not know of an earlier one is a race. So a missing wait is found in any run.
+Products end in the order in which they were asked for, as those of one thread do.
 
-Not modelled: the four warps of a role, which the compiler synchronises, and registers' layouts,
-which it proves.
+Not modelled: the four warps of a role, which the compiler synchronises, and the layouts of
+registers and of memory, which it proves.
 """
 
 from __future__ import annotations
@@ -148,9 +150,7 @@ class Machine:
         if self.fault:
             raise self.fault
 
-    def _play(
-        self, role: Role, function: Callable[..., None], arguments: tuple[Any, ...]
-    ) -> None:
+    def _play(self, role: Role, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         role.turn.acquire()
         try:
             if not self.fault:
@@ -210,7 +210,13 @@ class Memory:
     """One allocation of shared or tensor memory, full of NaN, and who touched which part when."""
 
     def __init__(self, machine: Machine, shape: tuple[int, ...], kind: DType, space: str) -> None:
-        lines = shape if len(shape) == 3 else (1, *shape) if space == "tensor" else (shape[0], 1, shape[1])
+        lines = (
+            shape
+            if len(shape) == 3
+            else (1, *shape)
+            if space == "tensor"
+            else (shape[0], 1, shape[1])
+        )
         self.bytes = np.full((lines[0], lines[1], lines[2] * kind.size_bytes), 0xFF, np.uint8)
         self.machine, self.space = machine, space
         self.accesses: list[Access] = []
@@ -231,11 +237,12 @@ class Memory:
             raise Fault(f"{who} touches what was written to shared memory without a fence")
         access = Access(who, clock[who], area, writes)
         self.accesses = [
-            a for a in self.accesses if not (inside(a.area, area) and (writes or (a.who == who and not a.writes)))
+            a
+            for a in self.accesses
+            if not (inside(a.area, area) and (writes or (a.who == who and not a.writes)))
         ]
-        if writes:
-            if synchronous and self.space == "shared":
-                self.unfenced.append(access)
+        if writes and synchronous and self.space == "shared":
+            self.unfenced.append(access)
         self.accesses.append(access)
 
 
@@ -292,4 +299,3 @@ class Barrier:
         self.expected[role.name] = phase + 1
         if phase >= 0:
             role.clock = joined(role.clock, self.known[phase])
-
