@@ -87,9 +87,10 @@ class Published:
 
 # Instructions: the interior block of FlashAttention-4's own machine code (flash-attn-4 4.0.0b36,
 # compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: on sm_90a two groups
-# of four warps share a tile, on sm_100a each has its own, beside four that correct two tiles (187),
-# one that multiplies (211) and one that loads (48). That it masks is taken to cost nothing. Rates: FlashAttention's PRs 1893
-# and 2150, and the bars of MagiAttention's benchmark of packed rows, +- 5.
+# of four warps share a tile, on sm_100a each has its own, beside four warps that correct two tiles
+# (187), one that multiplies (211) and one that loads (48). Its masks are taken to cost nothing.
+# Rates: FlashAttention's PRs 1893 and 2150, and the bars of MagiAttention's benchmark of packed
+# rows, +- 5.
 CALIBRATION = (
     Published(
         90, Turn(128, 128, 4 * 128**3, 494, 8), 660, 545,

@@ -31,13 +31,14 @@ TARGETS = (90, 100)
 MATRIX = {90: "HGMMA", 100: "UTCHMMA"}
 SPILLS = ("LDL", "STL")
 # On sm_100 Triton 3.7 keeps the thread's number in one slot of the stack, which each group of
-# warps reads when it starts; 3.6 reads one in dq. No loop of a group that multiplies or exponentiates
-# touches it. In pairs 3.7 keeps there what roles ask for when they begin, and the one that corrects
-# reads its warp's number where it has to scale; 3.6 spills nothing.
+# warps reads when it starts; 3.6 reads one in dq. No loop that multiplies or exponentiates touches
+# it. In pairs 3.7 keeps there what roles ask for when they begin, and the one that corrects reads
+# its warp's number where it has to scale; 3.6 spills nothing.
 SPILLS_OUTSIDE_LOOPS = {"pairs": 24, "sm_100": 12, "sm_90": 0}
 
 # Instructions that a warp issues in one turn of the softmax loop, by class, with Triton 3.7.1 or
-# 3.6.0, whichever is more. A regression is more than a twentieth and four above that.
+# 3.6.0, whichever is more. A regression is more than a twentieth and four above that. Of pairs also
+# "masking", those more at a border, and "roles", those of all warps without exponentials.
 BUDGET_FILE = Path(__file__).with_name("attention_budget.json")
 CLASSES = {
     "matrix": ("HGMMA", "UTCHMMA", "HMMA"),
@@ -107,8 +108,7 @@ class Entry:
         )
 
     def classes(self) -> dict[str, int]:
-        """Instructions of that loop by class; "other" are what no class names. Of pairs, also those
-        of a border and of the other roles."""
+        """Instructions of that loop by class; "other" are what no class names."""
         counts = {name: self.count(*prefixes) for name, prefixes in CLASSES.items()}
         counts["other"] = self.loop.total() - sum(counts.values())
         return counts | ({"masking": self.masking, "roles": self.others} if self._paired else {})
