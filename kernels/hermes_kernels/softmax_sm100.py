@@ -156,7 +156,7 @@ def _scores(s):
     strips = ()
     for c in gl.static_range(STRIPS):
         strip = s.slice(left(c), width(c)).load(row_a_thread(s.shape[0], width(c)))
-        strips = strips + (strip,)
+        strips = strips + (strip,)  # type: ignore[assignment]
     return strips
 
 
@@ -165,7 +165,8 @@ def _masked(strips, low, high):
     """Scores in columns from ``low`` to ``high``, which are [M]; the others are -inf."""
     kept = ()
     for c in gl.static_range(STRIPS):
-        kept = kept + (_masked_strip(strips[c], low - left(c), high - left(c)),)
+        strip = _masked_strip(strips[c], low - left(c), high - left(c))
+        kept = kept + (strip,)  # type: ignore[assignment]
     return kept
 
 

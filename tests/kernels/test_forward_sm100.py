@@ -5,8 +5,12 @@ Shapes: T packed tokens, N query heads, K key heads, H head size, U = T rounded 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,7 +71,8 @@ def attend(
         "out_desc": Box(out, [TILE, size], kind, written), "lse_ptr": Pointer(lse),
         "starts": Pointer(at.starts.numpy()), "order": Pointer(at.query_order.numpy()),
         "scale": Scalar(np.asarray(scale, np.float32), F32),
-        "T": Scalar(np.asarray(tokens, np.int32), I32), "U": Scalar(np.asarray(room, np.int32), I32),
+        "T": Scalar(np.asarray(tokens, np.int32), I32),
+        "U": Scalar(np.asarray(room, np.int32), I32),
         "G": group, "DOWN": down, "ACROSS": across,
         "STAGES": stages or TABLE[100, "pairs", size].stages,
     }  # fmt: skip
@@ -227,3 +232,47 @@ def test_a_broken_kernel_is_found_out(wanted: str, instead: str, told: str) -> N
 @pytest.mark.parametrize(("group", "steps"), [(1, (TILE, 0)), (2, (0, 1)), (5, (TILE, 0))])
 def test_two_heads_go_together_where_a_group_is_even(group: int, steps: tuple[int, int]) -> None:
     assert steps_of(group) == steps
+
+
+def test_the_host_binds_its_arguments_and_compiles_it() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=110)
+
+
+def bind_and_compile() -> None:
+    """`forward` as on a B200, up to the launch: everything but the driver is Triton's own."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from hermes_kernels import forward_sm100
+
+    properties = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232_448})
+    driver = SimpleNamespace(
+        utils=properties, get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 100, 32),
+    )  # fmt: skip
+    triton.runtime.driver.set_active(driver)
+    kernel, launched = forward_sm100.pair_kernel, []
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int, int]) -> object:
+            return lambda *given, **options: launched.append(
+                (grid, kernel.warmup(*given, grid=grid, **options).metadata)
+            )
+
+    forward_sm100.pair_kernel = Launcher()
+    for tokens, heads in ((300, 8), (1, 5)):
+        at = where([tokens])
+        q, k, v = inputs(tokens, (heads, 1), 128)
+        lse = torch.empty(heads, at.query_order.numel() * TILE)
+        forward_sm100.forward(
+            q, k, v, torch.empty_like(q), lse, at.starts, at.query_order, 0.1, stages=5
+        )
+    grids, built = zip(*launched, strict=True)
+    assert grids == ((4, 3), (5, 1))
+    assert all(one.num_warps == 16 and one.shared <= 232_448 for one in built)
+
+
+if __name__ == "__main__":
+    bind_and_compile()
