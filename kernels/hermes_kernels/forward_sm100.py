@@ -10,13 +10,14 @@ other's weights are made. With P the weights, S the scores and O the output in t
     correct    O *= shrink, where the maximum moved; out = O / sum  warps 0-3
 
 Barriers stand between them: ``x_ready`` says that x may be read, ``x_free`` that it may be
-overwritten. S and P share their columns: what writes S next is issued after what reads P, and the
-tensor cores keep that order.
+overwritten, with a for what O is to shrink by. S and P share their columns: what writes S next is
+asked for after what reads P, and the tensor cores keep that order.
 
 As in FlashAttention-4 (arXiv 2603.05451), the maximum is taken over only where it has grown by more
-than 2^8, so that O is seldom scaled again, and every eighth exponential is a polynomial. A block is
-masked only at a border: blocks on the diagonal come first, then from the first that is seen on, so
-that those to be masked are together. A masked weight is exactly 0; equal inputs give equal bits.
+than 2^8, so that O is seldom scaled again; every eighth exponential is a polynomial; and products
+begin when half of the weights are there. A block is masked only at a border: blocks on the diagonal
+come first, then from the first that is seen on, so that those to be masked are together. A masked
+weight is exactly 0; equal inputs give equal bits.
 
 This kernel has never run on a GPU. Its machine code is checked as that of the others
 (`python -m bench attention --static`), and its own source is run by a simulator that lets copies,
@@ -99,11 +100,11 @@ def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready
         here, after = j % STAGES, (j + 1) % STAGES
         v, k = kv.index(here), kv.index(after).permute((1, 0))
         mbarrier.wait(kv_ready.index(here), j // STAGES & 1)
-        _add(v, s[0], o[0], p_ready.index(0), o_scaled.index(0), i, [o_ready.index(0)])
+        _add(0, v, s, o, p_ready, o_scaled, i, [o_ready.index(0)])
         mbarrier.wait(kv_ready.index(after), (j + 1) // STAGES & 1)
         tcgen05_mma(q.index(0), k, s[0], use_acc=False, mbarriers=[s_ready.index(0)])
         done = [o_ready.index(1), kv_free.index(here)]
-        _add(v, s[1], o[1], p_ready.index(1), o_scaled.index(1), i, done)
+        _add(1, v, s, o, p_ready, o_scaled, i, done)
         done = [s_ready.index(1), kv_free.index(after)]
         tcgen05_mma(q.index(1), k, s[1], use_acc=False, mbarriers=done)
     i = blocks - 1
@@ -111,15 +112,19 @@ def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready
     v = kv.index(j % STAGES)
     mbarrier.wait(kv_ready.index(j % STAGES), j // STAGES & 1)
     for x in gl.static_range(2):
-        _add(v, s[x], o[x], p_ready.index(x), o_scaled.index(x), i, [o_ready.index(x)])
+        _add(x, v, s, o, p_ready, o_scaled, i, [o_ready.index(x)])
 
 
 @gluon.jit
-def _add(v, s, o, p_ready, o_scaled, i, done):
-    """O += P @ v for the i-th block, once its weights are there and O is scaled for them."""
-    mbarrier.wait(p_ready, i & 1)
-    mbarrier.wait(o_scaled, i & 1)
-    tcgen05_mma(weights_in(s, v.dtype), v, o, use_acc=i > 0, mbarriers=done)
+def _add(x: gl.constexpr, v, s, o, p_ready, o_scaled, i, done):
+    """O += P @ v of tile x for the i-th block, in halves: each once its weights are there."""
+    HALF: gl.constexpr = v.shape[0] // 2
+    p = weights_in(s[x], v.dtype)
+    mbarrier.wait(o_scaled.index(x), i & 1)
+    mbarrier.wait(p_ready.index(2 * x), i & 1)
+    tcgen05_mma(p.slice(0, HALF), v.slice(0, HALF), o[x], use_acc=i > 0)
+    mbarrier.wait(p_ready.index(2 * x + 1), i & 1)
+    tcgen05_mma(p.slice(HALF, HALF), v.slice(HALF, HALF), o[x], use_acc=True, mbarriers=done)
 
 
 @gluon.jit
@@ -203,7 +208,7 @@ def pair_kernel(
     o0 = allocate_tensor_memory(gl.float32, [M, H], in_o)
     o1 = allocate_tensor_memory(gl.float32, [M, H], in_o)
     q_ready, kv_ready, kv_free = _barriers(2), _barriers(STAGES), _barriers(STAGES)
-    s_ready, p_ready, o_ready = _barriers(2), _barriers(2), _barriers(2)
+    s_ready, p_ready, o_ready = _barriers(2), _barriers(4), _barriers(2)
     o_scaled, a_ready, a_free = _barriers(2), _barriers(2), _barriers(2)
     scale *= LOG2E
     lse_ptr += head.to(gl.int64) * U
@@ -214,11 +219,11 @@ def pair_kernel(
                 blocks, DOWN, ACROSS,
             )),
             (softmax, (
-                s0, shrinks.index(0), s_ready.index(0), p_ready.index(0), a_ready.index(0),
+                0, s0, shrinks.index(0), s_ready.index(0), p_ready, a_ready.index(0),
                 a_free.index(0), lse_ptr, starts, scale, row, 0, first, T, U, dtype, DOWN,
             )),
             (softmax, (
-                s1, shrinks.index(1), s_ready.index(1), p_ready.index(1), a_ready.index(1),
+                1, s1, shrinks.index(1), s_ready.index(1), p_ready, a_ready.index(1),
                 a_free.index(1), lse_ptr + U * ACROSS, starts, scale, row, DOWN, first, T, U,
                 dtype, DOWN,
             )),

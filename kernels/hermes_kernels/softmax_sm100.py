@@ -24,7 +24,8 @@ LEAST = gl.constexpr(-1e30)
 # By how much, as a power of two, weights may pass 1 before the maximum is taken over.
 SLACK = gl.constexpr(8.0)
 
-# Scores are loaded, and weights stored, in strips of columns: as many as fit into registers.
+# Scores are loaded, and weights stored, in strips of columns: as many as fit into registers. The
+# first two are half of a block, with which its products may begin.
 STRIPS = gl.constexpr(5)
 # -inf instead of the scores whose bit is not set. By hand, as LLVM packs the conditions of a
 # `gl.where` anew: 223 instructions more a block.
@@ -90,10 +91,10 @@ def pairs(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def softmax(
-    s, shrinks, s_ready, p_ready, a_ready, a_free, lse_ptr, starts, scale, row, down, first, T, U,
-    dtype: gl.constexpr, DOWN: gl.constexpr,
+    x: gl.constexpr, s, shrinks, s_ready, p_ready, a_ready, a_free, lse_ptr, starts, scale, row,
+    down, first, T, U, dtype: gl.constexpr, DOWN: gl.constexpr,
 ):  # fmt: skip
-    """The weights of one tile, which begins at token row + down, and its log-sum-exp."""
+    """The weights of tile x, which begins at token row + down, and its log-sum-exp."""
     M: gl.constexpr = s.shape[0]
     J: gl.constexpr = s.shape[1]
     rows: gl.constexpr = gl.SliceLayout(1, row_a_thread(M, 32))
@@ -110,13 +111,13 @@ def softmax(
         n = block_key(i, row, first, DOWN, J)
         strips = _masked(_scores(s), start - n, t - n)
         top, total = _weigh(
-            strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
+            x, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
         )
     for i in range(borders, blocks):
         mbarrier.wait(s_ready, i & 1)
         strips = _scores(s)
         top, total = _weigh(
-            strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
+            x, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
         )
     mbarrier.wait(a_free, (blocks & 1) ^ 1)
     shrinks.store(1 / total)
@@ -125,7 +126,10 @@ def softmax(
 
 
 @gluon.jit
-def _weigh(strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype: gl.constexpr):
+def _weigh(
+    x: gl.constexpr, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale,
+    dtype: gl.constexpr,
+):  # fmt: skip
     """P of one block from its scores, and the new maximum and sum of each row."""
     rows: gl.constexpr = gl.SliceLayout(1, row_a_thread(s.shape[0], 32))
     new_top = top
@@ -140,13 +144,15 @@ def _weigh(strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, d
     total = total * shrink
     p = weights_in(s, dtype)
     for c in gl.static_range(STRIPS):
-        x = float2.pack(strips[c], 1)
-        x = float2.fma(x, float2.full_like(x, scale), pairs(-new_top, width(c)))
-        weights = _power(x) if c == STRIPS - 1 else gl.exp2(float2.unpack(x, 1))
+        y = float2.pack(strips[c], 1)
+        y = float2.fma(y, float2.full_like(y, scale), pairs(-new_top, width(c)))
+        weights = _power(y) if c == STRIPS - 1 else gl.exp2(float2.unpack(y, 1))
         p.slice(left(c), width(c)).store(weights.to(dtype))
         even, odd = float2.unpack2(float2.pack(weights, 1).sum(1))
         total = total + gl.convert_layout(even + odd, rows)
-    mbarrier.arrive(p_ready)
+        if c == 1:
+            mbarrier.arrive(p_ready.index(2 * x))
+    mbarrier.arrive(p_ready.index(2 * x + 1))
     return new_top, total
 
 

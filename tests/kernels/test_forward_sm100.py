@@ -182,9 +182,11 @@ def test_a_key_that_is_no_number_is_not_lost(key: int) -> None:
 TOO_EARLY = "may still|nothing has written|missed a phase|a phase ends before"
 BROKEN = {
     "weights read too early": (
-        "    mbarrier.wait(p_ready, i & 1)\n", "", TOO_EARLY),
+        "    mbarrier.wait(p_ready.index(2 * x), i & 1)\n", "", TOO_EARLY),
+    "other half of the weights read too early": (
+        "    mbarrier.wait(p_ready.index(2 * x + 1), i & 1)\n", "", TOO_EARLY),
     "output read too early": (
-        "    mbarrier.wait(o_scaled, i & 1)\n", "", TOO_EARLY),
+        "    mbarrier.wait(o_scaled.index(x), i & 1)\n", "", TOO_EARLY),
     "scores read too early": (
         "        mbarrier.wait(s_ready, i & 1)\n        strips", "        strips", TOO_EARLY),
     "keys read too early": (
@@ -204,14 +206,15 @@ BROKEN = {
     "phase of another lap": (
         "i // STAGES & 1", "i // (STAGES + 1) & 1", "waits for the same phase"),
     "phase that does not change": (
-        "mbarrier.wait(p_ready, i & 1)", "mbarrier.wait(p_ready, 0)", "waits for the same phase"),
-    "weights never told": ("    mbarrier.arrive(p_ready)\n", "", "deadlock"),
+        "wait(o_scaled.index(x), i & 1)", "wait(o_scaled.index(x), 0)", "waits for the same phase"),
+    "weights never told": ("    mbarrier.arrive(p_ready.index(2 * x + 1))\n", "", "deadlock"),
     "shrinks never freed": (
         "            mbarrier.arrive(a_free.index(x))\n", "", "deadlock"),
     "weights told twice": (
-        "    mbarrier.arrive(p_ready)\n", "    mbarrier.arrive(p_ready)\n" * 2, TOO_EARLY),
+        "    mbarrier.arrive(p_ready.index(2 * x + 1))\n",
+        "    mbarrier.arrive(p_ready.index(2 * x + 1))\n" * 2, TOO_EARLY),
     "more arrivals than counted": (
-        "mbarrier.arrive(p_ready)", "mbarrier.arrive(p_ready, count=2)", "more arrivals"),
+        "arrive(p_ready.index(2 * x))", "arrive(p_ready.index(2 * x), count=2)", "more arrivals"),
     "fewer bytes expected": (
         "desc.block_type.nbytes)\n    tma", "desc.block_type.nbytes // 2)\n    tma", "deadlock"),
     "output stored without a fence": ("        fence_async_shared()\n", "", "without a fence"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +82,7 @@ class View:
     shape: list[int]
     dtype: DType
     turned: bool = False
+    rows: tuple[int, int] | None = None  # of what lies there; accesses are noted for all
     layout: object = None
 
     def index(self, slot: Any) -> View:
@@ -91,9 +92,12 @@ class View:
         area = (at, at + 1, *self.area[2:])
         return View(self.memory, area, self.shape[1:], self.dtype)
 
-    def slice(self, start: int, length: int, dim: int = -1) -> View:
-        if dim not in (-1, len(self.shape) - 1) or self.turned:
-            raise Fault("the simulator slices columns only")
+    def slice(self, start: int, length: int, dim: int | None = None) -> View:
+        """Columns of tensor memory, else what ``dim`` says, rows if nothing."""
+        if self.turned or len(self.shape) != 2:
+            raise Fault("the simulator slices matrices as they lie")
+        if not (dim or self.memory.space == "tensor"):
+            return replace(self, rows=(start, start + length), shape=[length, self.shape[1]])
         size = self.dtype.size_bytes
         left = self.area[2] + start * size
         area = (*self.area[:2], left, left + length * size)
@@ -108,7 +112,8 @@ class View:
     @property
     def values(self) -> NDArray[Any]:
         """As they are in memory now."""
-        return self.dtype.decode(self.stored).reshape(self.straight)
+        part = self.stored[slice(*self.rows)] if self.rows else self.stored
+        return self.dtype.decode(part).reshape(self.straight)
 
     @property
     def straight(self) -> list[int]:
@@ -251,7 +256,7 @@ class Language:
         self.machine.pause()
 
     def multiply(
-        self, a: View, b: View, acc: View, *, use_acc: bool, mbarriers: Sequence[Barrier]
+        self, a: View, b: View, acc: View, *, use_acc: bool, mbarriers: Sequence[Barrier] = ()
     ) -> None:
         self.machine.current.tick()
 
