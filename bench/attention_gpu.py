@@ -38,14 +38,16 @@ def run(shapes: Sequence[Shape]) -> Iterator[Result | str]:
         sets = [inputs(shape, "cuda") for _ in range(SETS)]
         calls = peers(shape, sets, device)
         yield f"\n{shape}"
+        wanted = truth(shape, sets[0])
+        for name, call in calls.items():
+            if wrong := fault(call, sets[0], wanted):
+                raise SystemExit(f"{name}: {wrong} at {shape}")
         whole = cudnn(shape)
         for name, call in (("cudnn", whole), ("cudnn, forward", without_gradient(whole))):
-            refused = refusal(call, sets[0])
-            if not refused:
+            if not (wrong := fault(call, sets[0], wanted)):
                 calls[name] = call
                 break
-            yield f"{name}: skipped: {refused}"
-        check(shape, calls, sets[0])
+            yield f"{name}: skipped: {wrong}"
         ours: dict[str, float] = {}
         for name, make in calls.items():
             yield from timed(shape, name, make, sets, rate, ours)
@@ -89,34 +91,30 @@ def without_gradient(call: Call) -> Call:
     return forward
 
 
-def refusal(call: Call, one: list[Tensor]) -> str:
-    """Why a peer cannot run here, in its own first line; "" where it can."""
-    q, k, v, grad = one
-    try:
-        out = call(q, k, v)
-        if out.requires_grad:
-            torch.autograd.grad(out, (q, k, v), grad)
-    except (RuntimeError, NotImplementedError) as problem:
-        return str(problem).partition("\n")[0]
-    return ""
-
-
-def check(shape: Shape, calls: dict[str, Call], one: list[Tensor]) -> None:
-    """Stop unless outputs and gradients of a few heads are those of float64, to bf16's rounding."""
+def truth(shape: Shape, one: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of the first key head and its query heads, in float64."""
     q, k, v, grad = one
     group, lengths = shape.heads[0] // shape.heads[1], shape.lengths
     wide = [x[:, :n].detach().double().requires_grad_() for x, n in ((q, group), (k, 1), (v, 1))]
     right = reference.varlen_attention(*wide, lengths, shape.size**-0.5)
-    wanted = [right, *torch.autograd.grad(right, wide, grad[:, :group].double())]
-    for name, call in calls.items():
+    return [right.detach(), *torch.autograd.grad(right, wide, grad[:, :group].double())]
+
+
+def fault(call: Call, one: list[Tensor], wanted: list[Tensor]) -> str:
+    """Why a peer is not timed: it refuses, or is off by more than bf16 rounds; "" if neither."""
+    q, k, v, grad = one
+    try:
         out = call(q, k, v)
         got = [out]
         if out.requires_grad:
             got += torch.autograd.grad(out, (q, k, v), grad)
-        for what, ours, truth in zip(("out", "dq", "dk", "dv"), got, wanted, strict=False):
-            error = (ours[:, : truth.shape[1]] - truth).norm() / truth.norm()
-            if not error < 1e-2:
-                raise SystemExit(f"{name}: {what} is off by {error:.1e} at {shape}")
+    except RuntimeError as problem:
+        return str(problem).partition("\n")[0]
+    for what, ours, right in zip(("out", "dq", "dk", "dv"), got, wanted, strict=False):
+        error = (ours[:, : right.shape[1]] - right).norm() / right.norm()
+        if not error < 1e-2:
+            return f"{what} is off by {error:.1e}"
+    return ""
 
 
 def timed(
