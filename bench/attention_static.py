@@ -128,7 +128,7 @@ class Entry:
 
     def faults(self) -> list[str]:
         """What is wrong; empty where nothing is."""
-        code, matrix = self.code, MATRIX[self.target]
+        code, matrix, early = self.code, MATRIX[self.target], self.code.early_arrivals()
         in_loops = sum(
             n for loop in code.hot_loops() for name, n in loop.items() if name.startswith(SPILLS)
         )
@@ -141,6 +141,7 @@ class Entry:
             "warps are not specialised": (self.launch.specialize or self._paired)
             and code.warps <= self.launch.warps,
             "no loop that exponentiates": not self.loop,
+            f"{early} arrivals before all warps have met": self._paired and early > 0,
         }
         limits = [text for text in code.faults() if "spill" not in text]
         return limits + [text for text, wrong in checks.items() if wrong] + self.overspent()

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)(.*)$", re.MULTILINE)
 JUMP = re.compile(r"\b(0x[0-9a-f]+)")
+# What of PTX matters before an arrival: did the warps of a role meet after they touched memory?
+ARRIVAL = re.compile(
+    r"(mbarrier\.arrive(?!\.expect)|bar\.sync|tcgen05\.(?:ld|st)|(?:ld|st)\.shared|(?:ld|st)matrix)"
+)
 HOT = ("HGMMA", "UTCHMMA", "HMMA", "MUFU.EX2")
 
 
@@ -83,6 +88,15 @@ class MachineCode:
             Counter(name for at, name, _ in code if start <= at <= end)
             for start, end in sorted(innermost)
         ]
+
+    def early_arrivals(self) -> int:
+        """Arrivals at a barrier, which one thread makes for its role, that other warps of the role
+        may not yet have come to: a kernel's source does not say how they meet.
+        """
+        events = ["bar.sync", *ARRIVAL.findall(self.ptx)]
+        return sum(
+            now == "mbarrier.arrive" and before != "bar.sync" for before, now in pairwise(events)
+        )
 
     def faults(self) -> list[str]:
         """What would stop a launch or spill; empty where nothing does."""

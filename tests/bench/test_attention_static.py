@@ -104,6 +104,13 @@ def test_a_turn_of_pairs_counts_every_role_and_no_epilogue() -> None:
     assert (turn.queries, turn.heads, turn.flops) == (128, 2, 8 * 128**3)
 
 
+def test_warps_that_do_not_meet_before_they_arrive_are_a_fault() -> None:
+    ptx = "st.shared.b32 [a], b;\nmbarrier.arrive.shared::cta.b64 _, [c];"
+    code = replace(CODE, target=100, sass=PAIRS, ptx=ptx)
+    entry = Entry(100, "pairs", 128, TABLE[100, "pairs", 128], code)
+    assert "1 arrivals before all warps have met" in entry.faults()
+
+
 def test_a_longer_loop_breaks_the_budget() -> None:
     more = "        /*0015*/                   FADD R1, R1, R1 ;\n" * 800
     longer = LOOP.replace("        /*0020*/", more + "        /*0020*/")

@@ -7,8 +7,8 @@ run happened to take: every role, copy and product has a vector clock, a barrier
 and an access that does not know of an earlier one is a race. So a missing wait is found in any run.
 Products end in the order in which they were asked for, as those of one thread do.
 
-Not modelled: the four warps of a role, which the compiler synchronises, and the layouts of
-registers and of memory, which it proves.
+Not modelled: the four warps of a role, of which `bench.machine_code` sees that they meet before one
+arrives for all, and the layouts of registers and of memory, which the compiler proves.
 """
 
 from __future__ import annotations
