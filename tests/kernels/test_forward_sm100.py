@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +19,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import hermes_kernels
 from hermes_core.segments import Segments, segments
-from hermes_kernels import reference
+from hermes_kernels import forward_sm100, reference
+from hermes_kernels import varlen_attention as kernels
 from hermes_kernels.forward_sm100 import steps_of
 from hermes_kernels.launch import TABLE, TILE
 from twins.gluon_machine import Fault
@@ -237,6 +240,26 @@ def test_two_heads_go_together_where_a_group_is_even(group: int, steps: tuple[in
     assert steps_of(group) == steps
 
 
+@pytest.mark.parametrize(("size", "stages"), [(64, 8), (128, 5)])
+def test_blackwell_takes_it_by_the_table(
+    size: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr(kernels, "architecture", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(forward_sm100, "forward", lambda *given, stages: taken.append(stages))
+    with FakeTensorMode():  # tensors of a GPU that is not here
+        q, starts, order = (
+            torch.empty(shape, dtype=dtype, device="cuda")
+            for shape, dtype in (
+                ((300, 4, size), torch.bfloat16), ((300,), torch.int32), ((3,), torch.int32)
+            )
+        )  # fmt: skip
+        out, lse = kernels.forward(q, q, q, starts, order, 0.1)
+    assert taken == [stages]
+    assert (out.shape, lse.shape) == (q.shape, (4, 384))
+
+
 def test_the_host_binds_its_arguments_and_compiles_it() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -247,8 +270,6 @@ def bind_and_compile() -> None:
     """`forward` as on a B200, up to the launch: everything but the driver is Triton's own."""
     import triton
     from triton.backends.compiler import GPUTarget
-
-    from hermes_kernels import forward_sm100
 
     properties = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232_448})
     driver = SimpleNamespace(
