@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -118,22 +118,34 @@ def lengths_of_magi() -> tuple[int, ...]:
 
 
 def forward_seconds(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
-    """Of a kernel over query tiles, each dealt longest first."""
+    """Of a kernel over query tiles, each dealt longest first.
+
+    Of two heads to a turn, the last of an odd group has two tiles in its place.
+    """
+    heads, kv_heads = shape.heads
+    group = heads // kv_heads
+    cycles = np.repeat(_cycles(turn, chip, overlap, shape), kv_heads * (group // turn.heads))
+    if group % turn.heads:
+        alone = replace(turn, queries=2 * turn.queries)
+        last = np.repeat(_cycles(alone, chip, overlap, shape), kv_heads)
+        cycles = np.concatenate([cycles, last])
+    return _seconds(cycles, chip)
+
+
+def _cycles(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> np.ndarray:
+    """Of each query tile, in one head or in those of a turn."""
     lengths = np.array(shape.lengths)
     ends = np.cumsum(lengths)
-    starts = np.repeat(ends - lengths, lengths)[:: turn.queries]
+    starts = np.repeat(ends - lengths, lengths)
     tiles = np.arange(0, shape.tokens, turn.queries)
-    firsts = starts // turn.keys * turn.keys
-    turns = np.ceil((tiles + turn.queries - firsts) / turn.keys)
-    cycles = turns * turn.cycles(chip, overlap)
+    firsts = starts[tiles] // turn.keys * turn.keys
+    cycles = np.ceil((tiles + turn.queries - firsts) / turn.keys) * turn.cycles(chip, overlap)
     if turn.masking:
-        last_starts = np.repeat(ends - lengths, lengths)[
-            np.minimum(tiles + turn.queries, shape.tokens) - 1
-        ]
+        last_starts = starts[np.minimum(tiles + turn.queries, shape.tokens) - 1]
         past = np.minimum(np.ceil((last_starts - firsts) / turn.keys), (tiles - firsts) / turn.keys)
         borders = turn.queries // turn.keys + past
         cycles += borders * overlap * turn.masking * turn.warps / 4
-    return _seconds(np.repeat(cycles, shape.heads[0] // turn.heads), chip)
+    return cycles
 
 
 def backward_seconds(
@@ -219,7 +231,7 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
         else:
             yield "backward: on nothing, the forward's share is taken; its error is unknown"
         for shape in shapes:
-            ours = tflops(forward_turn(turns, chip, shape), chip, overlap, shape)
+            ours = tflops(pairs or turns[chip.target, "forward", 128], chip, overlap, shape)
             theirs = tflops(known.turn, chip, overlap, shape)
             stock = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
             backward = our_backward_tflops(
@@ -236,13 +248,6 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
                 f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}){without}; "
                 f"backward {backward:5,.0f}{beside}"
             )
-
-
-def forward_turn(turns: Mapping[tuple[int, str, int], Turn], chip: Chip, shape: Shape) -> Turn:
-    """Of the kernel that runs: pairs where there are any, of heads where a group is even."""
-    heads, kv_heads = shape.heads
-    kernel = "pairs of rows" if heads // kv_heads % 2 else "pairs"
-    return turns.get((chip.target, kernel, 128)) or turns[chip.target, "forward", 128]
 
 
 def resources(name: str, turn: Turn, chip: Chip, times: int) -> str:

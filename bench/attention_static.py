@@ -66,7 +66,6 @@ class Entry:
     size: int
     launch: Launch
     code: MachineCode
-    group: int = 8  # query heads of a key head
 
     @property
     def loop(self) -> Counter[str]:
@@ -200,11 +199,10 @@ def compile_pairs(size: int, launch: Launch, *, group: int = 8, dtype: str = "bf
         f"tensordesc<{dtype}[{TILE}, {size}],{layout!r}>",
     )
     pointers = {"lse_ptr": "*fp32", "starts": "*i32", "order": "*i32"}
-    down, across = forward_sm100.steps_of(group)
     return compile_kernel(
         forward_sm100.pair_kernel,
         boxes | pointers | {"scale": "fp32", "T": "i32", "U": "i32"},
-        {"G": group, "DOWN": down, "ACROSS": across, "STAGES": launch.stages},
+        {"G": group, "STAGES": launch.stages},
         100,
         divisible=("T", "U"),
         num_warps=forward_sm100.WARPS,
@@ -212,13 +210,16 @@ def compile_pairs(size: int, launch: Launch, *, group: int = 8, dtype: str = "bf
     )
 
 
-def pair_entries() -> Iterator[Entry]:
-    """Pairs as they are for an odd group, and in fp16."""
+def pair_faults() -> list[str]:
+    """What is wrong with pairs where a group is odd, and in fp16."""
+    wrong = []
     for (target, kernel, size), launch in TABLE.items():
         if kernel == "pairs":
             for group, dtype in ((5, "bf16"), (8, "fp16")):
                 code = compile_pairs(size, launch, group=group, dtype=dtype)
-                yield Entry(target, kernel, size, launch, code, group)
+                faults = Entry(target, kernel, size, launch, code).faults()
+                wrong += [f"pairs {size}, {group} heads, {dtype}: {fault}" for fault in faults]
+    return wrong
 
 
 def delta_faults() -> list[str]:
@@ -260,11 +261,7 @@ def run() -> Iterator[Result | str]:
         wrong += [f"{entry.name}: {fault}" for fault in faults]
         yield line(entry) + (f"  FAULT: {'; '.join(faults)}" if faults else "")
         turns[entry.target, entry.kernel, entry.size] = turn_of(entry)
-    wrong += delta_faults() + part_faults()
-    for entry in pair_entries():
-        wrong += [f"{entry.name}, {entry.group} heads: {fault}" for fault in entry.faults()]
-        if entry.group % 2:
-            turns[100, "pairs of rows", entry.size] = turn_of(entry)
+    wrong += delta_faults() + part_faults() + pair_faults()
     if wrong:
         raise SystemExit("\n".join(wrong))
     yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA, spills nothing in a loop"
@@ -288,19 +285,16 @@ def line(entry: Entry) -> str:
 
 def turn_of(entry: Entry) -> Turn:
     """One turn of the softmax loop, as `attention_model` wants it."""
-    how, heads, tiles = entry.launch, 1, 1
+    how, heads = entry.launch, 2 if entry.kernel == "pairs" else 1
     # On sm_90 the warps asked for stand twice, as two groups that share a tile.
-    computing = how.warps * (2 if how.specialize and entry.target == 90 else 1)
-    if entry.kernel == "pairs":
-        computing, tiles = 2 * how.warps, 2
-        heads = 1 + forward_sm100.steps_of(entry.group)[1]
+    twice = entry.kernel == "pairs" or (how.specialize and entry.target == 90)
     products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel]
     return Turn(
-        queries=how.queries * tiles // heads,
+        queries=how.queries,
         keys=how.keys,
-        flops=2 * products * tiles * how.queries * how.keys * entry.size,
+        flops=2 * products * heads * how.queries * how.keys * entry.size,
         instructions=entry.loop.total(),
-        warps=computing,
+        warps=how.warps * (2 if twice else 1),
         others=entry.others,
         exponentials=entry.count("MUFU.EX2"),
         masking=entry.masking,

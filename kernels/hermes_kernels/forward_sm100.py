@@ -1,8 +1,8 @@
 """The forward of `varlen_attention` for Blackwell (sm_100), in Gluon: each warp has one role.
 
-A program has two query tiles of M = 128 with the same keys: two heads of a group, or, where a group
-is odd, two tiles of a head that follow one another. While the tensor cores work for one tile, the
-other's weights are made. With P the weights, S the scores and O the output in tensor memory:
+A program has two query tiles of M = 128 with the same keys: two heads of a group, or, for the last
+head of an odd group, two tiles that follow one another. While the tensor cores work for one tile,
+the other's weights are made. With P the weights, S the scores and O the output in tensor memory:
 
     load       q, then a ring of key and value blocks, by TMA       warp 13
     multiply   S = q @ k', O += P @ v                               warp 12
@@ -60,18 +60,18 @@ OTHER_REGISTERS = gl.constexpr(40)
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, head, first, blocks,
-    G: gl.constexpr, DOWN: gl.constexpr, ACROSS: gl.constexpr,
+    q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, down, head, across, first,
+    blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q, then each block of keys and of values, in turn."""
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = k_desc.block_shape[1]
     for x in gl.static_range(2):
         mbarrier.expect(q_ready.index(x), q_desc.block_type.nbytes)
-        at = [row + x * DOWN, (head + x * ACROSS) * H]
+        at = [row + x * down, (head + x * across) * H]
         tma.async_copy_global_to_shared(q_desc, at, q_ready.index(x), q.index(x))
     for i in range(blocks):
-        at = [block_key(i, row, first, DOWN, J), head // G * H]
+        at = [block_key(i, row, down, first, J), head // G * H]
         _fetch(k_desc, at, kv, kv_ready, kv_free, 2 * i)
         _fetch(v_desc, at, kv, kv_ready, kv_free, 2 * i + 1)
 
@@ -129,9 +129,8 @@ def _add(x: gl.constexpr, v, s, o, p_ready, o_scaled, i, done):
 
 @gluon.jit
 def _correct(
-    out_desc, q, shrinks, o, o_ready, o_scaled, a_ready, a_free, row, head, blocks,
-    DOWN: gl.constexpr, ACROSS: gl.constexpr,
-):  # fmt: skip
+    out_desc, q, shrinks, o, o_ready, o_scaled, a_ready, a_free, row, down, head, across, blocks
+):
     """O scaled before each block is added to it; the output, which leaves by way of q's place."""
     M: gl.constexpr = o[0].shape[0]
     H: gl.constexpr = o[0].shape[1]
@@ -161,7 +160,7 @@ def _correct(
             out = o[x].slice(c * 64, 64).load(half) * inverse
             q.index(x).slice(c * 64, 64, 1).store(out.to(q.dtype))
         fence_async_shared()
-        at = [row + x * DOWN, (head + x * ACROSS) * H]
+        at = [row + x * down, (head + x * across) * H]
         tma.async_copy_shared_to_global(out_desc, at, q.index(x))
     tma.store_wait(0)
 
@@ -178,24 +177,29 @@ def _barriers(COUNT: gl.constexpr):
 @gluon.jit
 def pair_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, order, scale, T, U,
-    G: gl.constexpr, DOWN: gl.constexpr, ACROSS: gl.constexpr, STAGES: gl.constexpr,
+    G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """out and lse of two query tiles: the second is DOWN tokens and ACROSS heads after the first.
+    """out and lse of two query tiles: the second is a head or a tile after the first.
 
-    Grid (N / (1 + ACROSS), U / M).
+    Grid (K * ceil(G / 2), U / M).
     """
     M: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = q_desc.block_shape[1]
+    PAIRS: gl.constexpr = (G + 1) // 2
     dtype: gl.constexpr = q_desc.dtype
-    head = gl.program_id(0) * (1 + ACROSS)
+    pair = gl.program_id(0)
+    head = pair // PAIRS * G + pair % PAIRS * 2
     tile = gl.load(order + gl.program_id(1))
-    if DOWN > 0:
-        if tile % 2 == 1:
-            return  # the tile before has it
+    down, across = 0, 1
+    if G % 2 == 1:
+        if pair % PAIRS == PAIRS - 1:
+            if tile % 2 == 1:
+                return  # the tile before has it
+            down, across = M, 0
     row = tile * M
     first = gl.load(starts + row) // J * J
-    blocks = 1 + (row + DOWN - first) // J
+    blocks = 1 + (row + down - first) // J
 
     q = gl.allocate_shared_memory(dtype, [2, M, H], q_desc.layout)
     kv = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
@@ -215,25 +219,25 @@ def pair_kernel(
     gl.warp_specialize(
         [
             (_correct, (
-                out_desc, q, shrinks, (o0, o1), o_ready, o_scaled, a_ready, a_free, row, head,
-                blocks, DOWN, ACROSS,
+                out_desc, q, shrinks, (o0, o1), o_ready, o_scaled, a_ready, a_free, row, down,
+                head, across, blocks,
             )),
             (softmax, (
                 0, s0, shrinks.index(0), s_ready.index(0), p_ready, a_ready.index(0),
-                a_free.index(0), lse_ptr, starts, scale, row, 0, first, T, U, dtype, DOWN,
+                a_free.index(0), lse_ptr, starts, scale, row, down, first, T, U, dtype,
             )),
             (softmax, (
                 1, s1, shrinks.index(1), s_ready.index(1), p_ready, a_ready.index(1),
-                a_free.index(1), lse_ptr + U * ACROSS, starts, scale, row, DOWN, first, T, U,
-                dtype, DOWN,
+                a_free.index(1), lse_ptr + U * across, starts, scale, row, down, first, T, U,
+                dtype,
             )),
             (_multiply, (
                 q, kv, (s0, s1), (o0, o1), q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready,
                 o_scaled, blocks,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, head, first,
-                blocks, G, DOWN, ACROSS,
+                q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, down, head,
+                across, first, blocks, G,
             )),
         ],
         [4, 4, 1, 1],
@@ -250,19 +254,13 @@ def forward(
     Args:
         stages: places for blocks of keys or values in shared memory.
     """
-    tokens, heads, _ = q_TNH.shape
-    group = heads // k_TKH.shape[1]
-    down, across = steps_of(group)
+    tokens, kv_heads = k_TKH.shape[:2]
+    group = q_TNH.shape[1] // kv_heads
     boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out_TNH))
-    pair_kernel[heads // (1 + across), order.numel()](
+    pair_kernel[kv_heads * -(-group // 2), order.numel()](
         *boxes, lse_NU, starts_T, order, scale, tokens, lse_NU.shape[1],
-        group, down, across, stages, num_warps=WARPS, maxnreg=REGISTERS,
+        group, stages, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
-
-
-def steps_of(group: int) -> tuple[int, int]:
-    """Tokens and heads from a program's first tile to its second, for G query heads a key head."""
-    return (0, 1) if group % 2 == 0 else (TILE, 0)
 
 
 def _boxes(x_TNH: Tensor) -> TensorDescriptor:

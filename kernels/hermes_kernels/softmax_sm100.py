@@ -66,10 +66,10 @@ def width(strip):
 
 
 @gluon.jit
-def block_key(i, row, first, DOWN: gl.constexpr, J: gl.constexpr):
+def block_key(i, row, down, first, J: gl.constexpr):
     """First key of the i-th block: those of the diagonal, from the last, then from ``first``."""
-    diagonal: gl.constexpr = 1 + DOWN // J
-    return gl.where(i < diagonal, row + DOWN - i * J, first + (i - diagonal) * J)
+    diagonal = 1 + down // J
+    return gl.where(i < diagonal, row + down - i * J, first + (i - diagonal) * J)
 
 
 @gluon.jit
@@ -92,23 +92,24 @@ def pairs(x, COLUMNS: gl.constexpr):
 @gluon.jit
 def softmax(
     x: gl.constexpr, s, shrinks, s_ready, p_ready, a_ready, a_free, lse_ptr, starts, scale, row,
-    down, first, T, U, dtype: gl.constexpr, DOWN: gl.constexpr,
+    down, first, T, U, dtype: gl.constexpr,
 ):  # fmt: skip
-    """The weights of tile x, which begins at token row + down, and its log-sum-exp."""
+    """The weights of tile x, which begins at token row + x * down, and its log-sum-exp."""
     M: gl.constexpr = s.shape[0]
     J: gl.constexpr = s.shape[1]
     rows: gl.constexpr = gl.SliceLayout(1, row_a_thread(M, 32))
-    t = row + down + gl.arange(0, M, rows)  # [M]
+    begin = row + x * down
+    t = begin + gl.arange(0, M, rows)  # [M]
     start = gl.load(starts + gl.minimum(t, T - 1))
-    last_start = gl.load(starts + gl.minimum(row + down + M, T) - 1)
+    last_start = gl.load(starts + gl.minimum(begin + M, T) - 1)
     past = gl.minimum(gl.cdiv(last_start - first, J), (row - first) // J)
-    borders = 1 + DOWN // J + past
-    blocks = 1 + (row + DOWN - first) // J
+    borders = 1 + down // J + past
+    blocks = 1 + (row + down - first) // J
     top = gl.full([M], LEAST, gl.float32, rows)
     total = gl.full([M], 0.0, gl.float32, rows)
     for i in range(borders):
         mbarrier.wait(s_ready, i & 1)
-        n = block_key(i, row, first, DOWN, J)
+        n = block_key(i, row, down, first, J)
         strips = _masked(_scores(s), start - n, t - n)
         top, total = _weigh(
             x, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype

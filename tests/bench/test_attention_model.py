@@ -63,6 +63,19 @@ def test_two_heads_share_a_turn_and_borders_cost_their_masks() -> None:
     )
 
 
+def test_the_last_head_of_an_odd_group_has_two_tiles_a_turn() -> None:
+    three = Shape("", (256,), (3, 1), 64, torch.bfloat16)
+    turn = replace(TURN, heads=2)
+    # Two heads: tiles of one and two turns; one head: both tiles in two turns.
+    assert forward_seconds(turn, CHIPS[0], 0.5, three) == pytest.approx(
+        2 * 1124 / CHIPS[0].clock_hz
+    )
+    one = replace(CHIPS[0], multiprocessors=1)
+    assert forward_seconds(turn, one, 0.5, three) == pytest.approx(
+        (1 + 2 + 2) * 1124 / one.clock_hz
+    )
+
+
 def test_the_rate_counts_the_exact_area_over_the_longest_worker() -> None:
     chip = CHIPS[0]  # two tiles of one and two turns, on two of its multiprocessors
     seconds = 2 * 1024 / chip.clock_hz

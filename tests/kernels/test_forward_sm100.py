@@ -26,7 +26,6 @@ import hermes_kernels
 from hermes_core.segments import Segments, segments
 from hermes_kernels import forward_sm100, reference
 from hermes_kernels import varlen_attention as kernels
-from hermes_kernels.forward_sm100 import steps_of
 from hermes_kernels.launch import TABLE, TILE
 from twins.gluon_machine import Fault
 from twins.gluon_simulator import Box, Pointer, run
@@ -68,7 +67,6 @@ def attend(
     out = np.full((tokens, heads * size), np.nan, np.float32)
     written = np.zeros(out.shape, np.int64)
     lse = np.full(heads * room, np.nan, np.float32)
-    down, across = steps_of(group)
     arguments = {
         "q_desc": boxes[0], "k_desc": boxes[1], "v_desc": boxes[2],
         "out_desc": Box(out, [TILE, size], kind, written), "lse_ptr": Pointer(lse),
@@ -76,10 +74,9 @@ def attend(
         "scale": Scalar(np.asarray(scale, np.float32), F32),
         "T": Scalar(np.asarray(tokens, np.int32), I32),
         "U": Scalar(np.asarray(room, np.int32), I32),
-        "G": group, "DOWN": down, "ACROSS": across,
-        "STAGES": stages or TABLE[100, "pairs", size].stages,
+        "G": group, "STAGES": stages or TABLE[100, "pairs", size].stages,
     }  # fmt: skip
-    grid = (heads // (1 + across), at.query_order.numel())
+    grid = (k.shape[1] * -(-group // 2), at.query_order.numel())
     run(sources, "pair_kernel", arguments, grid, seed)
     assert (written == 1).all()
     return torch.from_numpy(out).view(q.shape), torch.from_numpy(lse).view(heads, room)
@@ -128,7 +125,7 @@ def test_any_packing_in_any_order_of_events_is_right(
     check(inputs(sum(lengths), heads, 64), lengths, 0.125, seed=sum(lengths))
 
 
-@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (3, 1), (5, 1), (2, 2), (6, 2)])
 def test_query_heads_share_a_key_head(heads: tuple[int, int]) -> None:
     check(inputs(150, heads, 64), [70, 80], 0.125)
 
@@ -235,11 +232,6 @@ def test_a_broken_kernel_is_found_out(wanted: str, instead: str, told: str) -> N
             attend(tensors, at, 4.0, seed=seed, sources=broken, stages=3)
 
 
-@pytest.mark.parametrize(("group", "steps"), [(1, (TILE, 0)), (2, (0, 1)), (5, (TILE, 0))])
-def test_two_heads_go_together_where_a_group_is_even(group: int, steps: tuple[int, int]) -> None:
-    assert steps_of(group) == steps
-
-
 @pytest.mark.parametrize(("size", "stages"), [(64, 8), (128, 5)])
 def test_blackwell_takes_it_by_the_table(
     size: int, stages: int, monkeypatch: pytest.MonkeyPatch
@@ -294,7 +286,7 @@ def bind_and_compile() -> None:
             q, k, v, torch.empty_like(q), lse, at.starts, at.query_order, 0.1, stages=5
         )
     grids, built = zip(*launched, strict=True)
-    assert grids == ((4, 3), (5, 1))
+    assert grids == ((4, 3), (3, 1))
     assert all(one.num_warps == 16 and one.shared <= 232_448 for one in built)
 
 
