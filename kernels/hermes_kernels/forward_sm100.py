@@ -88,6 +88,7 @@ def _fetch(desc, at, kv, kv_ready, kv_free, i):
 
 @gluon.jit
 def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready, o_scaled, blocks):
+    """Every product: a tile's next scores are asked for as soon as its output is."""
     STAGES: gl.constexpr = kv.shape[0]
     mbarrier.wait(kv_ready.index(0), 0)
     k = kv.index(0).permute((1, 0))

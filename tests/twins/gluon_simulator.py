@@ -68,7 +68,7 @@ class Box:
 
     def part(self, at: Sequence[Any]) -> tuple[slice, slice]:
         row, column = (int(operator.index(x)) for x in at)
-        if row % 1 or column * self.dtype.size_bytes % 16:
+        if column * self.dtype.size_bytes % 16:
             raise Fault(f"a box at column {column} is not aligned to 16 bytes")
         return slice(row, row + self.block_shape[0]), slice(column, column + self.block_shape[1])
 
