@@ -9,6 +9,7 @@ import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from hermes_core.attention import Backend, varlen_attention
 from hermes_core.backends import obstacle
 from hermes_core.segments import segments
 from hermes_kernels import reference
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 RUNS = 20
 SETS = 4  # of inputs, taken in turn: together past any L2 cache
@@ -34,20 +37,27 @@ def run(shapes: Sequence[Shape]) -> Iterator[Result | str]:
     for shape in shapes:
         sets = [inputs(shape, "cuda") for _ in range(SETS)]
         calls = peers(shape, sets, device)
-        check(shape, calls, sets[0])
         yield f"\n{shape}"
+        wanted = truth(shape, sets[0])
+        for name, call in calls.items():
+            if wrong := fault(call, sets[0], wanted):
+                raise SystemExit(f"{name}: {wrong} at {shape}")
+        whole = cudnn(shape)
+        for name, call in (("cudnn", whole), ("cudnn, forward", without_gradient(whole))):
+            if not (wrong := fault(call, sets[0], wanted)):
+                calls[name] = call
+                break
+            yield f"{name}: skipped: {wrong}"
         ours: dict[str, float] = {}
         for name, make in calls.items():
             yield from timed(shape, name, make, sets, rate, ours)
         yield from mask_creation(shape, device)
 
 
-def peers(
-    shape: Shape, sets: list[list[Tensor]], device: torch.device
-) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def peers(shape: Shape, sets: list[list[Tensor]], device: torch.device) -> dict[str, Call]:
     """What can run here, ours first."""
     at = segments(np.concatenate([[0], np.cumsum(shape.lengths)]), device=device)
-    calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
+    calls: dict[str, Call] = {}
     names: tuple[Backend, ...] = ("triton", "torch", "flash")
     for name in names:
         if not obstacle("attention", name, device, shape.dtype, shape.size):
@@ -56,26 +66,59 @@ def peers(
     return calls
 
 
-def check(
-    shape: Shape, calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]], one: list[Tensor]
-) -> None:
-    """Stop unless outputs and gradients of a few heads are those of float64, to bf16's rounding."""
+def cudnn(shape: Shape) -> Call:
+    """cuDNN's variable-length attention, called as PyTorch's `varlen_attn` would."""
+    bounds = torch.tensor([0, *np.cumsum(shape.lengths)], dtype=torch.int32, device="cuda")
+    longest = max(shape.lengths)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, *_ = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, bounds, bounds, longest, longest, True, 0.0, True, False,
+            scale=shape.size**-0.5,
+        )  # fmt: skip
+        return cast(Tensor, out)
+
+    return call
+
+
+def without_gradient(call: Call) -> Call:
+    """The forward alone."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            return call(q, k, v)
+
+    return forward
+
+
+def truth(shape: Shape, one: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of the first key head and its query heads, in float64."""
     q, k, v, grad = one
     group, lengths = shape.heads[0] // shape.heads[1], shape.lengths
     wide = [x[:, :n].detach().double().requires_grad_() for x, n in ((q, group), (k, 1), (v, 1))]
     right = reference.varlen_attention(*wide, lengths, shape.size**-0.5)
-    wanted = [right, *torch.autograd.grad(right, wide, grad[:, :group].double())]
-    for name, call in calls.items():
+    return [right.detach(), *torch.autograd.grad(right, wide, grad[:, :group].double())]
+
+
+def fault(call: Call, one: list[Tensor], wanted: list[Tensor]) -> str:
+    """Why a peer is not timed: it refuses, or is off by more than bf16 rounds; "" if neither."""
+    q, k, v, grad = one
+    try:
         out = call(q, k, v)
-        got = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-        for what, ours, truth in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
-            error = (ours[:, : truth.shape[1]] - truth).norm() / truth.norm()
-            if not error < 1e-2:
-                raise SystemExit(f"{name}: {what} is off by {error:.1e} at {shape}")
+        got = [out]
+        if out.requires_grad:
+            got += torch.autograd.grad(out, (q, k, v), grad)
+    except RuntimeError as problem:
+        return str(problem).partition("\n")[0]
+    for what, ours, right in zip(("out", "dq", "dk", "dv"), got, wanted, strict=False):
+        error = (ours[:, : right.shape[1]] - right).norm() / right.norm()
+        if not error < 1e-2:
+            return f"{what} is off by {error:.1e}"
+    return ""
 
 
 def timed(
-    shape: Shape, name: str, call: Callable[[Tensor, Tensor, Tensor], Tensor],
+    shape: Shape, name: str, call: Call,
     sets: list[list[Tensor]], rate: float, ours: dict[str, float],
 ) -> Iterator[Result]:  # fmt: skip
     torch.cuda.reset_peak_memory_stats()
@@ -88,12 +131,14 @@ def timed(
 
     saved = [(call(*one[:3]), one) for one in sets]
     grads = cycle(saved)
+    differentiable = saved[0][0].requires_grad
 
     def backward() -> tuple[Tensor, ...]:
         out, (q, k, v, grad) = next(grads)
         return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
-    for what, work, flops in (("forward", forward, 1.0), ("backward", backward, 2.5)):
+    passes = (("forward", forward, 1.0), ("backward", backward, 2.5))
+    for what, work, flops in passes[: 1 + differentiable]:
         spent = milliseconds(work)
         middle = statistics.median(spent)
         speed = flops * shape.flops / middle / 1e9

@@ -5,19 +5,23 @@ One turn of the softmax loop on one multiprocessor takes
     cycles = tensor + overlap * issue
 
 where ``tensor`` are the cycles of its matrix products at the chip's rate, ``issue`` those in which
-the four schedulers issue what the computing warps execute, and ``overlap`` the share of these that
-does not hide behind the products: the one free number, fitted for each architecture on a dense
-causal rate of FlashAttention and tried on its rate for packed rows. Turns are counted as the tiles
-lie, masked corners included, and dealt to multiprocessors longest first. Our backward is three
-kernels, one after another, of which the first is bound by memory. Everything told here is a
-prediction.
+the four schedulers issue what the warps of all roles execute, and ``overlap`` the share of these
+that does not hide behind the products: the one free number, fitted for each architecture on a dense
+causal rate of FlashAttention and tried on its rate for packed rows. No turn is faster than the
+units that know exponentials allow. Turns are counted as the tiles lie, masked corners included, and
+dealt to multiprocessors longest first. Our backward is three kernels, one after another, of which
+the first is bound by memory. Everything told here is a prediction.
+
+Waits between roles are taken to hide as FlashAttention's do. That may be kind to pairs: Triton's
+own Gluon example, of the same design, is published at about 1,326 TFLOP/s on a GB300 (its PR
+10110), 0.78 of cuDNN's rate on a GB200.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,13 +59,22 @@ class Turn:
     flops: float
     instructions: int  # that each computing warp issues
     warps: int  # that compute
+    others: float = 0.0  # instructions that the warps of other roles issue, together
+    exponentials: int = 0  # of those of a computing warp
+    masking: int = 0  # instructions more that it issues at a border, where only borders are masked
+    heads: int = 1  # query heads that a turn is for
 
     def cycles(self, chip: Chip, overlap: float) -> float:
-        return self.flops / chip.flops + overlap * self.issue
+        return max(self.flops / chip.flops + overlap * self.issue, self.special)
 
     @property
     def issue(self) -> float:
-        return self.instructions * self.warps / 4
+        return (self.instructions * self.warps + self.others) / 4
+
+    @property
+    def special(self) -> float:
+        """Cycles of the units that know exponentials: four lanes of a warp at a time."""
+        return self.exponentials * self.warps / 4 * 8
 
 
 @dataclass(frozen=True)
@@ -77,15 +90,19 @@ class Published:
 
 # Instructions: the interior block of FlashAttention-4's own machine code (flash-attn-4 4.0.0b36,
 # compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: on sm_90a two groups
-# of four warps share a tile, on sm_100a each has its own. Rates: FlashAttention's PRs 1893
-# and 2150, and the bars of MagiAttention's benchmark of packed rows, +- 5.
+# of four warps share a tile, on sm_100a each has its own, beside four warps that correct two tiles
+# (187), one that multiplies (211) and one that loads (48). Its masks are taken to cost nothing.
+# Rates: FlashAttention's PRs 1893 and 2150, and the bars of MagiAttention's benchmark of packed
+# rows, +- 5.
 CALIBRATION = (
     Published(
         90, Turn(128, 128, 4 * 128**3, 494, 8), 660, 545,
         "FA4's code for sm_90a, FA3's rates on H100",
     ),
     Published(
-        100, Turn(128, 128, 4 * 128**3, 520, 4), 1388, 1022,
+        100,
+        Turn(128, 128, 4 * 128**3, 520, 4, others=(4 * 187 + 211 + 48) / 2, exponentials=113),
+        1388, 1022,
         "FA4's code for sm_100a and its rates on B200",
     ),
 )  # fmt: skip
@@ -104,13 +121,34 @@ def lengths_of_magi() -> tuple[int, ...]:
 
 
 def forward_seconds(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
-    """Of a kernel over query tiles, each dealt longest first."""
+    """Of a kernel over query tiles, each dealt longest first.
+
+    Of two heads to a turn, the last of an odd group has two tiles in its place.
+    """
+    heads, kv_heads = shape.heads
+    group = heads // kv_heads
+    cycles = np.repeat(_cycles(turn, chip, overlap, shape), kv_heads * (group // turn.heads))
+    if group % turn.heads:
+        alone = replace(turn, queries=2 * turn.queries)
+        last = np.repeat(_cycles(alone, chip, overlap, shape), kv_heads)
+        cycles = np.concatenate([cycles, last])
+    return _seconds(cycles, chip)
+
+
+def _cycles(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> np.ndarray:
+    """Of each query tile, in one head or in those of a turn."""
     lengths = np.array(shape.lengths)
     ends = np.cumsum(lengths)
-    starts = np.repeat(ends - lengths, lengths)[:: turn.queries]
+    starts = np.repeat(ends - lengths, lengths)
     tiles = np.arange(0, shape.tokens, turn.queries)
-    turns = np.ceil((tiles + turn.queries - starts // turn.keys * turn.keys) / turn.keys)
-    return _seconds(np.repeat(turns, shape.heads[0]), turn, chip, overlap)
+    firsts = starts[tiles] // turn.keys * turn.keys
+    cycles = np.ceil((tiles + turn.queries - firsts) / turn.keys) * turn.cycles(chip, overlap)
+    if turn.masking:
+        last_starts = starts[np.minimum(tiles + turn.queries, shape.tokens) - 1]
+        past = np.minimum(np.ceil((last_starts - firsts) / turn.keys), (tiles - firsts) / turn.keys)
+        borders = turn.queries // turn.keys + past
+        cycles += borders * overlap * turn.masking * turn.warps / 4
+    return cycles
 
 
 def backward_seconds(
@@ -121,12 +159,11 @@ def backward_seconds(
     tiles = np.arange(0, shape.tokens, turn.keys)
     last = ends[np.minimum(tiles + turn.keys, shape.tokens) - 1]
     turns = np.ceil((last - tiles) / turn.queries) * (shape.heads[0] // programs)
-    return _seconds(np.repeat(turns, programs), turn, chip, overlap)
+    return _seconds(np.repeat(turns, programs) * turn.cycles(chip, overlap), chip)
 
 
-def _seconds(turns: np.ndarray, turn: Turn, chip: Chip, overlap: float) -> float:
-    costs = np.sort(turns)[::-1] * turn.cycles(chip, overlap)
-    return makespan(costs, chip.multiprocessors) / chip.clock_hz
+def _seconds(cycles: np.ndarray, chip: Chip) -> float:
+    return makespan(np.sort(cycles)[::-1], chip.multiprocessors) / chip.clock_hz
 
 
 def tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
@@ -186,6 +223,9 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
             f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
             f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
         )
+        if pairs := turns.get((chip.target, "pairs", 128)):
+            yield resources("pairs, two tiles against a block", pairs, chip, 1)
+            yield resources("FlashAttention-4", known.turn, chip, 2)
         back, back_overlap = BACKWARD_CALIBRATION, overlap
         if back.target == chip.target:
             back_overlap = fit(chip, back, dense, backward_tflops)
@@ -194,18 +234,28 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
         else:
             yield "backward: on nothing, the forward's share is taken; its error is unknown"
         for shape in shapes:
-            ours = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
+            ours = tflops(pairs or turns[chip.target, "forward", 128], chip, overlap, shape)
             theirs = tflops(known.turn, chip, overlap, shape)
+            stock = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
             backward = our_backward_tflops(
                 turns[chip.target, "dq", 128], turns[chip.target, "dkdv", 128],
                 chip, back_overlap, shape,
             )  # fmt: skip
+            without = f"; {stock / theirs:.2f} without pairs" if stock != ours else ""
             beside = ""
             if back.target == chip.target:
                 best = backward_tflops(back.turn, chip, back_overlap, shape)
                 beside = f", {backward / best:.2f} of FlashAttention's ({best:,.0f})"
             yield (
                 f"{shape!s:58} forward {ours:5,.0f} TFLOP/s predicted, "
-                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}); "
+                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}){without}; "
                 f"backward {backward:5,.0f}{beside}"
             )
+
+
+def resources(name: str, turn: Turn, chip: Chip, times: int) -> str:
+    """What of a multiprocessor's cycles a turn takes: whichever is most is what binds."""
+    return (
+        f"{name}: {times * turn.flops / chip.flops:,.0f} cycles of tensor cores, "
+        f"{times * turn.special:,.0f} of exponentials, {times * turn.issue:,.0f} of issue slots"
+    )

@@ -1,8 +1,9 @@
 """The attention kernels as machine code, for every entry of their table: what can be proven here.
 
 That each compiles, fits and multiplies on the tensor cores by the widest instruction, loads by TMA,
-is specialised where the table says so, spills nothing in a loop, and keeps its budget. A rate is
-predicted from the same loops, and is a prediction: none of these kernels has run on a GPU.
+is specialised where the table says so, spills nothing in a loop that multiplies or exponentiates,
+and keeps its budget. A rate is predicted from the same loops, and is a prediction: none of these
+kernels has run on a GPU.
 
 Triton must not interpret in this process. For another Triton, put it first on PYTHONPATH.
 """
@@ -11,29 +12,34 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton.experimental.gluon import language as gl
 
 from bench.attention import gpu_shapes
 from bench.attention_model import Turn, predict
 from bench.harness import Result
-from bench.machine_code import MachineCode, compile_kernel
+from bench.machine_code import HOT, MachineCode, compile_kernel
+from hermes_kernels import forward_sm100
 from hermes_kernels import varlen_attention as kernels
-from hermes_kernels.launch import TABLE, Kernel, Launch, launch_of, parts_of
+from hermes_kernels.launch import TABLE, TILE, Kernel, Launch, launch_of, parts_of
 
 TARGETS = (90, 100)
 MATRIX = {90: "HGMMA", 100: "UTCHMMA"}
 SPILLS = ("LDL", "STL")
 # On sm_100 Triton 3.7 keeps the thread's number in one slot of the stack, which each group of
-# warps reads when it starts; 3.6 reads one in dq. No loop of a group touches it.
-SPILLS_OUTSIDE_LOOPS = {90: 0, 100: 12}
+# warps reads when it starts; 3.6 reads one in dq. No loop that multiplies or exponentiates touches
+# it. In pairs 3.7 keeps there what roles ask for when they begin, and the one that corrects reads
+# its warp's number where it has to scale; 3.6 spills nothing.
+SPILLS_OUTSIDE_LOOPS = {"pairs": 24, "sm_100": 12, "sm_90": 0}
 
 # Instructions that a warp issues in one turn of the softmax loop, by class, with Triton 3.7.1 or
-# 3.6.0, whichever is more. A regression is more than a twentieth and four above that.
+# 3.6.0, whichever is more. A regression is more than a twentieth and four above that. Of pairs also
+# "masking", those more at a border, and "roles", those of all warps without exponentials.
 BUDGET_FILE = Path(__file__).with_name("attention_budget.json")
 CLASSES = {
     "matrix": ("HGMMA", "UTCHMMA", "HMMA"),
@@ -65,10 +71,13 @@ class Entry:
     @property
     def loop(self) -> Counter[str]:
         """The loop that does the softmax: the shortest that has most of the exponentials."""
+        return min(self._softmax_loops, key=Counter.total, default=Counter())
+
+    @property
+    def _softmax_loops(self) -> list[Counter[str]]:
         loops = self.code.hot_loops()
         most = max((body["MUFU.EX2"] for body in loops), default=0)
-        softmax = [body for body in loops if 2 * body["MUFU.EX2"] >= most]
-        return min(softmax, key=Counter.total, default=Counter())
+        return [body for body in loops if 2 * body["MUFU.EX2"] >= most]
 
     def count(self, *prefixes: str) -> int:
         """Instructions of that loop by the beginning of their names."""
@@ -78,10 +87,43 @@ class Entry:
     def name(self) -> str:
         return f"sm_{self.target} {self.kernel} {self.size}"
 
+    @property
+    def masking(self) -> int:
+        """Instructions more of the loop that masks, where it is one of its own."""
+        if not self._paired:
+            return 0
+        return max(map(Counter.total, self._softmax_loops), default=0) - self.loop.total()
+
+    @property
+    def others(self) -> int:
+        """Instructions that all roles but the softmax issue in a turn, on sm_100."""
+        if self.target != 100 or not (self.launch.specialize or self._paired):
+            return 0
+        return sum(
+            body.total() * (self.launch.warps if body["FMUL"] + body["FMUL2"] else 1)
+            for body in self.role_loops
+            if body not in self._softmax_loops
+        )
+
+    @property
+    def role_loops(self) -> list[Counter[str]]:
+        """Of every role; what stores the output is no loop, though its waits jump back."""
+        loops = self.code.loops(*HOT, "LDTM", "UTMALDG")
+        return [body for body in loops if not any(name.startswith("UTMASTG") for name in body)]
+
     def classes(self) -> dict[str, int]:
         """Instructions of that loop by class; "other" are what no class names."""
         counts = {name: self.count(*prefixes) for name, prefixes in CLASSES.items()}
-        return counts | {"other": self.loop.total() - sum(counts.values())}
+        counts["other"] = self.loop.total() - sum(counts.values())
+        return counts | ({"masking": self.masking, "roles": self.others} if self._paired else {})
+
+    @property
+    def _paired(self) -> bool:
+        return self.kernel == "pairs"
+
+    def spills(self, loops: Sequence[Counter[str]]) -> int:
+        """Instructions of ``loops`` that read or write the stack."""
+        return sum(n for body in loops for name, n in body.items() if name.startswith(SPILLS))
 
     def overspent(self) -> list[str]:
         """Classes that are over their budget."""
@@ -94,18 +136,18 @@ class Entry:
 
     def faults(self) -> list[str]:
         """What is wrong; empty where nothing is."""
-        code, matrix = self.code, MATRIX[self.target]
-        in_loops = sum(
-            n for loop in code.hot_loops() for name, n in loop.items() if name.startswith(SPILLS)
-        )
+        code, matrix, early = self.code, MATRIX[self.target], self.code.early_arrivals()
+        in_loops = self.spills(code.hot_loops())
         checks = {
             f"{in_loops} spills in a loop": in_loops > 0,
             f"{code.count(*SPILLS)} spills": code.count(*SPILLS)
-            > SPILLS_OUTSIDE_LOOPS[self.target],
+            > SPILLS_OUTSIDE_LOOPS["pairs" if self._paired else f"sm_{self.target}"],
             f"no {matrix}": code.count(matrix) == 0,
             "no TMA loads": code.count("UTMALDG") == 0,
-            "warps are not specialised": self.launch.specialize and code.warps <= self.launch.warps,
+            "warps are not specialised": (self.launch.specialize or self._paired)
+            and code.warps <= self.launch.warps,
             "no loop that exponentiates": not self.loop,
+            f"{early} arrivals before all warps have met": self._paired and early > 0,
         }
         limits = [text for text in code.faults() if "spill" not in text]
         return limits + [text for text, wrong in checks.items() if wrong] + self.overspent()
@@ -122,6 +164,8 @@ def compile_entry(
     target: int, kernel: Kernel, size: int, launch: Launch, *, kv_heads: int = 8
 ) -> MachineCode:
     """One kernel as the recipes call it: bf16, 64 query heads on 8, or a rank's share of them."""
+    if kernel == "pairs":
+        return compile_pairs(size, launch)
     queries = f"tensordesc<bf16[{launch.queries},{size}]>"
     keys = f"tensordesc<bf16[{launch.keys},{size}]>"
     vector = f"tensordesc<fp32[{launch.queries}]>"
@@ -151,6 +195,38 @@ def compile_entry(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+
+
+def compile_pairs(size: int, launch: Launch, *, group: int = 8, dtype: str = "bf16") -> MachineCode:
+    """The forward of sm_100, for key heads with so many query heads."""
+    kinds = {"bf16": gl.bfloat16, "fp16": gl.float16}
+    layout = gl.NVMMASharedLayout.get_default_for([TILE, size], kinds[dtype])
+    boxes = dict.fromkeys(
+        ("q_desc", "k_desc", "v_desc", "out_desc"),
+        f"tensordesc<{dtype}[{TILE}, {size}],{layout!r}>",
+    )
+    pointers = {"lse_ptr": "*fp32", "starts": "*i32", "order": "*i32"}
+    return compile_kernel(
+        forward_sm100.pair_kernel,
+        boxes | pointers | {"scale": "fp32", "T": "i32", "U": "i32"},
+        {"G": group, "STAGES": launch.stages},
+        100,
+        divisible=("T", "U"),
+        num_warps=forward_sm100.WARPS,
+        maxnreg=forward_sm100.REGISTERS,
+    )
+
+
+def pair_faults() -> list[str]:
+    """What is wrong with pairs where a group is odd, and in fp16."""
+    wrong = []
+    for (target, kernel, size), launch in TABLE.items():
+        if kernel == "pairs":
+            for group, dtype in ((5, "bf16"), (8, "fp16")):
+                code = compile_pairs(size, launch, group=group, dtype=dtype)
+                faults = Entry(target, kernel, size, launch, code).faults()
+                wrong += [f"pairs {size}, {group} heads, {dtype}: {fault}" for fault in faults]
+    return wrong
 
 
 def delta_faults() -> list[str]:
@@ -192,37 +268,45 @@ def run() -> Iterator[Result | str]:
         wrong += [f"{entry.name}: {fault}" for fault in faults]
         yield line(entry) + (f"  FAULT: {'; '.join(faults)}" if faults else "")
         turns[entry.target, entry.kernel, entry.size] = turn_of(entry)
-    wrong += delta_faults() + part_faults()
+    wrong += delta_faults() + part_faults() + pair_faults()
     if wrong:
         raise SystemExit("\n".join(wrong))
-    yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA, spills nothing in a loop"
+    yield (
+        "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA, spills nothing in a loop "
+        "that multiplies or exponentiates"
+    )
     yield from predict(turns, gpu_shapes())
 
 
 def line(entry: Entry) -> str:
     how, code = entry.launch, entry.code
     by_class = ", ".join(f"{count} {name}" for name, count in entry.classes().items() if count)
-    special = f"{code.warps} warps by role" if how.specialize else f"{code.warps} warps"
+    roles = " by role" if how.specialize or entry.kernel == "pairs" else ""
+    special = f"{code.warps} warps{roles}"
     return (
         f"sm_{entry.target:<3} {entry.kernel:7} {entry.size:3}  {how.queries:3} x {how.keys:<3} "
         f"{special:16} {code.registers:3} registers  {code.shared_bytes:7,} B shared  "
         f"{code.tensor_memory_columns:3} tensor columns  "
         f"{code.count(MATRIX[entry.target]):3} {MATRIX[entry.target]}, "
         f"{entry.loop.total():3} instructions a turn ({by_class}), "
-        f"{code.count(*SPILLS)} spills, none in a loop"
+        f"{code.count(*SPILLS)} spills, {entry.spills(entry.role_loops) or 'none'} in a loop"
     )
 
 
 def turn_of(entry: Entry) -> Turn:
     """One turn of the softmax loop, as `attention_model` wants it."""
-    how = entry.launch
+    how, heads = entry.launch, 2 if entry.kernel == "pairs" else 1
     # On sm_90 the warps asked for stand twice, as two groups that share a tile.
-    computing = how.warps * (2 if how.specialize and entry.target == 90 else 1)
-    products = {"forward": 2, "dq": 3, "dkdv": 4}[entry.kernel]
+    twice = entry.kernel == "pairs" or (how.specialize and entry.target == 90)
+    products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel]
     return Turn(
         queries=how.queries,
         keys=how.keys,
-        flops=2 * products * how.queries * how.keys * entry.size,
+        flops=2 * products * heads * how.queries * how.keys * entry.size,
         instructions=entry.loop.total(),
-        warps=computing,
+        warps=how.warps * (2 if twice else 1),
+        others=entry.others,
+        exponentials=entry.count("MUFU.EX2"),
+        masking=entry.masking,
+        heads=heads,
     )

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)(.*)$", re.MULTILINE)
 JUMP = re.compile(r"\b(0x[0-9a-f]+)")
+# What of PTX matters before an arrival: did the warps of a role meet after they touched memory?
+ARRIVAL = re.compile(
+    r"(mbarrier\.arrive(?!\.expect)|bar\.sync|tcgen05\.(?:ld|st)|(?:ld|st)\.shared|(?:ld|st)matrix)"
+)
 HOT = ("HGMMA", "UTCHMMA", "HMMA", "MUFU.EX2")
 
 
@@ -57,7 +62,11 @@ class MachineCode:
         return _count(self.opcodes(), *prefixes)
 
     def hot_loops(self) -> list[Counter[str]]:
-        """The instructions of each innermost loop that multiplies matrices or exponentiates.
+        """The instructions of each innermost loop that multiplies matrices or exponentiates."""
+        return self.loops(*HOT)
+
+    def loops(self, *names: str) -> list[Counter[str]]:
+        """The instructions of each innermost loop that has one whose name starts so.
 
         Waits for a barrier stand at the end and jump back into the middle: no loop is innermost
         around such an instruction because of them, and one that re-divides registers is none.
@@ -73,12 +82,21 @@ class MachineCode:
         innermost = set()
         for at, name, _ in code:
             around = [s for s in spans if s[0] <= at <= s[1]]
-            if name.startswith(HOT) and around:
+            if name.startswith(names) and around:
                 innermost.add(min(around, key=lambda s: s[1] - s[0]))
         return [
             Counter(name for at, name, _ in code if start <= at <= end)
             for start, end in sorted(innermost)
         ]
+
+    def early_arrivals(self) -> int:
+        """Arrivals at a barrier, which one thread makes for its role, that other warps of the role
+        may not yet have come to: a kernel's source does not say how they meet.
+        """
+        events = ["bar.sync", *ARRIVAL.findall(self.ptx)]
+        return sum(
+            now == "mbarrier.arrive" and before != "bar.sync" for before, now in pairwise(events)
+        )
 
     def faults(self) -> list[str]:
         """What would stop a launch or spill; empty where nothing does."""
@@ -103,7 +121,7 @@ def compile_kernel(
     divisible: Sequence[str] = (),
     **options: Any,
 ) -> MachineCode:
-    """Compile a ``@triton.jit`` kernel for sm_``target``; takes seconds, needs no GPU.
+    """Compile a kernel of Triton or Gluon for sm_``target``; takes seconds, needs no GPU.
 
     Args:
         signature: the type of each argument that is no constant, in Triton's words: "*bf16",
@@ -119,12 +137,14 @@ def compile_kernel(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set here; compile in a process without it")
     at = {name: i for i, name in enumerate(kernel.arg_names)}
     aligned = [*(n for n, kind in signature.items() if kind.startswith("*")), *divisible]
-    source = ASTSource(
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(
         fn=kernel,
         signature={name: signature.get(name, "constexpr") for name in kernel.arg_names},
         constexprs={(at[name],): value for name, value in constants.items()},

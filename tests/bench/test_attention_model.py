@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from bench.attention_model import (
     backward_seconds,
     backward_tflops,
     fit,
+    forward_seconds,
     makespan,
     our_backward_tflops,
     tflops,
@@ -34,6 +37,43 @@ def test_a_turn_takes_its_products_and_what_does_not_hide() -> None:
     assert TURN.issue == 200
     assert TURN.cycles(CHIPS[0], 0) == 1024
     assert TURN.cycles(CHIPS[0], 0.5) == 1124
+
+
+def test_other_roles_issue_too_and_exponentials_are_never_faster_than_their_unit() -> None:
+    turn = replace(TURN, others=80, exponentials=64)
+    assert turn.issue == 220
+    assert turn.special == 64 * 8 * 2
+    assert turn.cycles(CHIPS[0], 0.5) == 1134
+    assert replace(turn, exponentials=128).cycles(CHIPS[0], 0.5) == 128 * 8 * 2
+
+
+def test_two_heads_share_a_turn_and_borders_cost_their_masks() -> None:
+    chip = CHIPS[0]
+    two = Shape("", (256,), (2, 1), 64, torch.bfloat16)
+    turn = replace(TURN, heads=2, masking=50)
+    # Two tiles of one and two turns; the diagonal block of each is masked.
+    border = 50 * 8 / 4
+    assert forward_seconds(turn, chip, 0.5, two) == pytest.approx(
+        (2 * 1124 + 0.5 * border) / chip.clock_hz
+    )
+    # The second tile begins with another segment's end: its first block is a border too.
+    split = Shape("", (100, 156), (2, 1), 64, torch.bfloat16)
+    assert forward_seconds(turn, chip, 0.5, split) == pytest.approx(
+        (2 * 1124 + 0.5 * 2 * border) / chip.clock_hz
+    )
+
+
+def test_the_last_head_of_an_odd_group_has_two_tiles_a_turn() -> None:
+    three = Shape("", (256,), (3, 1), 64, torch.bfloat16)
+    turn = replace(TURN, heads=2)
+    # Two heads: tiles of one and two turns; one head: both tiles in two turns.
+    assert forward_seconds(turn, CHIPS[0], 0.5, three) == pytest.approx(
+        2 * 1124 / CHIPS[0].clock_hz
+    )
+    one = replace(CHIPS[0], multiprocessors=1)
+    assert forward_seconds(turn, one, 0.5, three) == pytest.approx(
+        (1 + 2 + 2) * 1124 / one.clock_hz
+    )
 
 
 def test_the_rate_counts_the_exact_area_over_the_longest_worker() -> None:

@@ -10,10 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from bench.attention_static import CLASSES, TARGETS, Entry, budget
+from bench.attention_static import CLASSES, TARGETS, Entry, budget, turn_of
 from bench.machine_code import MachineCode
 from hermes_kernels.launch import TABLE
 
+PAIRS = """
+        /*0000*/                   UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4] ;
+        /*0010*/                   BRA 0x0 ;
+        /*0020*/                   LDTM.x32 R4, tmem[UR6] ;
+        /*0030*/                   FMUL2 R4, R4.F32x2.HI_LO, R8.F32x2.HI_LO ;
+        /*0040*/                   BRA 0x20 ;
+        /*0050*/                   MUFU.EX2 R8, R2 ;
+        /*0060*/                   BRA 0x50 ;
+        /*0070*/                   FSEL R2, R2, R3, P0 ;
+        /*0080*/                   MUFU.EX2 R8, R2 ;
+        /*0090*/                   BRA 0x70 ;
+        /*00a0*/                   LDTM.x32 R4, tmem[UR6] ;
+        /*00b0*/                   UTMASTG.2D [UR8], [UR12] ;
+        /*00c0*/                   BRA 0xa0 ;
+"""
 LOOP = """
         /*0000*/                   UTMALDG.2D [UR12], [UR8] ;
         /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8] ;
@@ -48,7 +63,9 @@ def test_every_entry_of_the_table_passes(repository: Path) -> None:
 def test_each_entry_has_a_budget() -> None:
     known = budget()
     assert set(known) == {f"sm_{t} {kernel} {h}" for t, kernel, h in TABLE if t in TARGETS}
-    assert all(set(spent) == {*CLASSES, "other"} for spent in known.values())
+    for name, spent in known.items():
+        more = {"masking", "roles"} if "pairs" in name else set()
+        assert set(spent) == {*CLASSES, "other", *more}
 
 
 def test_waits_that_jump_back_are_no_loops() -> None:
@@ -76,6 +93,22 @@ def test_code_that_fits_has_no_faults() -> None:
 def test_what_is_wrong_is_named(change: dict[str, object], fault: str) -> None:
     entry = replace(ENTRY, code=replace(CODE, **change))  # type: ignore[arg-type]
     assert fault in entry.faults()
+
+
+def test_a_turn_of_pairs_counts_every_role_and_no_epilogue() -> None:
+    code = replace(CODE, target=100, sass=PAIRS)
+    turn = turn_of(Entry(100, "pairs", 128, TABLE[100, "pairs", 128], code))
+    assert (turn.instructions, turn.warps, turn.exponentials) == (2, 8, 1)
+    assert turn.others == 2 + 3 * 4
+    assert turn.masking == 1
+    assert (turn.queries, turn.heads, turn.flops) == (128, 2, 8 * 128**3)
+
+
+def test_warps_that_do_not_meet_before_they_arrive_are_a_fault() -> None:
+    ptx = "st.shared.b32 [a], b;\nmbarrier.arrive.shared::cta.b64 _, [c];"
+    code = replace(CODE, target=100, sass=PAIRS, ptx=ptx)
+    entry = Entry(100, "pairs", 128, TABLE[100, "pairs", 128], code)
+    assert "1 arrivals before all warps have met" in entry.faults()
 
 
 def test_a_longer_loop_breaks_the_budget() -> None:

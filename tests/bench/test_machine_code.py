@@ -48,6 +48,19 @@ def test_what_would_stop_a_launch_is_named(change: dict[str, object], fault: str
     assert replace(SMALL, **change).faults() == [fault]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("ptx", "early"),
+    [
+        ("st.shared.b32 [a], b;\nbar.sync 2, 128;\n@p mbarrier.arrive.shared::cta.b64 _, [c];", 0),
+        ("bar.sync 2, 128;\nst.shared.b32 [a], b;\n@p mbarrier.arrive.shared::cta.b64 _, [c];", 1),
+        ("tcgen05.st.sync.aligned [a];\nmbarrier.arrive.shared::cta.b64 _, [c];", 1),
+        ("st.shared.b32 [a], b;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [c], 64;", 0),
+    ],
+)
+def test_an_arrival_wants_the_warps_to_have_met(ptx: str, early: int) -> None:
+    assert replace(SMALL, ptx=ptx).early_arrivals() == early
+
+
 def test_a_kernel_is_compiled_for_gpus_that_are_not_here(repository: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])

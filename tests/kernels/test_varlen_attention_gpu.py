@@ -38,7 +38,7 @@ def run(inputs: list[Tensor], at: Segments, backend: Backend) -> list[Tensor]:
 
 @pytest.mark.parametrize("size", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1), (5, 1)])
 def test_a_row_of_16384_equals_float64(
     size: int, dtype: torch.dtype, heads: int, kv_heads: int
 ) -> None:
