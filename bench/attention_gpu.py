@@ -58,7 +58,7 @@ def peers(shape: Shape, sets: list[list[Tensor]], device: torch.device) -> dict[
     """What can run here, ours first."""
     at = segments(np.concatenate([[0], np.cumsum(shape.lengths)]), device=device)
     calls: dict[str, Call] = {}
-    names: tuple[Backend, ...] = ("triton", "torch", "flash")
+    names: tuple[Backend, ...] = ("triton", "gluon", "torch", "flash")
     for name in names:
         if not obstacle("attention", name, device, shape.dtype, shape.size):
             calls[name] = functools.partial(varlen_attention, segments=at, backend=name)

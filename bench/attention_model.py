@@ -234,21 +234,22 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
         else:
             yield "backward: on nothing, the forward's share is taken; its error is unknown"
         for shape in shapes:
-            ours = tflops(pairs or turns[chip.target, "forward", 128], chip, overlap, shape)
+            ours = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
             theirs = tflops(known.turn, chip, overlap, shape)
-            stock = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
             backward = our_backward_tflops(
                 turns[chip.target, "dq", 128], turns[chip.target, "dkdv", 128],
                 chip, back_overlap, shape,
             )  # fmt: skip
-            without = f"; {stock / theirs:.2f} without pairs" if stock != ours else ""
-            beside = ""
+            beside = gluon = ""
+            if pairs:
+                other = tflops(pairs, chip, overlap, shape)
+                gluon = f", gluon's {other:,.0f}, {other / theirs:.2f}"
             if back.target == chip.target:
                 best = backward_tflops(back.turn, chip, back_overlap, shape)
                 beside = f", {backward / best:.2f} of FlashAttention's ({best:,.0f})"
             yield (
                 f"{shape!s:58} forward {ours:5,.0f} TFLOP/s predicted, "
-                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}){without}; "
+                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}){gluon}; "
                 f"backward {backward:5,.0f}{beside}"
             )
 

@@ -17,7 +17,7 @@ from hermes_core.segments import Segments
 from hermes_kernels import reference
 from hermes_kernels.launch import TILE, padded_size
 
-Backend = Literal["auto", "triton", "flash", "torch", "cpu", "reference"]
+Backend = Literal["auto", "triton", "gluon", "flash", "torch", "cpu", "reference"]
 
 
 @overload
@@ -46,8 +46,8 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention inside each segment; no token sees another segment.
 
-    Equal inputs give equal bits with "triton", "cpu" and "reference". What stands beside a segment
-    changes none of its bits: with "triton" as long as it keeps its place modulo 128.
+    Equal inputs give equal bits with "triton", "gluon", "cpu" and "reference". What stands beside a
+    segment changes none of its bits: with our GPU kernels as long as it keeps its place modulo 128.
 
     DTensors whose heads are sharded (tensor parallelism) give such a DTensor: every rank attends
     with its own heads, and nothing is sent.
@@ -57,9 +57,10 @@ def varlen_attention(
         segments: made once per batch by `segments(cu_seqlens)`; covers all T tokens.
         scale: positive factor on q @ k; 1 / sqrt(H) if None.
         return_lse: give the log-sum-exp of each query's scaled scores too; it has no gradient.
-        backend: "triton" (ours, CUDA), "flash" (the flash-attn that is installed), "torch"
-            (PyTorch's varlen_attn), "cpu" (segments of like length batched into fused calls),
-            "reference" (plain, any device, float64 too), or "auto", the table in `backends`.
+        backend: "triton" (ours, CUDA), "gluon" (the same with another forward, for Blackwell, that
+            has never run and that "auto" never takes), "flash" (the flash-attn that is installed),
+            "torch" (PyTorch's varlen_attn), "cpu" (ours in C++), "reference" (plain, any device,
+            float64 too), or "auto", the table in `backends`.
 
     Returns:
         [T, N, H] in q's dtype; with ``return_lse`` also [N, T], natural logarithm, at least fp32.
@@ -79,7 +80,7 @@ def varlen_attention(
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     name = choose("attention", backend, q_TNH.device, q_TNH.dtype, size=size)
-    if name in ("triton", "cpu"):
+    if name in ("triton", "gluon", "cpu"):
         out, lse = _run_op(name, q_TNH, k_TKH, v_TKH, segments, scale)
     elif name == "reference":
         lengths = segments.lengths.tolist()
@@ -160,7 +161,7 @@ def _run_op(
     name: str, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
 ) -> tuple[Tensor, Tensor]:
     size = q.shape[-1]
-    if name == "triton" and (room := padded_size(size) - size):
+    if name in ("triton", "gluon") and (room := padded_size(size) - size):
         q, k, v = (pad(x, (0, room)) for x in (q, k, v))
     places = (segments.starts, segments.ends, segments.query_order, segments.key_order)
     out, lse = _op(q.contiguous(), k.contiguous(), v.contiguous(), *places, scale, name)
@@ -178,6 +179,10 @@ def _op(
     if backend == "cpu":
         lse = _room_for_lse(q, query_order)
         return attention_cpu.forward(q, k, v, starts, lse, scale), lse
+    if backend == "gluon":
+        from hermes_kernels import forward_sm100
+
+        return forward_sm100.forward(q, k, v, starts, query_order, scale)
     from hermes_kernels import varlen_attention as kernels
 
     return kernels.forward(q, k, v, starts, query_order, scale)

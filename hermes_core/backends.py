@@ -9,14 +9,17 @@ from typing import Literal
 
 import torch
 
-from hermes_kernels.launch import TABLE, architecture, padded_size
+from hermes_kernels.launch import TABLE, Kernel, architecture, padded_size
 
 Operation = Literal["attention", "loss"]
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "attention": ("triton", "flash", "torch", "cpu", "reference"),
+    "attention": ("triton", "gluon", "flash", "torch", "cpu", "reference"),
     "loss": ("triton", "torch", "reference"),
 }
+OWNERS = {
+    "triton": "Triton", "gluon": "Gluon", "flash": "flash-attn", "torch": "torch's varlen_attn"
+}  # fmt: skip
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
@@ -33,7 +36,8 @@ class Choice:
 AUTO: dict[tuple[str, Operation, int], Choice] = {
     ("sm_100", "attention", 0): Choice(
         ("flash", "triton", "torch", "reference"),
-        "FlashAttention-4 is measured on B200 (arXiv 2603.05451), our kernels have not run there",
+        "FlashAttention-4 is measured on B200 (arXiv 2603.05451), our kernels have not run there; "
+        "gluon, predicted to be faster than triton, waits for its first run",
     ),
     ("sm_90", "attention", 0): Choice(
         ("triton", "flash", "torch", "reference"),
@@ -73,22 +77,32 @@ def obstacle(
         return ""
     if backend == "cpu":
         return "" if device.type == "cpu" else f"the tensors are on {device}"
-    owner = {"triton": "Triton", "flash": "flash-attn", "torch": "torch's varlen_attn"}[backend]
+    owner = OWNERS[backend]
     if misplaced := _needs_cuda(owner, device):
         return misplaced
     if dtype not in HALF:
         return f"{owner} takes bfloat16 or float16, not {dtype}"
     if not padded_size(size):
         return f"{owner} takes head sizes to 256, not {size}"
-    if backend == "triton" and find_spec("triton") is None:
-        return "triton is not installed"
-    if backend == "triton" and (architecture(device), "forward", padded_size(size)) not in TABLE:
-        return f"no tiles for head size {size} on this GPU"
+    if backend in ("triton", "gluon"):
+        return _obstacle_of_kernels(backend, device, padded_size(size))
     if backend == "flash":
         from hermes_core.attention_peers import flash
 
         return "" if flash() else "no flash-attn is installed"
     return ""
+
+
+def _obstacle_of_kernels(backend: str, device: torch.device, size: int) -> str:
+    """Why our kernels cannot run on this GPU, where they take the dtype; "" if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    kernel: Kernel = "forward" if backend == "triton" else "pairs"
+    if (architecture(device), kernel, size) in TABLE:
+        return ""
+    if backend == "gluon" and architecture(device) != 100:
+        return "Gluon's forward is made for Blackwell (sm_100), which this GPU is not"
+    return f"no tiles for head size {size} on this GPU"
 
 
 def _obstacle_of_loss(device: torch.device, dtype: torch.dtype) -> str:

@@ -29,6 +29,8 @@ M, M queries of a tile and J keys of a block.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -44,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 from triton.experimental.gluon.nvidia.blackwell import TensorDescriptor
 
-from hermes_kernels.launch import TILE
+from hermes_kernels.launch import TILE, launch_of, room_for
 from hermes_kernels.softmax_sm100 import block_key, pairs, row_a_thread, softmax, weights_in
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -247,21 +249,21 @@ def pair_kernel(
 
 
 def forward(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NU: Tensor,
-    starts_T: Tensor, order: Tensor, scale: float, *, stages: int,
-) -> None:  # fmt: skip
-    """Write ``out_TNH`` and ``lse_NU``; the others are those of `varlen_attention.forward`.
-
-    Args:
-        stages: places for blocks of keys or values in shared memory.
-    """
-    tokens, kv_heads = k_TKH.shape[:2]
-    group = q_TNH.shape[1] // kv_heads
-    boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out_TNH))
-    pair_kernel[kv_heads * -(-group // 2), order.numel()](
-        *boxes, lse_NU, starts_T, order, scale, tokens, lse_NU.shape[1],
-        group, stages, num_warps=WARPS, maxnreg=REGISTERS,
-    )  # fmt: skip
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_T: Tensor, order: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `varlen_attention.forward`, for head sizes of 64 and 128, on a GPU of sm_100."""
+    tokens, heads, size = q_TNH.shape
+    kv_heads = k_TKH.shape[1]
+    group = heads // kv_heads
+    out = torch.empty_like(q_TNH)
+    lse = q_TNH.new_empty(heads, room_for(heads, tokens, order.numel()), dtype=torch.float32)
+    boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out))
+    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+        pair_kernel[kv_heads * -(-group // 2), order.numel()](
+            *boxes, lse, starts_T, order, scale, tokens, lse.shape[1],
+            group, launch_of(100, "pairs", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
+        )  # fmt: skip
+    return out, lse
 
 
 def _boxes(x_TNH: Tensor) -> TensorDescriptor:

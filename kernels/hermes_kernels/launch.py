@@ -32,8 +32,7 @@ class Launch:
 # tile that the machine code shows to fit: shared memory, tensor memory, registers, nothing spilled
 # in a loop (`python -m bench attention --static`); where warps can be specialised they are, as
 # FlashAttention-3 and 4 do with the same tiles. 80 stands for every other GPU, only compiled.
-# "pairs" is the forward of `forward_sm100`, which runs where it has an entry; its stages are blocks
-# of keys or values in shared memory. "forward" of 100 is what it has to beat, and where to go back.
+# "pairs" is the forward of `forward_sm100`, whose stages are blocks of keys or values.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (90, "forward", 64): Launch(128, 128, 4, 2, specialize=True),
     (90, "forward", 128): Launch(128, 128, 4, 2, specialize=True),
@@ -94,3 +93,15 @@ def padded_size(size: int) -> int:
     96 and 192 run as 128 and 256 with zeros: Triton's tiles are powers of two.
     """
     return next((known for known in (64, 128, 256) if size <= known), 0)
+
+
+def room_for(heads: int, tokens: int, tiles: int) -> int:
+    """U, the room that so many tiles have for tokens, checked.
+
+    Raises:
+        ValueError: statistics of all heads are one vector, whose places are int32.
+    """
+    room = tiles * TILE
+    if heads * room >= 2**31:
+        raise ValueError(f"{heads} heads x {tokens} tokens pass 2^31; use fewer rows a batch")
+    return room

@@ -27,8 +27,8 @@ of outputs are made after the loop: before it they cost registers. A head size t
 two is padded with zeros by the caller.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); the tiling and its cost are counted in
-docs/numbers.md. Twin: `reference.varlen_attention`. On Blackwell (sm_100) the forward is another
-kernel, `forward_sm100`.
+docs/numbers.md. Twin: `reference.varlen_attention`. `forward_sm100` is another
+forward, for Blackwell.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hermes_kernels.launch import TABLE, TILE, architecture, launch_of, parts_of
+from hermes_kernels.launch import TILE, architecture, launch_of, parts_of, room_for
 
-INT32_MAX = 2**31 - 1  # statistics of all heads are one vector, whose places are int32
 ORDERED = tl.constexpr(TILE)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -193,19 +192,8 @@ def forward(
         order: [U / TILE] int32, the query tiles, the one that is to start first first.
     """
     tokens, heads, size = q_TNH.shape
-    room = order.numel() * TILE
-    if heads * room > INT32_MAX:
-        raise ValueError(f"{heads} heads x {tokens} tokens pass 2^31; use fewer rows a batch")
+    room = room_for(heads, tokens, order.numel())
     out, lse = torch.empty_like(q_TNH), q_TNH.new_empty(heads, room, dtype=torch.float32)
-    pairs = TABLE.get((architecture(q_TNH.device), "pairs", size))
-    if pairs and q_TNH.is_cuda:
-        from hermes_kernels import forward_sm100
-
-        with torch.cuda.device(q_TNH.device):
-            forward_sm100.forward(
-                q_TNH, k_TKH, v_TKH, out, lse, starts_T, order, scale, stages=pairs.stages
-            )
-        return out, lse
     how = launch_of(architecture(q_TNH.device), "forward", size)
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
     with _on(q_TNH.device):

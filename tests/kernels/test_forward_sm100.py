@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import hermes_kernels
+from hermes_core import backends
+from hermes_core.backends import BackendError, choose
 from hermes_core.segments import Segments, segments
 from hermes_kernels import forward_sm100, reference
-from hermes_kernels import varlen_attention as kernels
 from hermes_kernels.launch import TABLE, TILE
 from twins.gluon_machine import Fault
 from twins.gluon_simulator import Box, Pointer, run
@@ -232,24 +231,16 @@ def test_a_broken_kernel_is_found_out(wanted: str, instead: str, told: str) -> N
             attend(tensors, at, 4.0, seed=seed, sources=broken, stages=3)
 
 
-@pytest.mark.parametrize(("size", "stages"), [(64, 8), (128, 5)])
-def test_blackwell_takes_it_by_the_table(
-    size: int, stages: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken = []
-    monkeypatch.setattr(kernels, "architecture", lambda device: 100)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(forward_sm100, "forward", lambda *given, stages: taken.append(stages))
-    with FakeTensorMode():  # tensors of a GPU that is not here
-        q, starts, order = (
-            torch.empty(shape, dtype=dtype, device="cuda")
-            for shape, dtype in (
-                ((300, 4, size), torch.bfloat16), ((300,), torch.int32), ((3,), torch.int32)
-            )
-        )  # fmt: skip
-        out, lse = kernels.forward(q, q, q, starts, order, 0.1)
-    assert taken == [stages]
-    assert (out.shape, lse.shape) == (q.shape, (4, 384))
+def test_blackwell_runs_it_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "architecture", lambda device: 100)
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    assert choose("attention", "gluon", gpu, half, size=96) == "gluon"
+    assert choose("attention", "auto", gpu, half) == "triton"
+    with pytest.raises(BackendError, match="no tiles for head size 256"):
+        choose("attention", "gluon", gpu, half, size=256)
+    monkeypatch.setattr(backends, "architecture", lambda device: 90)
+    with pytest.raises(BackendError, match=r"made for Blackwell.*use backend='triton'"):
+        choose("attention", "gluon", gpu, half)
 
 
 def test_the_host_binds_its_arguments_and_compiles_it() -> None:
@@ -281,10 +272,7 @@ def bind_and_compile() -> None:
     for tokens, heads in ((300, 8), (1, 5)):
         at = where([tokens])
         q, k, v = inputs(tokens, (heads, 1), 128)
-        lse = torch.empty(heads, at.query_order.numel() * TILE)
-        forward_sm100.forward(
-            q, k, v, torch.empty_like(q), lse, at.starts, at.query_order, 0.1, stages=5
-        )
+        forward_sm100.forward(q, k, v, at.starts, at.query_order, 0.1)
     grids, built = zip(*launched, strict=True)
     assert grids == ((4, 3), (3, 1))
     assert all(one.num_warps == 16 and one.shared <= 232_448 for one in built)
