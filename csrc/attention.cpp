@@ -1,0 +1,291 @@
+// Products round once, multiplied and added, where the processor can: nothing here has to be equal
+// on every platform, as plans have (setup.py).
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+#include "attention.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "buffer.hpp"
+#include "isa.hpp"
+
+namespace hermes {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr std::int64_t kRowsOfTile = 4;  // of a product, in registers
+constexpr std::int64_t kPanel = 64;      // lanes
+constexpr std::int64_t kKeys = 64;       // of a tile
+constexpr std::int64_t kMostPanels = 4;  // of a block, which reads each key once for all of them
+constexpr double kFlopsOfOneThread = 4e6;  // 20 us, which outweigh starting a thread
+
+constexpr std::int64_t whole_tiles(std::int64_t rows) {
+    return (rows + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile;
+}
+
+struct Geometry {
+    explicit Geometry(const AttentionShape& shape, std::int64_t real_bytes)
+        : key_heads(shape.key_heads),
+          group(shape.heads / shape.key_heads),
+          size(shape.size),
+          room((shape.size * real_bytes + 63) / 64 * 64 / real_bytes),
+          lse_stride(shape.lse_stride),
+          panels(room * real_bytes <= 512 ? kMostPanels : room * real_bytes <= 1024 ? 2 : 1),
+          scale(shape.scale) {}
+
+    std::int64_t key_heads, group, size;
+    std::int64_t room;  // for a head in scratch memory: whole cache lines
+    std::int64_t lse_stride;
+    std::int64_t panels;  // of a block at most, so that it stays in a second-level cache
+    double scale;
+};
+
+// Queries of a segment that share a key head: some of its tokens times the heads of a group.
+struct Block {
+    std::int64_t start;              // of the segment
+    std::int64_t first_lane, lanes;  // in the segment
+    std::int64_t number;             // of its segment's blocks, which are numbered through
+    std::int64_t key_head;
+    bool is_last;  // of its segment
+};
+
+template <class R>
+struct Arena {
+    R* next;
+    R* take(std::int64_t size) {
+        R* const taken = next;
+        next += size;
+        return taken;
+    }
+};
+
+template <class R>
+struct KeySums {  // gradients of keys and values that are not yet whole, [T, K, H]
+    R *dk, *dv;
+};
+
+// Blocks of a segment add to its keys' gradients one after the other, from the last one on, so
+// that sums are the same whoever computes them.
+class Turns {
+public:
+    explicit Turns(std::int64_t blocks, std::int64_t key_heads)
+        : key_heads_(key_heads),
+          done_(new std::atomic<std::int64_t>[static_cast<std::size_t>(blocks * key_heads)]()) {}
+
+    void await(const Block& block, std::int64_t tile) {
+        if (!block.is_last) {
+            const auto& before = done_[(block.number + 1) * key_heads_ + block.key_head];
+            while (before.load(std::memory_order_acquire) <= tile) {
+                std::this_thread::yield();
+            }
+        }
+    }
+    void pass(const Block& block, std::int64_t tile) {
+        done_[block.number * key_heads_ + block.key_head].store(tile + 1,
+                                                                std::memory_order_release);
+    }
+
+private:
+    std::int64_t key_heads_;
+    std::unique_ptr<std::atomic<std::int64_t>[]> done_;
+};
+
+// ---- hot loops, one body for each instruction set ---------------------------------------------
+
+namespace scalar {
+#define HERMES_TARGET
+constexpr int kVectorBytes = 16;
+constexpr int kColumns = HERMES_X86_DISPATCH ? 2 : 4;
+#include "attention_vectors.hpp"
+//
+#include "attention_blocks.hpp"
+#undef HERMES_TARGET
+}  // namespace scalar
+
+#if HERMES_X86_DISPATCH
+namespace avx2 {
+#define HERMES_TARGET HERMES_TARGET_AVX2
+constexpr int kVectorBytes = 32;
+constexpr int kColumns = 2;
+#include "attention_vectors.hpp"
+//
+#include "attention_blocks.hpp"
+#undef HERMES_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define HERMES_TARGET HERMES_TARGET_AVX512
+constexpr int kVectorBytes = 64;
+constexpr int kColumns = 4;
+#include "attention_vectors.hpp"
+//
+#include "attention_blocks.hpp"
+#undef HERMES_TARGET
+}  // namespace avx512
+#endif
+
+template <class Element>
+void attend_block(const Geometry& g, const AttentionForward<Element>& arrays, const Block& block,
+                  Real<Element>* scratch) {
+    switch (active_isa()) {
+#if HERMES_X86_DISPATCH
+        case Isa::avx512: return avx512::attend_block(g, arrays, block, scratch);
+        case Isa::avx2: return avx2::attend_block(g, arrays, block, scratch);
+#endif
+        default: return scalar::attend_block(g, arrays, block, scratch);
+    }
+}
+
+template <class Element>
+void differentiate_block(const Geometry& g, const AttentionBackward<Element>& arrays,
+                         const KeySums<Real<Element>>& sums, const Block& block,
+                         Real<Element>* scratch, Turns& turns) {
+    switch (active_isa()) {
+#if HERMES_X86_DISPATCH
+        case Isa::avx512:
+            return avx512::differentiate_block(g, arrays, sums, block, scratch, turns);
+        case Isa::avx2: return avx2::differentiate_block(g, arrays, sums, block, scratch, turns);
+#endif
+        default: return scalar::differentiate_block(g, arrays, sums, block, scratch, turns);
+    }
+}
+
+// ---- who computes what ------------------------------------------------------------------------
+
+[[noreturn]] void refuse_start(const AttentionShape& shape, std::int64_t token) {
+    throw std::invalid_argument("starts[" + std::to_string(token) + "] is " +
+                                std::to_string(shape.starts[token]) + ", want " +
+                                (token == 0 ? "0"
+                                            : std::to_string(shape.starts[token - 1]) + " or " +
+                                                  std::to_string(token)));
+}
+
+// Blocks of all segments, those that see the most keys first; of key head 0, for all of them.
+std::vector<Block> blocks_of(const AttentionShape& shape, const Geometry& g) {
+    std::vector<Block> blocks;
+    const std::int64_t most = g.panels * kPanel;
+    std::int64_t number = 0;
+    for (std::int64_t start = 0, end = 0; start < shape.tokens; start = end) {
+        if (shape.starts[start] != start) {
+            refuse_start(shape, start);
+        }
+        for (end = start + 1; end < shape.tokens && shape.starts[end] == start; ++end) {
+        }
+        const std::int64_t lanes = (end - start) * g.group;
+        for (std::int64_t first = 0; first < lanes; first += most) {
+            blocks.push_back({start, first, std::min(lanes - first, most), number++, 0,
+                              first + most >= lanes});
+        }
+    }
+    // One that another one waits for comes before it.
+    std::sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) {
+        return a.first_lane + a.lanes > b.first_lane + b.lanes;
+    });
+    return blocks;
+}
+
+double scores_of(const Block& block, const Geometry& g) {
+    return static_cast<double>(block.lanes) *
+           (static_cast<double>(block.first_lane) + 0.5 * static_cast<double>(block.lanes)) /
+           static_cast<double>(g.group);
+}
+
+// Calls work(block, scratch) for every block and key head, in order, from several threads.
+template <class R, class Work>
+void run(const AttentionShape& shape, const Geometry& g, std::vector<Block> blocks,
+         double products, std::int64_t scratch_size, const Work& work) {
+    double scores = 0;
+    for (const Block& block : blocks) {
+        scores += scores_of(block, g);
+    }
+    const double flops = 2 * products * scores * static_cast<double>(g.size * g.key_heads);
+    const auto items = static_cast<std::int64_t>(blocks.size()) * g.key_heads;
+    const auto worth = static_cast<std::int64_t>(
+        std::min(flops / kFlopsOfOneThread, static_cast<double>(items)));
+    const std::int64_t threads = std::clamp<std::int64_t>(worth, 1, shape.threads);
+    Buffer<R> scratch(static_cast<std::size_t>(threads * scratch_size));
+    std::atomic<std::int64_t> next{0};
+    const auto work_on = [&](std::int64_t thread) {
+        for (std::int64_t i = next++; i < items; i = next++) {
+            Block block = blocks[static_cast<std::size_t>(i / g.key_heads)];
+            block.key_head = i % g.key_heads;
+            work(block, scratch.data() + thread * scratch_size);
+        }
+    };
+    std::vector<std::thread> others;
+    others.reserve(static_cast<std::size_t>(threads));
+    try {
+        for (std::int64_t thread = 1; thread < threads; ++thread) {
+            others.emplace_back(work_on, thread);
+        }
+    } catch (const std::system_error&) {  // no thread to be had: the others do its part
+    }
+    work_on(0);
+    for (std::thread& other : others) {
+        other.join();
+    }
+}
+
+}  // namespace
+
+template <class Element>
+void attend(const AttentionShape& shape, const AttentionForward<Element>& arrays) {
+    using R = Real<Element>;
+    const Geometry g(shape, sizeof(R));
+    const std::int64_t scratch =
+        kKeys * (2 * g.room + kPanel) + kPanel + g.panels * kPanel * (2 * g.room + 3);
+    run<R>(shape, g, blocks_of(shape, g), 2, scratch, [&](const Block& block, R* memory) {
+        attend_block(g, arrays, block, memory);
+    });
+}
+
+template <class Element>
+void differentiate_attention(const AttentionShape& shape,
+                             const AttentionBackward<Element>& arrays) {
+    using R = Real<Element>;
+    const Geometry g(shape, sizeof(R));
+    const std::vector<Block> blocks = blocks_of(shape, g);
+    Turns turns(static_cast<std::int64_t>(blocks.size()), g.key_heads);
+    // Reals are summed where they will stay; others in memory that only long segments touch.
+    Buffer<R> memory;
+    KeySums<R> sums{};
+    if constexpr (std::is_same_v<Element, R>) {
+        sums = {arrays.dk, arrays.dv};
+    } else {
+        const auto size = static_cast<std::size_t>(shape.tokens * shape.key_heads * shape.size);
+        memory = Buffer<R>(2 * size);
+        sums = {memory.data(), memory.data() + size};
+    }
+    const std::int64_t scratch =
+        kKeys * (4 * g.room + 2 * kPanel) + g.panels * kPanel * (5 * g.room + 3);
+    run<R>(shape, g, blocks, 5, scratch, [&](const Block& block, R* at) {
+        differentiate_block(g, arrays, sums, block, at, turns);
+    });
+}
+
+#define HERMES_INSTANTIATE(Element)                                                     \
+    template void attend(const AttentionShape&, const AttentionForward<Element>&);      \
+    template void differentiate_attention(const AttentionShape&,                        \
+                                          const AttentionBackward<Element>&);
+HERMES_INSTANTIATE(float)
+HERMES_INSTANTIATE(double)
+HERMES_INSTANTIATE(Bfloat16)
+HERMES_INSTANTIATE(Float16)
+#undef HERMES_INSTANTIATE
+
+}  // namespace hermes
