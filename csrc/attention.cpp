@@ -28,10 +28,10 @@ namespace hermes {
 namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
-constexpr std::int64_t kRowsOfTile = 4;  // of a product, in registers
-constexpr std::int64_t kPanel = 64;      // lanes
-constexpr std::int64_t kKeys = 64;       // of a tile
-constexpr std::int64_t kMostPanels = 4;  // of a block, which reads each key once for all of them
+constexpr std::int64_t kRowsOfTile = 4;    // of a product, in registers
+constexpr std::int64_t kPanel = 64;        // lanes
+constexpr std::int64_t kKeys = 64;         // of a tile
+constexpr std::int64_t kMostPanels = 4;    // of a block, which reads each key once for all of them
 constexpr double kFlopsOfOneThread = 4e6;  // 20 us, which outweigh starting a thread
 
 constexpr std::int64_t whole_tiles(std::int64_t rows) {
@@ -40,28 +40,36 @@ constexpr std::int64_t whole_tiles(std::int64_t rows) {
 
 struct Geometry {
     explicit Geometry(const AttentionShape& shape, std::int64_t real_bytes)
-        : key_heads(shape.key_heads),
+        : heads(shape.heads),
+          key_heads(shape.key_heads),
           group(shape.heads / shape.key_heads),
           size(shape.size),
           room((shape.size * real_bytes + 63) / 64 * 64 / real_bytes),
           lse_stride(shape.lse_stride),
-          panels(room * real_bytes <= 512 ? kMostPanels : room * real_bytes <= 1024 ? 2 : 1),
+          panels(room * real_bytes <= 512    ? kMostPanels
+                 : room * real_bytes <= 1024 ? 2
+                                             : 1),
           scale(shape.scale) {}
 
-    std::int64_t key_heads, group, size;
+    std::int64_t heads, key_heads, group, size;
     std::int64_t room;  // for a head in scratch memory: whole cache lines
     std::int64_t lse_stride;
     std::int64_t panels;  // of a block at most, so that it stays in a second-level cache
     double scale;
 };
 
+struct Segment {
+    std::int64_t start, lanes;
+    std::int64_t first_block, blocks;  // of all segments' blocks, which are numbered through
+};
+
 // Queries of a segment that share a key head: some of its tokens times the heads of a group.
 struct Block {
     std::int64_t start;              // of the segment
     std::int64_t first_lane, lanes;  // in the segment
-    std::int64_t number;             // of its segment's blocks, which are numbered through
     std::int64_t key_head;
-    bool is_last;  // of its segment
+    std::int64_t number;  // among the blocks of its key head
+    bool is_last;         // of its segment
 };
 
 template <class R>
@@ -79,30 +87,35 @@ struct KeySums {  // gradients of keys and values that are not yet whole, [T, K,
     R *dk, *dv;
 };
 
-// Blocks of a segment add to its keys' gradients one after the other, from the last one on, so
-// that sums are the same whoever computes them.
+using Counters = std::unique_ptr<std::atomic<std::int64_t>[]>;
+
+Counters zeros(std::int64_t count) {
+    return Counters(new std::atomic<std::int64_t>[static_cast<std::size_t>(count)]());
+}
+
+// Blocks of a segment add to its keys' gradients one after the other, the last one first, so that
+// sums are the same whoever computes them.
 class Turns {
 public:
-    explicit Turns(std::int64_t blocks, std::int64_t key_heads)
-        : key_heads_(key_heads),
-          done_(new std::atomic<std::int64_t>[static_cast<std::size_t>(blocks * key_heads)]()) {}
+    Turns(std::int64_t blocks, std::int64_t key_heads)
+        : key_heads_(key_heads), tiles_done_(zeros(blocks * key_heads)) {}
 
-    void await(const Block& block, std::int64_t tile) {
+    void await(const Block& block, std::int64_t tile) const {
         if (!block.is_last) {
-            const auto& before = done_[(block.number + 1) * key_heads_ + block.key_head];
+            const auto& before = tiles_done_[(block.number + 1) * key_heads_ + block.key_head];
             while (before.load(std::memory_order_acquire) <= tile) {
                 std::this_thread::yield();
             }
         }
     }
     void pass(const Block& block, std::int64_t tile) {
-        done_[block.number * key_heads_ + block.key_head].store(tile + 1,
-                                                                std::memory_order_release);
+        auto& done = tiles_done_[block.number * key_heads_ + block.key_head];
+        done.store(tile + 1, std::memory_order_release);
     }
 
 private:
     std::int64_t key_heads_;
-    std::unique_ptr<std::atomic<std::int64_t>[]> done_;
+    Counters tiles_done_;
 };
 
 // ---- hot loops, one body for each instruction set ---------------------------------------------
@@ -168,74 +181,94 @@ void differentiate_block(const Geometry& g, const AttentionBackward<Element>& ar
 // ---- who computes what ------------------------------------------------------------------------
 
 [[noreturn]] void refuse_start(const AttentionShape& shape, std::int64_t token) {
-    throw std::invalid_argument("starts[" + std::to_string(token) + "] is " +
-                                std::to_string(shape.starts[token]) + ", want " +
-                                (token == 0 ? "0"
-                                            : std::to_string(shape.starts[token - 1]) + " or " +
-                                                  std::to_string(token)));
+    throw std::invalid_argument(
+        "starts[" + std::to_string(token) + "] is " + std::to_string(shape.starts[token]) +
+        ", want " +
+        (token == 0 ? "0"
+                    : std::to_string(shape.starts[token - 1]) + " or " + std::to_string(token)));
 }
 
-// Blocks of all segments, those that see the most keys first; of key head 0, for all of them.
-std::vector<Block> blocks_of(const AttentionShape& shape, const Geometry& g) {
-    std::vector<Block> blocks;
+// Longest first.
+std::vector<Segment> segments_of(const AttentionShape& shape, const Geometry& g) {
+    std::vector<Segment> segments;
     const std::int64_t most = g.panels * kPanel;
-    std::int64_t number = 0;
+    std::int64_t first_block = 0;
     for (std::int64_t start = 0, end = 0; start < shape.tokens; start = end) {
         if (shape.starts[start] != start) {
             refuse_start(shape, start);
         }
         for (end = start + 1; end < shape.tokens && shape.starts[end] == start; ++end) {
         }
-        const std::int64_t lanes = (end - start) * g.group;
-        for (std::int64_t first = 0; first < lanes; first += most) {
-            blocks.push_back({start, first, std::min(lanes - first, most), number++, 0,
-                              first + most >= lanes});
-        }
+        const std::int64_t lanes = (end - start) * g.group, blocks = (lanes + most - 1) / most;
+        segments.push_back({start, lanes, first_block, blocks});
+        first_block += blocks;
     }
-    // One that another one waits for comes before it.
-    std::sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) {
-        return a.first_lane + a.lanes > b.first_lane + b.lanes;
-    });
+    std::sort(segments.begin(), segments.end(),
+              [](const Segment& a, const Segment& b) { return a.lanes > b.lanes; });
+    return segments;
+}
+
+std::int64_t blocks_of(const std::vector<Segment>& segments) {
+    std::int64_t blocks = 0;
+    for (const Segment& segment : segments) {
+        blocks += segment.blocks;
+    }
     return blocks;
 }
 
-double scores_of(const Block& block, const Geometry& g) {
-    return static_cast<double>(block.lanes) *
-           (static_cast<double>(block.first_lane) + 0.5 * static_cast<double>(block.lanes)) /
-           static_cast<double>(g.group);
-}
-
-// Calls work(block, scratch) for every block and key head, in order, from several threads.
-template <class R, class Work>
-void run(const AttentionShape& shape, const Geometry& g, std::vector<Block> blocks,
-         double products, std::int64_t scratch_size, const Work& work) {
+// At most as many threads as are worth starting for so many products of scores by heads.
+std::int64_t threads_for(const AttentionShape& shape, const Geometry& g,
+                         const std::vector<Segment>& segments, double products) {
     double scores = 0;
-    for (const Block& block : blocks) {
-        scores += scores_of(block, g);
+    for (const Segment& segment : segments) {
+        const auto lanes = static_cast<double>(segment.lanes);
+        scores += lanes * lanes / static_cast<double>(2 * g.group);
     }
     const double flops = 2 * products * scores * static_cast<double>(g.size * g.key_heads);
-    const auto items = static_cast<std::int64_t>(blocks.size()) * g.key_heads;
-    const auto worth = static_cast<std::int64_t>(
-        std::min(flops / kFlopsOfOneThread, static_cast<double>(items)));
-    const std::int64_t threads = std::clamp<std::int64_t>(worth, 1, shape.threads);
-    Buffer<R> scratch(static_cast<std::size_t>(threads * scratch_size));
+    const auto items = static_cast<double>(blocks_of(segments) * g.key_heads);
+    const auto worth = static_cast<std::int64_t>(std::min(flops / kFlopsOfOneThread, items));
+    return std::clamp<std::int64_t>(worth, 1, shape.threads);
+}
+
+// Calls work(block, thread) for every block of every key head, from several threads.
+//
+// A thread takes the blocks of a segment and key head one after the other, the last and longest
+// first: then it waits for nobody's turn. Where none is left untouched, it helps with another's.
+template <class Work>
+void run(const Geometry& g, const std::vector<Segment>& segments, std::int64_t threads,
+         const Work& work) {
+    const auto chains = static_cast<std::int64_t>(segments.size()) * g.key_heads;
+    const Counters taken = zeros(chains);
     std::atomic<std::int64_t> next{0};
-    const auto work_on = [&](std::int64_t thread) {
-        for (std::int64_t i = next++; i < items; i = next++) {
-            Block block = blocks[static_cast<std::size_t>(i / g.key_heads)];
-            block.key_head = i % g.key_heads;
-            work(block, scratch.data() + thread * scratch_size);
+    const auto work_on_chain = [&](std::int64_t chain, std::int64_t thread) {
+        const Segment& segment = segments[static_cast<std::size_t>(chain / g.key_heads)];
+        const std::int64_t most = g.panels * kPanel;
+        while (taken[chain].load(std::memory_order_relaxed) < segment.blocks) {
+            const std::int64_t i = segment.blocks - 1 - taken[chain]++;
+            if (i >= 0) {
+                work({segment.start, i * most, std::min(segment.lanes - i * most, most),
+                      chain % g.key_heads, segment.first_block + i, i + 1 == segment.blocks},
+                     thread);
+            }
+        }
+    };
+    const auto work_as = [&](std::int64_t thread) {
+        for (std::int64_t chain = next++; chain < chains; chain = next++) {
+            work_on_chain(chain, thread);
+        }
+        for (std::int64_t i = 0; i < chains; ++i) {
+            work_on_chain((thread + i) % chains, thread);
         }
     };
     std::vector<std::thread> others;
     others.reserve(static_cast<std::size_t>(threads));
     try {
         for (std::int64_t thread = 1; thread < threads; ++thread) {
-            others.emplace_back(work_on, thread);
+            others.emplace_back(work_as, thread);
         }
     } catch (const std::system_error&) {  // no thread to be had: the others do its part
     }
-    work_on(0);
+    work_as(0);
     for (std::thread& other : others) {
         other.join();
     }
@@ -247,10 +280,13 @@ template <class Element>
 void attend(const AttentionShape& shape, const AttentionForward<Element>& arrays) {
     using R = Real<Element>;
     const Geometry g(shape, sizeof(R));
-    const std::int64_t scratch =
+    const std::vector<Segment> segments = segments_of(shape, g);
+    const std::int64_t threads = threads_for(shape, g, segments, 2);
+    const std::int64_t size =
         kKeys * (2 * g.room + kPanel) + kPanel + g.panels * kPanel * (2 * g.room + 3);
-    run<R>(shape, g, blocks_of(shape, g), 2, scratch, [&](const Block& block, R* memory) {
-        attend_block(g, arrays, block, memory);
+    Buffer<R> scratch(static_cast<std::size_t>(threads * size));
+    run(g, segments, threads, [&](const Block& block, std::int64_t thread) {
+        attend_block(g, arrays, block, scratch.data() + thread * size);
     });
 }
 
@@ -259,29 +295,30 @@ void differentiate_attention(const AttentionShape& shape,
                              const AttentionBackward<Element>& arrays) {
     using R = Real<Element>;
     const Geometry g(shape, sizeof(R));
-    const std::vector<Block> blocks = blocks_of(shape, g);
-    Turns turns(static_cast<std::int64_t>(blocks.size()), g.key_heads);
+    const std::vector<Segment> segments = segments_of(shape, g);
+    const std::int64_t threads = threads_for(shape, g, segments, 5);
+    const std::int64_t size =
+        kKeys * (4 * g.room + 2 * kPanel) + g.panels * kPanel * (5 * g.room + 3);
+    Buffer<R> scratch(static_cast<std::size_t>(threads * size));
+    Turns turns(blocks_of(segments), g.key_heads);
     // Reals are summed where they will stay; others in memory that only long segments touch.
     Buffer<R> memory;
     KeySums<R> sums{};
     if constexpr (std::is_same_v<Element, R>) {
         sums = {arrays.dk, arrays.dv};
     } else {
-        const auto size = static_cast<std::size_t>(shape.tokens * shape.key_heads * shape.size);
-        memory = Buffer<R>(2 * size);
-        sums = {memory.data(), memory.data() + size};
+        const auto keys = static_cast<std::size_t>(shape.tokens * shape.key_heads * shape.size);
+        memory = Buffer<R>(2 * keys);
+        sums = {memory.data(), memory.data() + keys};
     }
-    const std::int64_t scratch =
-        kKeys * (4 * g.room + 2 * kPanel) + g.panels * kPanel * (5 * g.room + 3);
-    run<R>(shape, g, blocks, 5, scratch, [&](const Block& block, R* at) {
-        differentiate_block(g, arrays, sums, block, at, turns);
+    run(g, segments, threads, [&](const Block& block, std::int64_t thread) {
+        differentiate_block(g, arrays, sums, block, scratch.data() + thread * size, turns);
     });
 }
 
-#define HERMES_INSTANTIATE(Element)                                                     \
-    template void attend(const AttentionShape&, const AttentionForward<Element>&);      \
-    template void differentiate_attention(const AttentionShape&,                        \
-                                          const AttentionBackward<Element>&);
+#define HERMES_INSTANTIATE(Element)                                                \
+    template void attend(const AttentionShape&, const AttentionForward<Element>&); \
+    template void differentiate_attention(const AttentionShape&, const AttentionBackward<Element>&);
 HERMES_INSTANTIATE(float)
 HERMES_INSTANTIATE(double)
 HERMES_INSTANTIATE(Bfloat16)

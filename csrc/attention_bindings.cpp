@@ -35,10 +35,9 @@ const Element* read(const py::array& array, const char* name, const Sizes& sizes
     if (typed && aligned && Array<Stored<Element>>::check_(array) && sizes_of(array) == sizes) {
         return static_cast<const Element*>(array.data());
     }
-    const std::string message = std::string(name) + " is " + described(array) +
-                                ", want an aligned, contiguous array of " +
-                                std::string(py::str(py::dtype::of<Stored<Element>>())) + " " +
-                                in_words(sizes);
+    const std::string message =
+        std::string(name) + " is " + described(array) + ", want an aligned, contiguous array of " +
+        std::string(py::str(py::dtype::of<Stored<Element>>())) + " " + in_words(sizes);
     if (typed) {
         throw py::value_error(message);
     }
@@ -70,9 +69,8 @@ hermes::AttentionShape shape_of(const py::array& q, const py::array& k, const py
                               " of k");
     }
     if (lse.ndim() != 2 || lse.shape(1) < q.shape(0)) {
-        throw py::value_error("lse is " + described(lse) + ", want [" +
-                              std::to_string(q.shape(1)) + ", at least " +
-                              std::to_string(q.shape(0)) + "]");
+        throw py::value_error("lse is " + described(lse) + ", want [" + std::to_string(q.shape(1)) +
+                              ", at least " + std::to_string(q.shape(0)) + "]");
     }
     check_range("threads", threads, 1, hermes::kMaxThreads);
     const auto* first = read<std::int32_t>(starts, "starts", {q.shape(0)});
@@ -144,9 +142,10 @@ void bind_attention(py::module_& m) {
           "starts"_a.noconvert(), "out"_a.noconvert(), "lse"_a.noconvert(), py::kw_only(),
           "dtype"_a, "scale"_a, "threads"_a,
           "Causal attention inside segments, written to `out`, and its log-sum-exps to `lse`.");
-    m.def("differentiate_attention", &differentiate_attention, "grad"_a.noconvert(),
-          "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "out"_a.noconvert(),
-          "lse"_a.noconvert(), "starts"_a.noconvert(), "dq"_a.noconvert(), "dk"_a.noconvert(),
-          "dv"_a.noconvert(), py::kw_only(), "dtype"_a, "scale"_a, "threads"_a,
-          "Gradients of q, k and v for a gradient of attention's output, written to the last three.");
+    m.def(
+        "differentiate_attention", &differentiate_attention, "grad"_a.noconvert(),
+        "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "out"_a.noconvert(),
+        "lse"_a.noconvert(), "starts"_a.noconvert(), "dq"_a.noconvert(), "dk"_a.noconvert(),
+        "dv"_a.noconvert(), py::kw_only(), "dtype"_a, "scale"_a, "threads"_a,
+        "Gradients of q, k and v for a gradient of attention's output, written to the last three.");
 }

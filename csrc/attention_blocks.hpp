@@ -27,6 +27,22 @@ struct Differentiating : Panel<R> {
     R* delta_L;  // gradient times output, summed over H
 };
 
+// The lanes of a segment, one after the other, without a division for each.
+struct Lane {
+    HERMES_INLINE Lane(const Geometry& g, const Block& block, std::int64_t number)
+        : token(block.start + number / g.group),
+          first_head(block.key_head * g.group),
+          end_head(first_head + g.group),
+          head(first_head + number % g.group) {}
+    HERMES_INLINE void step() {
+        if (++head == end_head) {
+            head = first_head;
+            ++token;
+        }
+    }
+    std::int64_t token, first_head, end_head, head;
+};
+
 template <class R>
 HERMES_TARGET void lay_out(Panel<R>& panel, const Geometry& g, const Block& block,
                            std::int64_t number, Arena<R>& arena) {
@@ -38,19 +54,14 @@ HERMES_TARGET void lay_out(Panel<R>& panel, const Geometry& g, const Block& bloc
     panel.seen = (panel.first + panel.lanes - 1) / g.group + 1;
     panel.q_HL = arena.take(g.room * kPanel);
     panel.place_L = arena.take(kPanel);
-    for (std::int64_t l = 0; l < kPanel; ++l) {
-        panel.place_L[l] = static_cast<R>((panel.first + l) / g.group + 1 - panel.sure);
+    Lane lane(g, block, panel.first);
+    const std::int64_t token = lane.token;
+    for (std::int64_t l = 0; l < kPanel; ++l, lane.step()) {
+        panel.place_L[l] = static_cast<R>(lane.token - token);
     }
 }
 
 // ---- lines in and out -------------------------------------------------------------------------
-
-template <class Element>
-HERMES_TARGET HERMES_INLINE Element* lane_of(Element* data_TNH, const Geometry& g,
-                                             const Block& block, std::int64_t lane) {
-    const std::int64_t row = (block.start + lane / g.group) * g.key_heads + block.key_head;
-    return data_TNH + (row * g.group + lane % g.group) * g.size;
-}
 
 template <class Element>
 HERMES_TARGET HERMES_INLINE Element* key_of(Element* data_TKH, const Geometry& g,
@@ -62,8 +73,9 @@ HERMES_TARGET HERMES_INLINE Element* key_of(Element* data_TKH, const Geometry& g
 template <class Element>
 HERMES_TARGET void take_lanes(const Element* data_TNH, const Geometry& g, const Block& block,
                               const Panel<Real<Element>>& panel, Real<Element>* to_LH) {
-    for (std::int64_t l = 0; l < panel.lanes; ++l) {
-        widen(lane_of(data_TNH, g, block, panel.first + l), g.size, to_LH + l * g.room);
+    Lane lane(g, block, panel.first);
+    for (std::int64_t l = 0; l < panel.lanes; ++l, lane.step()) {
+        widen(data_TNH + (lane.token * g.heads + lane.head) * g.size, g.size, to_LH + l * g.room);
     }
     const std::int64_t end = panel.vectors * kWidth<Real<Element>>;
     std::fill(to_LH + panel.lanes * g.room, to_LH + end * g.room, Real<Element>{0});
@@ -92,9 +104,10 @@ HERMES_TARGET void give_lanes(const Real<Element>* from_HL, const Real<Element>*
                               const Panel<Real<Element>>& panel, Real<Element>* room_LH,
                               Element* to_TNH) {
     transpose(from_HL, kPanel, g.room, panel.vectors * kWidth<Real<Element>>, room_LH, g.room);
-    for (std::int64_t l = 0; l < panel.lanes; ++l) {
+    Lane lane(g, block, panel.first);
+    for (std::int64_t l = 0; l < panel.lanes; ++l, lane.step()) {
         narrow(room_LH + l * g.room, factor_L[l], g.size,
-               lane_of(to_TNH, g, block, panel.first + l));
+               to_TNH + (lane.token * g.heads + lane.head) * g.size);
     }
 }
 
@@ -148,11 +161,10 @@ HERMES_TARGET void finish(const Geometry& g, const AttentionForward<Element>& ar
                           Real<Element>* room_LH) {
     using R = Real<Element>;
     R factor_L[kPanel];
-    for (std::int64_t l = 0; l < panel.lanes; ++l) {
+    Lane lane(g, block, panel.first);
+    for (std::int64_t l = 0; l < panel.lanes; ++l, lane.step()) {
         factor_L[l] = 1 / panel.sum_L[l];
-        const std::int64_t lane = panel.first + l;
-        const std::int64_t head = block.key_head * g.group + lane % g.group;
-        arrays.lse[head * g.lse_stride + block.start + lane / g.group] =
+        arrays.lse[lane.head * g.lse_stride + lane.token] =
             panel.largest_L[l] * static_cast<R>(g.scale) + std::log(panel.sum_L[l]);
     }
     give_lanes(panel.out_HL, factor_L, g, block, panel, room_LH, arrays.out);
@@ -248,16 +260,14 @@ HERMES_TARGET void take_panel(const Geometry& g, const AttentionBackward<Element
     take_lanes(arrays.out, g, block, panel, room_LH);
     std::fill_n(panel.lse_L, kPanel, R{0});
     std::fill_n(panel.delta_L, kPanel, R{0});
-    for (std::int64_t l = 0; l < panel.lanes; ++l) {
+    Lane lane(g, block, panel.first);
+    for (std::int64_t l = 0; l < panel.lanes; ++l, lane.step()) {
         Vector<R> sum{};
         for (std::int64_t h = l * g.room; h < (l + 1) * g.room; h += kWidth<R>) {
             sum += load<R>(panel.grad_LH + h) * load<R>(room_LH + h);
         }
         panel.delta_L[l] = sum_of<R>(sum);
-        const std::int64_t lane = panel.first + l;
-        const std::int64_t head = block.key_head * g.group + lane % g.group;
-        panel.lse_L[l] = arrays.lse[head * g.lse_stride + block.start + lane / g.group] *
-                         static_cast<R>(kLog2e);
+        panel.lse_L[l] = arrays.lse[lane.head * g.lse_stride + lane.token] * static_cast<R>(kLog2e);
     }
 }
 
