@@ -19,6 +19,7 @@
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "buffer.hpp"
@@ -27,11 +28,11 @@
 namespace hermes {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634;
 constexpr std::int64_t kRowsOfTile = 4;    // of a product, in registers
 constexpr std::int64_t kPanel = 64;        // lanes
 constexpr std::int64_t kKeys = 64;         // of a tile
 constexpr std::int64_t kMostPanels = 4;    // of a block, which reads each key once for all of them
+constexpr std::int64_t kDepth = 128;       // of a product's slice
 constexpr double kFlopsOfOneThread = 4e6;  // 20 us, which outweigh starting a thread
 
 constexpr std::int64_t whole_tiles(std::int64_t rows) {

@@ -23,8 +23,7 @@ struct Attending : Panel<R> {
 template <class R>
 struct Differentiating : Panel<R> {
     R *q_LH, *grad_LH, *grad_HL, *dq_HL;
-    R* lse_L;    // in base 2
-    R* delta_L;  // gradient times output, summed over H
+    R *lse_L, *delta_L;  // delta: gradient times output, summed over H
 };
 
 // The lanes of a segment, one after the other, without a division for each.
@@ -127,10 +126,10 @@ HERMES_TARGET void hide_later_keys(const Panel<R>& panel, std::int64_t first, st
     }
 }
 
-// Scores to weights 2^(base * (score - largest)); what was summed before them is to be multiplied
+// Scores to weights e^(scale * (score - largest)); what was summed before them is to be multiplied
 // by `factors_L`.
 template <class R>
-HERMES_TARGET void weigh(const Attending<R>& panel, std::int64_t keys, R base, R* scores_YL,
+HERMES_TARGET void weigh(const Attending<R>& panel, std::int64_t keys, R scale, R* scores_YL,
                          R* factors_L) {
     constexpr R lowest = -std::numeric_limits<R>::infinity();
     for (std::int64_t l = 0; l < panel.vectors * kWidth<R>; l += kWidth<R>) {
@@ -145,11 +144,11 @@ HERMES_TARGET void weigh(const Attending<R>& panel, std::int64_t keys, R base, R
         Vector<R> sum{};
         for (std::int64_t y = 0; y < keys; ++y) {
             R* const at = scores_YL + y * kPanel + l;
-            const Vector<R> weight = exp2_of((load<R>(at) - from) * base);
+            const Vector<R> weight = exp_of((load<R>(at) - from) * scale);
             store(at, weight);
             sum += weight;
         }
-        const Vector<R> factor = exp2_of((before - from) * base);
+        const Vector<R> factor = exp_of((before - from) * scale);
         store(factors_L + l, factor);
         store(panel.sum_L + l, load<R>(panel.sum_L + l) * factor + sum);
     }
@@ -174,7 +173,7 @@ template <class Element>
 HERMES_TARGET void attend_block(const Geometry& g, const AttentionForward<Element>& arrays,
                                 const Block& block, Real<Element>* scratch) {
     using R = Real<Element>;
-    const R base = static_cast<R>(g.scale * kLog2e);
+    const R scale = static_cast<R>(g.scale);
     Arena<R> arena{scratch};
     R* const k_YH = arena.take(kKeys * g.room);
     R* const v_YH = arena.take(kKeys * g.room);
@@ -206,7 +205,7 @@ HERMES_TARGET void attend_block(const Geometry& g, const AttentionForward<Elemen
             multiply<Into::fresh, R>({k_YH, g.room, 1}, {panel.q_HL, kPanel}, seen, panel.vectors,
                                      g.size, {scores_YL, kPanel});
             hide_later_keys(panel, first, seen, scores_YL);
-            weigh(panel, seen, base, scores_YL, factors_L);
+            weigh(panel, seen, scale, scores_YL, factors_L);
             const Left<R> values{v_YH, 1, g.room};
             if (first == 0) {
                 multiply<Into::fresh, R>(values, {scores_YL, kPanel}, g.room, panel.vectors, seen,
@@ -228,13 +227,13 @@ HERMES_TARGET void attend_block(const Geometry& g, const AttentionForward<Elemen
 // to the end of a tile, whose rows may be keys that another panel sees.
 template <class R>
 HERMES_TARGET void differentiate_weights(const Differentiating<R>& panel, std::int64_t first,
-                                         std::int64_t keys, R base, R* scores_YL, R* grads_YL) {
+                                         std::int64_t keys, R scale, R* scores_YL, R* grads_YL) {
     for (std::int64_t l = 0; l < panel.vectors * kWidth<R>; l += kWidth<R>) {
         const Vector<R> lse = load<R>(panel.lse_L + l), delta = load<R>(panel.delta_L + l);
         for (std::int64_t y = 0; y < keys; ++y) {
             R* const score = scores_YL + y * kPanel + l;
             R* const grad = grads_YL + y * kPanel + l;
-            const Vector<R> weight = exp2_of(load<R>(score) * base - lse);
+            const Vector<R> weight = exp_of(load<R>(score) * scale - lse);
             store(score, weight);
             store(grad, weight * (load<R>(grad) - delta));
         }
@@ -267,7 +266,7 @@ HERMES_TARGET void take_panel(const Geometry& g, const AttentionBackward<Element
             sum += load<R>(panel.grad_LH + h) * load<R>(room_LH + h);
         }
         panel.delta_L[l] = sum_of<R>(sum);
-        panel.lse_L[l] = arrays.lse[lane.head * g.lse_stride + lane.token] * static_cast<R>(kLog2e);
+        panel.lse_L[l] = arrays.lse[lane.head * g.lse_stride + lane.token];
     }
 }
 
@@ -298,7 +297,7 @@ HERMES_TARGET void differentiate_block(const Geometry& g, const AttentionBackwar
                                        const KeySums<Real<Element>>& sums, const Block& block,
                                        Real<Element>* scratch, Turns& turns) {
     using R = Real<Element>;
-    const R base = static_cast<R>(g.scale * kLog2e), scale = static_cast<R>(g.scale);
+    const R scale = static_cast<R>(g.scale);
     Arena<R> arena{scratch};
     R* const k_YH = arena.take(kKeys * g.room);
     R* const v_YH = arena.take(kKeys * g.room);
@@ -332,7 +331,7 @@ HERMES_TARGET void differentiate_block(const Geometry& g, const AttentionBackwar
                                      g.size, {weights_YL, kPanel});
             multiply<Into::fresh, R>({v_YH, g.room, 1}, {panel.grad_HL, kPanel}, seen,
                                      panel.vectors, g.size, {grads_YL, kPanel});
-            differentiate_weights(panel, first, whole_tiles(seen), base, weights_YL, grads_YL);
+            differentiate_weights(panel, first, whole_tiles(seen), scale, weights_YL, grads_YL);
             const auto into_keys =
                 p == count - 1 ? &multiply<Into::fresh, R> : &multiply<Into::sum, R>;
             into_keys({weights_YL, kPanel, 1}, {panel.grad_LH, g.room}, seen, vectors, panel.lanes,

@@ -114,24 +114,25 @@ HERMES_TARGET HERMES_INLINE void narrow(const Real<Element>* from, Real<Element>
 
 // ---- functions --------------------------------------------------------------------------------
 
-// 2^x for x to 127, within two units in the last place; 0 below 2^-126. NaN stays NaN.
-HERMES_TARGET HERMES_INLINE Vector<float> exp2_of(const Vector<float>& x) {
+// e^x for x to 88, within two units in the last place; 0 where it is subnormal. NaN stays NaN.
+HERMES_TARGET HERMES_INLINE Vector<float> exp_of(const Vector<float>& x) {
     constexpr float shift = 0x1.8p23f;  // a sum with it is rounded to an integer, in its last bits
-    const Vector<float> shifted = x + shift;
-    const Vector<float> f = x - (shifted - shift);
-    Vector<float> power = 1.535336188319500e-4f * f + 1.339887440266574e-3f;  // Cephes, exp2f
-    power = power * f + 9.618437357674640e-3f;
-    power = power * f + 5.550332471162809e-2f;
-    power = power * f + 2.402264791363012e-1f;
-    power = power * f + 6.931472028550421e-1f;
-    power = power * f + 1.0f;
+    const Vector<float> shifted = x * 1.44269504f + shift;
+    const Vector<float> twos = shifted - shift;
+    const Vector<float> f = x - twos * 0.693359375f + twos * 2.12194440e-4f;  // Cephes, expf
+    Vector<float> power = 1.9875691500e-4f * f + 1.3981999507e-3f;
+    power = power * f + 8.3334519073e-3f;
+    power = power * f + 4.1665795894e-2f;
+    power = power * f + 1.6666665459e-1f;
+    power = power * f + 5.0000001201e-1f;
+    power = power * (f * f) + f + 1.0f;
     const Bits scale = (as<Bits>(shifted) << 23) + (127U << 23);
-    return x < -126.0f ? Vector<float>{} : power * as<Vector<float>>(scale);
+    return x < -87.3f ? Vector<float>{} : power * as<Vector<float>>(scale);
 }
-HERMES_TARGET HERMES_INLINE Vector<double> exp2_of(const Vector<double>& x) {
+HERMES_TARGET HERMES_INLINE Vector<double> exp_of(const Vector<double>& x) {
     Vector<double> power;
     for (int i = 0; i < kWidth<double>; ++i) {
-        power[i] = std::exp2(x[i]);
+        power[i] = std::exp(x[i]);
     }
     return power;
 }
@@ -145,24 +146,17 @@ HERMES_TARGET HERMES_INLINE R sum_of(const Vector<R>& x) {
     return sum;
 }
 
-template <class R, int kWord = sizeof(R)>
-struct IndexOf {
-    using type = std::int32_t;
-};
-template <class R>
-struct IndexOf<R, 8> {
-    using type = std::int64_t;
-};
-
 // First halves of a and b, or their second ones, by turns: a0 b0 a1 b1 ...
-template <int kFirst, class R>
-HERMES_TARGET HERMES_INLINE Vector<R> interleaved(const Vector<R>& a, const Vector<R>& b) {
-    using Index = typename IndexOf<R>::type;
-    Lanes<Index, kWidth<R>> order{};
-    for (int i = 0; i < kWidth<R>; ++i) {
-        order[i] = kFirst + i / 2 + (i % 2) * kWidth<R>;
-    }
-    return __builtin_shuffle(a, b, order);
+template <int kFirst, class R, int... kPlaces>
+HERMES_TARGET HERMES_INLINE Vector<R> interleaved(const Vector<R>& a, const Vector<R>& b,
+                                                  std::integer_sequence<int, kPlaces...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (kFirst + kPlaces / 2 + kPlaces % 2 * kWidth<R>)...);
+#else
+    using Index = std::conditional_t<sizeof(R) == 8, std::int64_t, std::int32_t>;
+    using Order = Lanes<Index, kWidth<R>>;
+    return __builtin_shuffle(a, b, Order{(kFirst + kPlaces / 2 + kPlaces % 2 * kWidth<R>)...});
+#endif
 }
 
 // A square of one vector's width, transposed: each round doubles the distance of what it joins.
@@ -170,6 +164,7 @@ template <class R>
 HERMES_TARGET HERMES_INLINE void transpose_square(const R* from, std::int64_t from_stride, R* to,
                                                   std::int64_t to_stride) {
     constexpr int width = kWidth<R>, half = width / 2;
+    constexpr std::make_integer_sequence<int, width> places;
     Vector<R> rows[width];
 #pragma GCC unroll 16
     for (int i = 0; i < width; ++i) {
@@ -180,8 +175,8 @@ HERMES_TARGET HERMES_INLINE void transpose_square(const R* from, std::int64_t fr
         Vector<R> next[width];
 #pragma GCC unroll 8
         for (int i = 0; i < half; ++i) {
-            next[2 * i] = interleaved<0, R>(rows[i], rows[i + half]);
-            next[2 * i + 1] = interleaved<half, R>(rows[i], rows[i + half]);
+            next[2 * i] = interleaved<0, R>(rows[i], rows[i + half], places);
+            next[2 * i + 1] = interleaved<half, R>(rows[i], rows[i + half], places);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < width; ++i) {
@@ -260,11 +255,10 @@ HERMES_TARGET HERMES_INLINE void multiply_tile(const Left<R>& left, const Lines<
 }
 
 // left [rows, depth] @ right [depth, vectors]. Reads and writes rows up to a multiple of 4.
-// rescaled_sum: what is there is multiplied by its column's one of `factors` first.
 template <Into kInto, class R>
-HERMES_TARGET void multiply(const Left<R>& left, const Lines<const R>& right, std::int64_t rows,
-                            std::int64_t vectors, std::int64_t depth, const Lines<R>& to,
-                            const R* factors = nullptr) {
+HERMES_TARGET void multiply_slice(const Left<R>& left, const Lines<const R>& right,
+                                  std::int64_t rows, std::int64_t vectors, std::int64_t depth,
+                                  const Lines<R>& to, const R* factors) {
     for (std::int64_t done = 0; done < vectors;) {
         const std::int64_t wide = std::min<std::int64_t>(vectors - done, kColumns);
         const std::int64_t column = done * kWidth<R>;
@@ -282,5 +276,20 @@ HERMES_TARGET void multiply(const Left<R>& left, const Lines<const R>& right, st
             }
         }
         done += wide;
+    }
+}
+
+// The same for any depth, in slices: a sum of sums errs less than one long sum.
+// rescaled_sum: what is there is multiplied by its column's one of `factors` first.
+template <Into kInto, class R>
+HERMES_TARGET void multiply(const Left<R>& left, const Lines<const R>& right, std::int64_t rows,
+                            std::int64_t vectors, std::int64_t depth, const Lines<R>& to,
+                            const R* factors = nullptr) {
+    multiply_slice<kInto>(left, right, rows, vectors, std::min(depth, kDepth), to, factors);
+    for (std::int64_t d = kDepth; d < depth; d += kDepth) {
+        multiply_slice<Into::sum, R>(
+            {left.data + d * left.depth_stride, left.row_stride, left.depth_stride},
+            {right.data + d * right.stride, right.stride}, rows, vectors,
+            std::min(depth - d, kDepth), to, nullptr);
     }
 }
