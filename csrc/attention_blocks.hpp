@@ -74,7 +74,8 @@ HERMES_TARGET void take_lanes(const Element* data_TNH, const Geometry& g, const 
                               const Panel<Real<Element>>& panel, Real<Element>* to_LH) {
     Lane lane(g, block, panel.first);
     for (std::int64_t l = 0; l < panel.lanes; ++l, lane.step()) {
-        widen(data_TNH + (lane.token * g.heads + lane.head) * g.size, g.size, to_LH + l * g.room);
+        widen(data_TNH + (lane.token * g.heads + lane.head) * g.size, g.size, g.room,
+              to_LH + l * g.room);
     }
     const std::int64_t end = panel.vectors * kWidth<Real<Element>>;
     std::fill(to_LH + panel.lanes * g.room, to_LH + end * g.room, Real<Element>{0});
@@ -85,7 +86,7 @@ template <class Element>
 HERMES_TARGET void take_keys(const Element* data_TKH, const Geometry& g, const Block& block,
                              std::int64_t first, std::int64_t count, Real<Element>* to_YH) {
     for (std::int64_t y = 0; y < count; ++y) {
-        widen(key_of(data_TKH, g, block, first + y), g.size, to_YH + y * g.room);
+        widen(key_of(data_TKH, g, block, first + y), g.size, g.room, to_YH + y * g.room);
     }
     std::fill(to_YH + count * g.room, to_YH + whole_tiles(count) * g.room, Real<Element>{0});
 }
@@ -305,6 +306,7 @@ HERMES_TARGET void differentiate_block(const Geometry& g, const AttentionBackwar
     R* const dv_YH = arena.take(kKeys * g.room);
     R* const weights_YL = arena.take(kKeys * kPanel);
     R* const grads_YL = arena.take(kKeys * kPanel);
+    const std::int64_t vectors = g.room / kWidth<R>;
     Differentiating<R> panels[kMostPanels];
     const std::int64_t count = (block.lanes + kPanel - 1) / kPanel;
     for (std::int64_t p = 0; p < count; ++p) {
@@ -326,7 +328,6 @@ HERMES_TARGET void differentiate_block(const Geometry& g, const AttentionBackwar
         for (std::int64_t p = count - 1; p >= 0 && panels[p].seen > first; --p) {
             const Differentiating<R>& panel = panels[p];
             const std::int64_t seen = std::min(panel.seen - first, kKeys);
-            const std::int64_t vectors = g.room / kWidth<R>;
             multiply<Into::fresh, R>({k_YH, g.room, 1}, {panel.q_HL, kPanel}, seen, panel.vectors,
                                      g.size, {weights_YL, kPanel});
             multiply<Into::fresh, R>({v_YH, g.room, 1}, {panel.grad_HL, kPanel}, seen,

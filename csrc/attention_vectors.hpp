@@ -81,9 +81,10 @@ HERMES_TARGET HERMES_INLINE void round_into(Float16* to, const Vector<float>& fr
     std::memcpy(to, &half, sizeof half);
 }
 
-// `size` elements as reals, and zeros to the end of their last vector.
+// `size` elements as reals, and zeros behind them up to `room`, a whole number of vectors.
 template <class Element>
-HERMES_TARGET HERMES_INLINE void widen(const Element* from, std::int64_t size, Real<Element>* to) {
+HERMES_TARGET HERMES_INLINE void widen(const Element* from, std::int64_t size, std::int64_t room,
+                                       Real<Element>* to) {
     constexpr int width = kWidth<Real<Element>>;
     std::int64_t i = 0;
     for (; i + width <= size; i += width) {
@@ -93,6 +94,10 @@ HERMES_TARGET HERMES_INLINE void widen(const Element* from, std::int64_t size, R
         Element rest[width] = {};
         std::memcpy(rest, from + i, static_cast<std::size_t>(size - i) * sizeof(Element));
         store(to + i, widened(rest));
+        i += width;
+    }
+    for (; i < room; i += width) {
+        store(to + i, Vector<Real<Element>>{});
     }
 }
 
