@@ -18,7 +18,7 @@
 #include "random.hpp"
 #include "window.hpp"
 
-void bind_rows(py::module_& m);  // row_bindings.cpp
+void bind_rows(py::module_& m);       // row_bindings.cpp
 void bind_attention(py::module_& m);  // attention_bindings.cpp
 
 namespace {

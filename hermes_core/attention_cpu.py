@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -44,5 +43,5 @@ def _array(x: Tensor) -> NDArray[Any]:
 
 
 def _settings(q: Tensor, scale: float) -> dict[str, Any]:
-    dtype = str(q.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "scale": scale, "threads": torch.get_num_threads()}
+    threads = min(torch.get_num_threads(), _C.MAX_THREADS)
+    return {"dtype": str(q.dtype).removeprefix("torch."), "scale": scale, "threads": threads}

@@ -47,9 +47,7 @@ def attend(
     out, lse = np.full_like(q, np.nan), np.full((q.shape[1], len(q) + 3), np.nan, q.dtype)
     grads = [np.full_like(x, np.nan) for x in (q, k, v)]
     _C.attend(q, k, v, starts_of(lengths), out, lse, **settings)
-    _C.differentiate_attention(
-        grad, q, k, v, out, lse, starts_of(lengths), *grads, **settings
-    )
+    _C.differentiate_attention(grad, q, k, v, out, lse, starts_of(lengths), *grads, **settings)
     assert np.isnan(lse[:, len(q) :]).all()
     return [out, lse[:, : len(q)], *grads]
 
