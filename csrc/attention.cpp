@@ -28,11 +28,14 @@
 namespace hermes {
 namespace {
 
-constexpr std::int64_t kRowsOfTile = 4;    // of a product, in registers
-constexpr std::int64_t kPanel = 64;        // lanes
-constexpr std::int64_t kKeys = 64;         // of a tile
-constexpr std::int64_t kMostPanels = 4;    // of a block, which reads each key once for all of them
-constexpr std::int64_t kDepth = 128;       // of a product's slice
+constexpr std::int64_t kRowsOfTile = 4;  // of a product, in registers
+constexpr std::int64_t kDepth = 128;     // of a product's slice
+constexpr std::int64_t kPanel = 64;      // lanes
+constexpr std::int64_t kKeys = 64;       // of a tile
+// Panels of a block, which reads each key once for all of them. Five times its queries is what a
+// backward pass keeps, and should stay in a second-level cache.
+constexpr std::int64_t kMostPanels = 4;
+constexpr std::int64_t kBytesOfQueries = 1 << 17;
 constexpr double kFlopsOfOneThread = 4e6;  // 20 us, which outweigh starting a thread
 
 constexpr std::int64_t whole_tiles(std::int64_t rows) {
@@ -40,22 +43,21 @@ constexpr std::int64_t whole_tiles(std::int64_t rows) {
 }
 
 struct Geometry {
-    explicit Geometry(const AttentionShape& shape, std::int64_t real_bytes)
+    Geometry(const AttentionShape& shape, std::int64_t real_bytes)
         : heads(shape.heads),
           key_heads(shape.key_heads),
           group(shape.heads / shape.key_heads),
           size(shape.size),
           room((shape.size * real_bytes + 63) / 64 * 64 / real_bytes),
           lse_stride(shape.lse_stride),
-          panels(room * real_bytes <= 512    ? kMostPanels
-                 : room * real_bytes <= 1024 ? 2
-                                             : 1),
+          panels(std::clamp<std::int64_t>(kBytesOfQueries / (kPanel * room * real_bytes), 1,
+                                          kMostPanels)),
           scale(shape.scale) {}
 
     std::int64_t heads, key_heads, group, size;
     std::int64_t room;  // for a head in scratch memory: whole cache lines
     std::int64_t lse_stride;
-    std::int64_t panels;  // of a block at most, so that it stays in a second-level cache
+    std::int64_t panels;  // of a block, at most
     double scale;
 };
 
@@ -125,8 +127,6 @@ namespace scalar {
 #define HERMES_TARGET
 constexpr int kVectorBytes = 16;
 constexpr int kColumns = HERMES_X86_DISPATCH ? 2 : 4;
-#include "attention_vectors.hpp"
-//
 #include "attention_blocks.hpp"
 #undef HERMES_TARGET
 }  // namespace scalar
@@ -136,8 +136,6 @@ namespace avx2 {
 #define HERMES_TARGET HERMES_TARGET_AVX2
 constexpr int kVectorBytes = 32;
 constexpr int kColumns = 2;
-#include "attention_vectors.hpp"
-//
 #include "attention_blocks.hpp"
 #undef HERMES_TARGET
 }  // namespace avx2
@@ -146,8 +144,6 @@ namespace avx512 {
 #define HERMES_TARGET HERMES_TARGET_AVX512
 constexpr int kVectorBytes = 64;
 constexpr int kColumns = 4;
-#include "attention_vectors.hpp"
-//
 #include "attention_blocks.hpp"
 #undef HERMES_TARGET
 }  // namespace avx512

@@ -72,12 +72,15 @@ hermes::AttentionShape shape_of(const py::array& q, const py::array& k, const py
         throw py::value_error("lse is " + described(lse) + ", want [" + std::to_string(q.shape(1)) +
                               ", at least " + std::to_string(q.shape(0)) + "]");
     }
+    if (!(scale > 0)) {
+        throw py::value_error("scale is " + std::to_string(scale) + ", want a positive number");
+    }
     check_range("threads", threads, 1, hermes::kMaxThreads);
     const auto* first = read<std::int32_t>(starts, "starts", {q.shape(0)});
     return {q.shape(0), q.shape(1), k.shape(1), q.shape(2), lse.shape(1), first, scale, threads};
 }
 
-// Calls with_zero(Element{0}), for a template to take its type from.
+// Calls call(Element{}), whose type says what the arrays hold.
 template <class Call>
 void call_with_element(const std::string& dtype, const Call& call) {
     if (dtype == "float32") {

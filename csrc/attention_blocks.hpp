@@ -1,10 +1,12 @@
-// Blocks of attention.cpp, which includes this once for each instruction set, after the vectors.
+// Blocks of attention.cpp, which includes this once for each instruction set, and says how.
 //
 // A lane is a query: one head at one token, the heads that share a key side by side. Scores lie as
 // [keys, lanes], so their maxima and sums never step across a vector, gradients of keys and values
 // add up over heads by themselves, and only queries are transposed, once for a block.
 //
 // Shapes: L lanes of a panel, Y keys of a tile, H head size and zeros behind it to `room`.
+
+#include "attention_vectors.hpp"
 
 template <class R>
 struct Panel {
@@ -97,7 +99,7 @@ HERMES_TARGET void turn_lanes(const R* from_LH, const Geometry& g, const Panel<R
     transpose(from_LH, g.room, panel.vectors * kWidth<R>, g.room, to_HL, kPanel);
 }
 
-// Each lane times its factor, or all times one; `room_LH` is spoilt.
+// Each lane times its factor; `room_LH` is spoilt.
 template <class Element>
 HERMES_TARGET void give_lanes(const Real<Element>* from_HL, const Real<Element>* factor_L,
                               const Geometry& g, const Block& block,

@@ -58,8 +58,8 @@ def varlen_attention(
         scale: positive factor on q @ k; 1 / sqrt(H) if None.
         return_lse: give the log-sum-exp of each query's scaled scores too; it has no gradient.
         backend: "triton" (ours, CUDA), "flash" (the flash-attn that is installed), "torch"
-            (PyTorch's varlen_attn), "cpu" (segments of like length batched into fused calls),
-            "reference" (plain, any device, float64 too), or "auto", the table in `backends`.
+            (PyTorch's varlen_attn), "cpu" (ours in C++, float64 too), "reference" (plain, any
+            device, float64 too), or "auto", the table in `backends`.
 
     Returns:
         [T, N, H] in q's dtype; with ``return_lse`` also [N, T], natural logarithm, at least fp32.
