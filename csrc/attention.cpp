@@ -37,6 +37,7 @@ constexpr std::int64_t kKeys = 64;       // of a tile
 constexpr std::int64_t kMostPanels = 4;
 constexpr std::int64_t kBytesOfQueries = 1 << 17;
 constexpr double kFlopsOfOneThread = 4e6;  // 20 us, which outweigh starting a thread
+constexpr double kFlopsOfOneBlock = 1e5;   // half a microsecond, besides its products
 
 constexpr std::int64_t whole_tiles(std::int64_t rows) {
     return (rows + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile;
@@ -221,9 +222,10 @@ std::int64_t threads_for(const AttentionShape& shape, const Geometry& g,
         const auto lanes = static_cast<double>(segment.lanes);
         scores += lanes * lanes / static_cast<double>(2 * g.group);
     }
-    const double flops = 2 * products * scores * static_cast<double>(g.size * g.key_heads);
-    const auto items = static_cast<double>(blocks_of(segments) * g.key_heads);
-    const auto worth = static_cast<std::int64_t>(std::min(flops / kFlopsOfOneThread, items));
+    const auto blocks = static_cast<double>(blocks_of(segments) * g.key_heads);
+    const double flops = 2 * products * scores * static_cast<double>(g.size * g.key_heads) +
+                         kFlopsOfOneBlock * blocks;
+    const auto worth = static_cast<std::int64_t>(std::min(flops / kFlopsOfOneThread, blocks));
     return std::clamp<std::int64_t>(worth, 1, shape.threads);
 }
 
