@@ -233,10 +233,13 @@ std::int64_t threads_for(const AttentionShape& shape, const Geometry& g,
 //
 // A thread takes the blocks of a segment and key head one after the other, the last and longest
 // first: then it waits for nobody's turn. Where none is left untouched, it helps with another's.
+// Of a segment of one block it takes all key heads, whose lines lie side by side.
 template <class Work>
 void run(const Geometry& g, const std::vector<Segment>& segments, std::int64_t threads,
          const Work& work) {
     const auto chains = static_cast<std::int64_t>(segments.size()) * g.key_heads;
+    const auto shared = g.key_heads * std::count_if(segments.begin(), segments.end(),
+                                                    [](const Segment& s) { return s.blocks > 1; });
     const Counters taken = zeros(chains);
     std::atomic<std::int64_t> next{0};
     const auto work_on_chain = [&](std::int64_t chain, std::int64_t thread) {
@@ -252,8 +255,12 @@ void run(const Geometry& g, const std::vector<Segment>& segments, std::int64_t t
         }
     };
     const auto work_as = [&](std::int64_t thread) {
-        for (std::int64_t chain = next++; chain < chains; chain = next++) {
-            work_on_chain(chain, thread);
+        for (std::int64_t i = next++; i < chains; i = next++) {
+            const std::int64_t first = i < shared ? i : shared + (i - shared) * g.key_heads;
+            const std::int64_t end = i < shared ? i + 1 : first + g.key_heads;
+            for (std::int64_t chain = first; chain < std::min(end, chains); ++chain) {
+                work_on_chain(chain, thread);
+            }
         }
         for (std::int64_t i = 0; i < chains; ++i) {
             work_on_chain((thread + i) % chains, thread);

@@ -70,14 +70,24 @@ HERMES_TARGET HERMES_INLINE Element* key_of(Element* data_TKH, const Geometry& g
     return data_TKH + ((block.start + key) * g.key_heads + block.key_head) * g.size;
 }
 
+// Asks for a line of the next key head, which a thread often takes next; it may lie anywhere.
+template <class Element>
+HERMES_TARGET HERMES_INLINE void prefetch(const Element* line, std::int64_t size) {
+    constexpr std::int64_t step = 64 / sizeof(Element);  // a cache line
+    for (std::int64_t h = 0; h < size; h += step) {
+        __builtin_prefetch(line + h);
+    }
+}
+
 // A panel's lanes, and zeros to the end of their last vector.
 template <class Element>
 HERMES_TARGET void take_lanes(const Element* data_TNH, const Geometry& g, const Block& block,
                               const Panel<Real<Element>>& panel, Real<Element>* to_LH) {
     Lane lane(g, block, panel.first);
     for (std::int64_t l = 0; l < panel.lanes; ++l, lane.step()) {
-        widen(data_TNH + (lane.token * g.heads + lane.head) * g.size, g.size, g.room,
-              to_LH + l * g.room);
+        const Element* const line = data_TNH + (lane.token * g.heads + lane.head) * g.size;
+        prefetch(line + g.group * g.size, g.size);
+        widen(line, g.size, g.room, to_LH + l * g.room);
     }
     const std::int64_t end = panel.vectors * kWidth<Real<Element>>;
     std::fill(to_LH + panel.lanes * g.room, to_LH + end * g.room, Real<Element>{0});
@@ -88,7 +98,9 @@ template <class Element>
 HERMES_TARGET void take_keys(const Element* data_TKH, const Geometry& g, const Block& block,
                              std::int64_t first, std::int64_t count, Real<Element>* to_YH) {
     for (std::int64_t y = 0; y < count; ++y) {
-        widen(key_of(data_TKH, g, block, first + y), g.size, g.room, to_YH + y * g.room);
+        const Element* const line = key_of(data_TKH, g, block, first + y);
+        prefetch(line + g.size, g.size);
+        widen(line, g.size, g.room, to_YH + y * g.room);
     }
     std::fill(to_YH + count * g.room, to_YH + whole_tiles(count) * g.room, Real<Element>{0});
 }
