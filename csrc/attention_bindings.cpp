@@ -1,7 +1,7 @@
 // Python's door to attention: arrays that are PyTorch's memory, bfloat16 and float16 as uint16.
-#include <algorithm>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
