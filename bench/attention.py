@@ -9,6 +9,7 @@ Shapes: T packed tokens, N query heads, K key heads, H head size.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -26,6 +27,7 @@ from hermes_core.segments import segments
 from hermes_kernels import reference
 
 Call = Callable[[], Tensor]
+SPIN_S = 0.03  # OpenMP's idle threads sleep well before
 
 
 @dataclass(frozen=True)
@@ -209,17 +211,33 @@ def check(shape: Shape, calls: dict[str, Call], q: Tensor, k: Tensor, v: Tensor)
                 raise SystemExit(f"{name} is off by {error:.2e} at {shape}; {allowed:.2e} allowed")
 
 
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU time of all threads."""
+    time.sleep(SPIN_S)
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.process_time()
+        call()
+        return time.process_time() - started
+    finally:
+        gc.enable()
+
+
 def compare(
     shape: Shape, what: str, calls: dict[str, Callable[[], object]], *, runs: int
 ) -> Iterator[Result]:
-    """Times by turns, so that what else the machine does disturbs all alike."""
+    """Times by turns, so that what else the machine does disturbs all alike.
+
+    What one call leaves behind is not the next one's time: OpenMP's threads, which spin for some
+    milliseconds, and garbage, whose collection takes 0.3 s once FlexAttention has been compiled.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(runs + 1):
         for name, call in calls.items():
-            started = time.process_time()
-            call()
+            spent = cpu_seconds(call)
             if turn:  # the first warms up
-                times[name].append(1e3 * (time.process_time() - started))
+                times[name].append(1e3 * spent)
     ours = statistics.median(next(iter(times.values())))
     for name, spent in times.items():
         middle = statistics.median(spent)

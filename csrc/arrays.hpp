@@ -40,3 +40,17 @@ inline void check_size(const char* name, std::int64_t size, std::int64_t wanted)
                               " elements, want " + std::to_string(wanted));
     }
 }
+
+// What was given in place of a wanted array, in words.
+inline std::string described(const py::handle& object) {
+    if (!py::isinstance<py::array>(object)) {
+        return py::str(py::type::handle_of(object).attr("__name__"));
+    }
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    const int flags = array.flags();
+    return std::string(py::str(array.dtype())) + " " +
+           std::string(py::str(py::list(array.attr("shape")))) +
+           (array.writeable() ? "" : ", read-only") +
+           ((flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 ? "" : ", unaligned") +
+           ((flags & py::array::c_style) != 0 ? "" : ", not contiguous");
+}

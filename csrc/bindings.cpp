@@ -20,7 +20,8 @@
 #include "random.hpp"
 #include "window.hpp"
 
-void bind_rows(py::module_& m);  // row_bindings.cpp
+void bind_rows(py::module_& m);       // row_bindings.cpp
+void bind_attention(py::module_& m);  // attention_bindings.cpp
 
 namespace {
 
@@ -280,6 +281,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           "The numbers below count in an order that four random words decide.");
 
     bind_rows(m);
+    bind_attention(m);
 
     m.def("map_file", &map_file, "path"_a,
           "The bytes of a file, mapped read-only; holds no file descriptor.");

@@ -134,19 +134,6 @@ void read_ahead(Shards& shards, const Load& load, const Int64Array& samples,
 
 // ---- memory of a batch ------------------------------------------------------------------------
 
-std::string described(const py::handle& object) {
-    if (!py::isinstance<py::array>(object)) {
-        return py::str(py::type::handle_of(object).attr("__name__"));
-    }
-    const auto array = py::reinterpret_borrow<py::array>(object);
-    const int flags = array.flags();
-    return std::string(py::str(array.dtype())) + " " +
-           std::string(py::str(py::list(array.attr("shape")))) +
-           (array.writeable() ? "" : ", read-only") +
-           ((flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 ? "" : ", unaligned") +
-           ((flags & py::array::c_style) != 0 ? "" : ", not contiguous");
-}
-
 // An array of the caller's, refused unless it can be written as it is; `shape` as words, too.
 template <class T>
 Array<T> writable(const py::handle& object, const char* name, bool fits, const std::string& shape) {

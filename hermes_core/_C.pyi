@@ -21,7 +21,9 @@ __all__: list[str] = [
     "Shards",
     "Windows",
     "active_isa",
+    "attend",
     "build_rows",
+    "differentiate_attention",
     "map_file",
     "pack",
     "pack_windows",
@@ -77,6 +79,22 @@ def active_isa() -> str:
     Instruction set in use: 'scalar', 'avx2' or 'avx512'.
     """
 
+def attend(
+    q: numpy.ndarray,
+    k: numpy.ndarray,
+    v: numpy.ndarray,
+    starts: numpy.ndarray,
+    out: numpy.ndarray,
+    lse: numpy.ndarray,
+    *,
+    dtype: str,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Causal attention inside segments, written to `out`, and its log-sum-exps to `lse`.
+    """
+
 def build_rows(
     shards: Shards,
     load: collections.abc.Callable[[int], typing.Any],
@@ -98,6 +116,26 @@ def build_rows(
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.typing.NDArray[numpy.int32], int]:
     """
     Input ids, labels, positions, cu_seqlens of these rows of a plan; how many are kept.
+    """
+
+def differentiate_attention(
+    grad: numpy.ndarray,
+    q: numpy.ndarray,
+    k: numpy.ndarray,
+    v: numpy.ndarray,
+    out: numpy.ndarray,
+    lse: numpy.ndarray,
+    starts: numpy.ndarray,
+    dq: numpy.ndarray,
+    dk: numpy.ndarray,
+    dv: numpy.ndarray,
+    *,
+    dtype: str,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Gradients of q, k and v for a gradient of attention's output, written to the last three.
     """
 
 def map_file(path: bytes) -> numpy.typing.NDArray[numpy.uint8]:

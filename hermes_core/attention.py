@@ -59,8 +59,8 @@ def varlen_attention(
         return_lse: give the log-sum-exp of each query's scaled scores too; it has no gradient.
         backend: "triton" (ours, CUDA), "gluon" (the same with another forward, for Blackwell, that
             has never run and that "auto" never takes), "flash" (the flash-attn that is installed),
-            "torch" (PyTorch's varlen_attn), "cpu" (ours in C++), "reference" (plain, any device,
-            float64 too), or "auto", the table in `backends`.
+            "torch" (PyTorch's varlen_attn), "cpu" (ours in C++, float64 too), "reference" (plain,
+            any device, float64 too), or "auto", the table in `backends`.
 
     Returns:
         [T, N, H] in q's dtype; with ``return_lse`` also [N, T], natural logarithm, at least fp32.

@@ -1,49 +1,110 @@
-"""The buckets of the CPU backend: a layout in which each token has one place."""
+"""The CPU backend in every dtype: its error against float64, beside that of PyTorch's kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from hermes_core.attention_cpu import buckets_of, padded_width
+from hermes_core.attention import varlen_attention
+from hermes_core.segments import Segments, segments
 
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=40))
-@settings(max_examples=100, deadline=None)
-def test_every_token_has_one_real_slot_in_a_line_of_its_segment(lengths: list[int]) -> None:
-    total = sum(lengths)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    written = np.zeros(total + 1, dtype=int)
-    for bucket in buckets_of(np.array(lengths, dtype=np.int64)):
-        if bucket.source is None:
-            tokens = np.arange(bucket.first, bucket.first + bucket.width)
-            written[tokens] += 1
-            assert len(set(owner[tokens])) == 1
-            continue
-        assert bucket.target is not None
-        real = bucket.target.numpy() < total
-        assert (bucket.source.numpy() == bucket.target.numpy())[real].all()
-        assert (bucket.real is None) == real.all()
-        assert bucket.real is None or bucket.real.flatten().tolist() == real.tolist()
-        written[bucket.target.numpy()[real]] += 1
-        for line in bucket.source.view(bucket.count, bucket.width):
-            assert len(set(owner[line.numpy()])) == 1
-            assert (line.diff() >= 0).all()
-    assert (written[:total] == 1).all()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_long_segments_are_never_padded() -> None:
-    assert [padded_width(n) for n in (1, 8, 9, 32, 33, 1001)] == [8, 8, 16, 32, 33, 1001]
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def test_one_segment_needs_no_copy() -> None:
-    (bucket,) = buckets_of(np.array([300]))
-    assert (bucket.source, bucket.first, bucket.width) == (None, 0, 300)
+def where(lengths: list[int]) -> Segments:
+    return segments(np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def test_segments_of_one_length_need_no_mask() -> None:
-    (bucket,) = buckets_of(np.array([20, 20]))
-    assert bucket.real is None
-    assert torch.equal(bucket.source, torch.arange(40))
+def drawn(tokens: int, heads: tuple[int, int], size: int, dtype: torch.dtype) -> list[Tensor]:
+    """A gradient of the output, q, k, v."""
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(tokens, n, size) for n in (heads[0], heads[0], *heads[1:] * 2)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def run(inputs: list[Tensor], lengths: list[int], backend: str) -> list[Tensor]:
+    """Output and the gradients of q, k and v; "fused" is PyTorch's kernel, a segment at a time."""
+    grad, *leaves = [x.clone() for x in inputs]
+    q, k, v = (x.requires_grad_() for x in leaves)
+    if backend == "fused":
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        out = torch.cat([fused(*part) for part in parts])
+    else:
+        out = varlen_attention(q, k, v, where(lengths), backend=backend)  # type: ignore[call-overload]
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=6),
+    heads=st.sampled_from([(4, 4), (8, 2), (3, 1), (8, 1)]),
+    size=st.sampled_from([1, 7, 64, 96, 128, 192, 256]),
+)
+@settings(max_examples=25, deadline=None)
+def test_it_errs_no_more_than_pytorch(
+    dtype: torch.dtype, lengths: list[int], heads: tuple[int, int], size: int
+) -> None:
+    inputs = drawn(sum(lengths), heads, size, dtype)
+    right = run([x.double() for x in inputs], lengths, "reference")
+    theirs = run(inputs, lengths, "fused")
+    for ours, peer, truth in zip(run(inputs, lengths, "cpu"), theirs, right, strict=True):
+        error, allowed = (ours - truth).norm(), (peer - truth).norm()
+        few_roundings = torch.finfo(dtype).eps * (truth.norm() + truth.numel() ** 0.5)
+        assert error <= 1.5 * allowed + few_roundings
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_full_row_equals_the_plain_twin(dtype: torch.dtype) -> None:
+    inputs = drawn(1024, (4, 1), 64, dtype)
+    tolerance = 16 * torch.finfo(dtype).eps
+    right = run([x.double() for x in inputs], [1024], "reference")
+    for ours, truth in zip(run(inputs, [1024], "cpu"), right, strict=True):
+        assert (ours.double() - truth).norm() <= tolerance * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    """Every number is the one nearest to what float32 gives, subnormals and the largest too."""
+    tokens = [1] * 512
+    grad, q, k, v = drawn(512, (2, 1), 64, torch.float32)
+    v *= 2.0 ** torch.arange(-30, 34).expand_as(v)
+    v = v.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    halves = [grad.to(dtype), q.to(dtype), k.to(dtype), v]
+    out, _, _, dv = run(halves, tokens, "cpu")
+    assert torch.equal(out, v.expand_as(out))
+    assert torch.equal(dv, halves[0].float().sum(1, keepdim=True).to(dtype))
+    halves[3].fill_(float("inf"))
+    halves[3][::2] = float("nan")
+    out = run(halves, tokens, "cpu")[0]
+    assert out[::2].isnan().all()
+    assert (out[1::2] == float("inf")).all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_threads_and_place_change_no_bit(dtype: torch.dtype) -> None:
+    inputs, lengths = drawn(1300, (4, 2), 64, dtype), [700, 500, 99, 1]
+    torch.set_num_threads(1)
+    alone = run([x[700:1200] for x in inputs], [500], "cpu")
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        for all_of, one in zip(run(inputs, lengths, "cpu"), alone, strict=True):
+            assert torch.equal(all_of[700:1200], one)
