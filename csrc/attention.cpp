@@ -12,11 +12,11 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -272,7 +272,7 @@ void run(const Geometry& g, const std::vector<Segment>& segments, std::int64_t t
         for (std::int64_t thread = 1; thread < threads; ++thread) {
             others.emplace_back(work_as, thread);
         }
-    } catch (const std::system_error&) {  // no thread to be had: the others do its part
+    } catch (const std::exception&) {  // no thread to be had: the others do its part
     }
     work_as(0);
     for (std::thread& other : others) {

@@ -72,8 +72,9 @@ hermes::AttentionShape shape_of(const py::array& q, const py::array& k, const py
         throw py::value_error("lse is " + described(lse) + ", want [" + std::to_string(q.shape(1)) +
                               ", at least " + std::to_string(q.shape(0)) + "]");
     }
-    if (!(scale > 0)) {
-        throw py::value_error("scale is " + std::to_string(scale) + ", want a positive number");
+    if (!(static_cast<float>(scale) > 0 && std::isfinite(scale))) {
+        throw py::value_error("scale is " + std::to_string(scale) +
+                              ", want a positive, finite number of float32");
     }
     check_range("threads", threads, 1, hermes::kMaxThreads);
     const auto* first = read<std::int32_t>(starts, "starts", {q.shape(0)});

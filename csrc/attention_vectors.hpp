@@ -11,6 +11,7 @@ constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(R));
 template <class R>
 using Vector = Lanes<R, kWidth<R>>;
 using Bits = Lanes<std::uint32_t, kWidth<float>>;
+using Integers = Lanes<std::int32_t, kWidth<float>>;
 using HalfBits = Lanes<std::uint16_t, kWidth<float>>;
 
 template <class To, class From>
@@ -51,10 +52,12 @@ HERMES_TARGET HERMES_INLINE Vector<float> widened(const Float16* from) {
     HalfBits half;
     std::memcpy(&half, from, sizeof half);
     const Bits bits = __builtin_convertvector(half, Bits);
-    const Bits sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13;
-    const Bits finite = as<Bits>(as<Vector<float>>(magnitude) * 0x1p112f);
-    return as<Vector<float>>((magnitude < (0x7c00U << 13) ? finite : magnitude | 0x7f800000) |
-                             sign);
+    const Bits sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff, wide = magnitude << 13;
+    // A subnormal by way of an integer: a processor that flushes subnormals never sees one.
+    const auto tiny = __builtin_convertvector(as<Integers>(magnitude), Vector<float>) * 0x1p-24f;
+    const Bits normal = wide + (112U << 23), large = wide | 0x7f800000;
+    const Bits kept = magnitude < 0x400 ? as<Bits>(tiny) : magnitude < 0x7c00 ? normal : large;
+    return as<Vector<float>>(kept | sign);
 }
 
 HERMES_TARGET HERMES_INLINE void round_into(float* to, const Vector<float>& from) {

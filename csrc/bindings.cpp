@@ -98,18 +98,18 @@ hermes::Seed seed_of(const std::vector<std::uint64_t>& words) {
     return seed;
 }
 
-Int64Array array_of(const std::vector<std::int64_t>& values) {
-    return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
-// NumPy's own arrays begin anywhere, so that up to four megabytes of each lie in small pages.
-Int64Array array_of(hermes::Buffer<std::int64_t> values) {
-    const auto size = static_cast<py::ssize_t>(values.size());
-    auto kept = std::make_unique<hermes::Buffer<std::int64_t>>(std::move(values));
-    std::int64_t* data = kept->data();
-    const py::capsule owner(kept.release(),
+// Room for so many. NumPy's own arrays begin anywhere, so that up to four megabytes of each lie in
+// small pages: large ones are ours.
+Int64Array room_for(std::int64_t count) {
+    constexpr std::int64_t large = std::int64_t{1} << 19;
+    if (count < large) {
+        return Int64Array(count);
+    }
+    auto buffer = std::make_unique<hermes::Buffer<std::int64_t>>(static_cast<std::size_t>(count));
+    std::int64_t* data = buffer->data();
+    const py::capsule owner(buffer.release(),
                             [](void* p) { delete static_cast<hermes::Buffer<std::int64_t>*>(p); });
-    return Int64Array(size, data, owner);
+    return Int64Array(count, data, owner);
 }
 
 struct Packed {
@@ -143,8 +143,8 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
         refuse_length(lengths, scanned.too_long, false, row_length);
     }
     // The result's memory is the scratch as well: its two halves hold the ids while they move.
-    hermes::Buffer<std::int64_t> all(static_cast<std::size_t>(lengths.count));
-    std::int64_t* samples = all.data();
+    Int64Array all = room_for(lengths.count);
+    std::int64_t* samples = all.mutable_data();
     auto* ids = reinterpret_cast<std::uint32_t*>(samples);
     hermes::Sorted sorted;
     hermes::Choice choice{};
@@ -164,25 +164,27 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
         packed.longest = sorted.classes.front().length;
         packed.shortest = sorted.classes.back().length;
     }
-    hermes::Buffer<std::int64_t> row_offsets(static_cast<std::size_t>(plan.rows) + 1);
+    packed.row_offsets = room_for(plan.rows + 1);
+    std::int64_t* row_offsets = packed.row_offsets.mutable_data();
     packed.dropped = Int64Array(sorted.dropped);
     std::copy_n(ids, sorted.dropped, packed.dropped.mutable_data());
     {
         py::gil_scoped_release release;
         hermes::lay_out(plan, seed_words.empty() ? nullptr : &seed, lengths.count, sorted.dropped,
-                        samples, row_offsets.data());
+                        samples, row_offsets);
     }
-    const Int64Array whole = array_of(std::move(all));
-    packed.samples = sorted.dropped == 0
-                         ? whole
-                         : Int64Array({lengths.count - sorted.dropped}, {8}, samples, whole);
-    packed.row_offsets = array_of(std::move(row_offsets));
+    packed.samples =
+        sorted.dropped == 0 ? all : Int64Array({lengths.count - sorted.dropped}, {8}, samples, all);
     return packed;
 }
 
 struct Windows {
     Int64Array samples, row_offsets, carried, ages;
 };
+
+Int64Array array_of(const std::vector<std::int64_t>& values) {
+    return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
+}
 
 Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int64_t window,
                      std::int64_t row_length, std::int64_t max_samples,

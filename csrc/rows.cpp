@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 
 #include "isa.hpp"
@@ -227,7 +227,7 @@ void fill_rows(const Layout& layout, Id pad_id, const Batch<Id>& batch, std::int
         for (; part < threads; ++part) {
             others.emplace_back(write_part, part);
         }
-    } catch (const std::system_error&) {  // no thread to be had: its part is done here
+    } catch (const std::exception&) {  // no thread to be had: its part is done here
     }
     for (; part < threads; ++part) {
         write_part(part);

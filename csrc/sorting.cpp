@@ -13,9 +13,8 @@ namespace hermes {
 namespace {
 
 // Up to so many lengths, each is counted, and two passes over parts that fit in a cache sort by
-// those counts. Where the samples are fewer than a quarter of them, counting costs more.
-constexpr std::int64_t kCountedLengths = std::int64_t{1} << 17;
-constexpr std::int64_t kLengthsOfASample = 4;
+// those counts. Where there are fewer samples than lengths, counting costs more.
+constexpr std::int64_t kCountedLengths = (std::int64_t{1} << 17) + 1;
 
 template <class F>
 auto with_type(const Lengths& lengths, F f) {
@@ -48,8 +47,8 @@ struct Keys {
     }
 };
 
-// Counts every key, and gathers the bits of (length - 1): a length below 1 sets the highest of a
-// signed type.
+// Counts every key, and gathers the bits of (length - 1): a length below 1 makes them no less than
+// the largest of a signed type.
 //
 // In words of 16 bits, emptied before one can overflow, the counters of 16,384 lengths stay in the
 // innermost cache.
@@ -180,7 +179,7 @@ Scan scan(const Lengths& lengths, std::int64_t row_length, bool truncate) {
             bits = bits_of(values, lengths.count);
             found.top = std::min(found.top, static_cast<std::int64_t>(std::min(bits, most)) + 1);
         }
-        if (found.top <= kCountedLengths && found.top <= kLengthsOfASample * lengths.count) {
+        if (found.top <= std::min(kCountedLengths, lengths.count)) {
             std::vector<std::uint32_t> counts(static_cast<std::size_t>(found.top) + 1);
             bits = count_keys(Keys<T>{values, found.top}, count, counts);
             std::uint32_t begin = 0;

@@ -5,6 +5,7 @@ Shapes: T packed tokens, N query heads, K key and value heads, H head size, U ro
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -77,8 +78,8 @@ def varlen_attention(
     _check(q_TNH, k_TKH, v_TKH, segments)
     size = q_TNH.shape[-1]
     scale = size**-0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    if not torch.finfo(torch.float32).tiny <= scale < math.inf:
+        raise ValueError(f"scale must be positive and finite in float32, got {scale}")
     name = choose("attention", backend, q_TNH.device, q_TNH.dtype, size=size)
     if name in ("triton", "gluon", "cpu"):
         out, lse = _run_op(name, q_TNH, k_TKH, v_TKH, segments, scale)

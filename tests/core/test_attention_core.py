@@ -191,8 +191,10 @@ def read_only(x: Array) -> Array:
         ("starts", np.array([1, 1, 1, 1, 1, 1], np.int32), r"starts\[0\] is 1, want 0"),
         ("dtype", "int8", "dtype is 'int8', want float32, float64, bfloat16 or float16"),
         ("dtype", "bfloat16", "q is float32 .* uint16"),
-        ("scale", 0.0, "scale is 0.0+, want a positive number"),
-        ("scale", float("nan"), "scale is nan, want a positive number"),
+        ("scale", 0.0, "scale is 0.0+, want a positive, finite number"),
+        ("scale", 1e-46, "scale is 0.0+, want a positive, finite number"),
+        ("scale", float("nan"), "scale is nan, want a positive"),
+        ("scale", float("inf"), "scale is inf, want a positive"),
         ("threads", 0, r"threads is 0, outside \[1, 1024\]"),
     ],
 )  # fmt: skip

@@ -108,3 +108,14 @@ def test_threads_and_place_change_no_bit(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
         for all_of, one in zip(run(inputs, lengths, "cpu"), alone, strict=True):
             assert torch.equal(all_of[700:1200], one)
+
+
+def test_small_halves_survive_a_processor_that_flushes_subnormals() -> None:
+    """All of fp16's own subnormals are normal numbers in fp32."""
+    values = (torch.arange(1024) * 2.0**-24).to(torch.float16).view(1, 1, 1024)
+    assert torch.set_flush_denormal(True)
+    try:
+        out = varlen_attention(values, values, values, where([1]), backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(out, values)

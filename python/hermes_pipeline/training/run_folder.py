@@ -33,7 +33,7 @@ from hermes_pipeline.training.weights import (
     write_json,
 )
 
-FORMAT = 1
+FORMAT = 2  # 1: before rows were shuffled as they are now
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -243,9 +243,9 @@ PARTS = [
     "{",
     "[]",
     "{}",
-    '{"format": 9}',
     '{"format": 1}',
-    '{"format": 1, "store": 1, "recipe": 1}',
+    '{"format": 2}',
+    '{"format": 2, "store": 1, "recipe": 1}',
 ]
 
 
