@@ -83,7 +83,7 @@ PEERS = (
         binpacking,
         lambda bins: [list(row) for row in bins],
     ),
-    Peer("trl", 20_000, as_dataset, trl, of_trl),  # it copies every token, which is timed too
+    Peer("trl", 50_000, as_dataset, trl, of_trl),  # it copies every token, which is timed too
 )
 
 
