@@ -18,7 +18,7 @@ HEADERS = ["isa.hpp", "buffer.hpp", "sorting.hpp", "packing.hpp", "layout.hpp", 
 HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp", "bit_tree.hpp"]
 HEADERS += ["simplex.hpp", "knots.hpp", "knapsack.hpp", "guide.hpp", "guided.hpp", "choice.hpp"]
 HEADERS += ["shards.hpp", "pool.hpp", "arrays.hpp", "write_rows.hpp", "attention.hpp"]
-HEADERS += ["attention_vectors.hpp", "attention_blocks.hpp"]
+HEADERS += ["attention_vectors.hpp", "attention_blocks.hpp", "threads.hpp"]
 
 DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sanitizers
 

@@ -12,7 +12,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -24,6 +23,7 @@
 
 #include "buffer.hpp"
 #include "isa.hpp"
+#include "threads.hpp"
 
 namespace hermes {
 namespace {
@@ -266,18 +266,7 @@ void run(const Geometry& g, const std::vector<Segment>& segments, std::int64_t t
             work_on_chain((thread + i) % chains, thread);
         }
     };
-    std::vector<std::thread> others;
-    others.reserve(static_cast<std::size_t>(threads));
-    try {
-        for (std::int64_t thread = 1; thread < threads; ++thread) {
-            others.emplace_back(work_as, thread);
-        }
-    } catch (const std::exception&) {  // no thread to be had: the others do its part
-    }
-    work_as(0);
-    for (std::thread& other : others) {
-        other.join();
-    }
+    in_threads(threads, work_as);
 }
 
 }  // namespace

@@ -3,14 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "isa.hpp"
+#include "threads.hpp"
 
 namespace hermes {
 namespace {
@@ -220,22 +219,7 @@ void fill_rows(const Layout& layout, Id pad_id, const Batch<Id>& batch, std::int
         const Segment* part_end = part + 1 == threads ? end : part_start(part + 1);
         seen |= write(part_start(part), part_end, pad_id, batch);
     };
-    std::vector<std::thread> others;
-    others.reserve(static_cast<std::size_t>(threads));
-    std::int64_t part = 1;
-    try {
-        for (; part < threads; ++part) {
-            others.emplace_back(write_part, part);
-        }
-    } catch (const std::exception&) {  // no thread to be had: its part is done here
-    }
-    for (; part < threads; ++part) {
-        write_part(part);
-    }
-    write_part(0);
-    for (std::thread& other : others) {
-        other.join();
-    }
+    in_threads(threads, write_part);
     if (seen > static_cast<std::uint64_t>(std::numeric_limits<Id>::max())) {
         refuse_large_id(layout);
     }
