@@ -21,13 +21,16 @@ from running import comes_true
 pytestmark = pytest.mark.timeout(60)
 
 # What stands in for commands of ours and of Slurm: it writes down what it was given, and `hermes4`
-# runs until SIGTERM.
+# runs until SIGTERM, or fails once both run.
 STAND_IN = """#!/bin/bash
 name=$(basename "$0")
+trap 'trap "" TERM; sleep 0.3; echo "$name $1 ended" >> calls; exit 0' TERM
 echo "$name $*" >> calls
 [[ $name == scontrol ]] && exit
-[[ $1 == serve && -e fails ]] && exit 2
-trap 'trap "" TERM; sleep 0.3; echo "$name $1 ended" >> calls; exit 0' TERM
+if [[ $1 == serve && -e fails ]]; then
+  until grep -q "^hermes4 route" calls; do sleep 0.05; done
+  exit 2
+fi
 while true; do sleep 0.05; done
 """
 
