@@ -209,8 +209,9 @@ HERMES_TARGET void attend_block(const Geometry& g, const AttentionForward<Elemen
     }
     const std::int64_t keys = (block.first_lane + block.lanes - 1) / g.group + 1;
     for (std::int64_t first = 0; first < keys; first += kKeys) {
-        take_keys(arrays.k, g, block, first, std::min(keys - first, kKeys), k_YH);
-        take_keys(arrays.v, g, block, first, std::min(keys - first, kKeys), v_YH);
+        const std::int64_t tile = std::min(keys - first, kKeys);
+        take_keys(arrays.k, g, block, first, tile, k_YH);
+        take_keys(arrays.v, g, block, first, tile, v_YH);
         for (std::int64_t p = 0; p < count; ++p) {
             const Attending<R>& panel = panels[p];
             const std::int64_t seen = std::min(panel.seen - first, kKeys);

@@ -47,6 +47,12 @@ struct Keys {
     }
 };
 
+// `bits` and those of (length - 1).
+template <class T, class U = std::make_unsigned_t<T>>
+U with_bits_of(T length, U bits) {
+    return static_cast<U>(bits | static_cast<U>(static_cast<U>(length) - U{1}));
+}
+
 // Counts every key, and gathers the bits of (length - 1): a length below 1 makes them no less than
 // the largest of a signed type.
 //
@@ -61,7 +67,7 @@ std::make_unsigned_t<T> count_keys(const Keys<T>& keys, std::size_t count,
     U bits = 0;
     for (std::size_t i = 0; i < count;) {
         for (const std::size_t end = std::min(count, i + most); i < end; ++i) {
-            bits = static_cast<U>(bits | static_cast<U>(static_cast<U>(keys.lengths[i]) - U{1}));
+            bits = with_bits_of(keys.lengths[i], bits);
             ++few[keys(i)];
         }
         for (std::size_t k = 0; k < few.size(); ++k) {
@@ -77,7 +83,7 @@ std::make_unsigned_t<T> bits_of(const T* values, std::int64_t count) {
     using U = std::make_unsigned_t<T>;
     U bits = 0;
     for (std::int64_t i = 0; i < count; ++i) {
-        bits = static_cast<U>(bits | static_cast<U>(static_cast<U>(values[i]) - U{1}));
+        bits = with_bits_of(values[i], bits);
     }
     return bits;
 }
