@@ -151,9 +151,20 @@ def test_the_client_and_a_real_server_understand_each_other(model: Path, tmp_pat
                 await endpoint.chat(asked, drawn)
             assert error.value.hopeless
 
+    async def overflow_a_step(url: str, name: str) -> None:
+        """Seeded prompts of 100 tokens at once, where a step of the engine takes 256."""
+        drawn = Sampling(1.0, 1.0, max_tokens=4)
+        async with Endpoint(url, name, requests_per_s=1000, tokens_per_s=1e6) as endpoint:
+            prompts = [[5 + i % 3] * (90 + i) for i in range(30)]
+            answered = await asyncio.gather(
+                *(endpoint.complete(prompt, drawn, seed=1) for prompt in prompts)
+            )
+            assert all(reply.finish_reason in ("stop", "length") for (reply,) in answered)
+
     template = tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    flags = ("--chat-template", str(template))
+    flags = ("--chat-template", str(template), "--max-num-batched-tokens", "256")
     log = tmp_path / "server.log"
     with Server(model, log=log, max_model_len=128, flags=flags) as server:
-        asyncio.run(asyncio.wait_for(converse(server.base_url, server.name), 120))
+        for asked in (converse, overflow_a_step):
+            asyncio.run(asyncio.wait_for(asked(server.base_url, server.name), 120))

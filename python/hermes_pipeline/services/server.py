@@ -15,6 +15,9 @@ from hermes_pipeline.services.plain_http import ask
 
 READY_S = 600.0
 FIRST_ANSWER_S = 60.0
+# A prompt with a seed that is computed in two steps ends vLLM 0.32's engine on a CPU: it sets
+# the random generator back after the first, which PyTorch's generator of a CPU cannot.
+ON_A_CPU = ("--enforce-eager", "--no-enable-chunked-prefill")
 
 
 class Server(Guarded):
@@ -62,7 +65,7 @@ class Server(Guarded):
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--served-model-name", self.name, "--host", host, "--port", str(self.port)),
             *(("--max-model-len", str(max_model_len)) if max_model_len else ()),
-            *(("--enforce-eager",) if _on_cpu() else ()),
+            *(ON_A_CPU if _on_cpu() else ()),
             *flags,
         ]
         called = f"the server of {self.model}"
