@@ -13,11 +13,13 @@
 namespace hermes {
 
 // Bounds of the search. A row takes what fits more than kFine times at once; of the rest, at each
-// of kDepth levels, kBranches samples are tried, and under each kPairs pairs.
+// of kDepth levels, kBranches samples are tried, and under each kPairs pairs. Where that finds
+// nothing, kMixtures of what was taken at once with another class are tried.
 constexpr std::int64_t kFine = 4;
 constexpr int kDepth = 4;
 constexpr int kBranches = 16;
 constexpr int kPairs = 256;
+constexpr std::int64_t kMixtures = 1 << 12;
 
 struct Part {  // of a row
     std::uint32_t of_class;
@@ -160,7 +162,7 @@ private:
         const std::int64_t allowed = steps_;
         least_gap_ = gap_;
         best_ = row_;
-        if (gap_ > 0 && !search(gap_, c, 0)) {
+        if (gap_ > 0 && !search(gap_, c, 0) && !mix(gap_)) {
             fill_up();
         }
         all_steps_ -= allowed - std::max<std::int64_t>(steps_, 0);
@@ -245,6 +247,49 @@ private:
                 return found;
             }
             a = present_.next(a + 1);
+        }
+        return false;
+    }
+
+    // Where samples were taken many at once, looks for other numbers of them: short samples of
+    // nearly one length fill no row to its end, but mixtures of two lengths do.
+    bool mix(std::int64_t gap) {
+        std::int64_t tries = std::min(kMixtures, all_steps_);
+        while (!row_.empty()) {
+            const Part part = row_.back();
+            give_back();
+            gap += part.samples * classes_[part.of_class].length;
+            if (part.samples > 1 && mix(gap, part.of_class, tries)) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+    // Fills the gap with some samples of class `c`, some of a shorter one, and one of any.
+    bool mix(std::int64_t gap, std::size_t c, std::int64_t& tries) {
+        const std::int64_t length = classes_[c].length, shortest = classes_[last_].length;
+        for (std::int64_t many = std::min({gap / length, left_[c], places_}); many > 0; --many) {
+            const std::int64_t rest = gap - many * length;
+            std::size_t a = present_.next(c + 1);
+            for (int i = 0; i < kPairs && rest >= shortest && a != present_.end(); ++i) {
+                if (--tries < 0) {
+                    return false;
+                }
+                const std::int64_t some =
+                    std::min((rest - shortest) / classes_[a].length, left_[a]);
+                const std::int64_t last = rest - some * classes_[a].length;
+                const std::size_t b = fitting_(last);
+                if (many + some < places_ && b < classes_.size() && classes_[b].length == last &&
+                    left_[b] > (b == c ? many : 0) + (b == a ? some : 0)) {
+                    take(c, many);
+                    if (some > 0) {
+                        take(a, some);
+                    }
+                    return keep(0, {b});
+                }
+                a = present_.next(a + 1);
+            }
         }
         return false;
     }

@@ -36,7 +36,8 @@ struct Plan {
 Plan make_plan(const std::vector<LengthClass>& classes, const Limits& limits, Strategy strategy);
 
 // Each row starts with the longest sample left and looks for one, two, three ... samples that fill
-// it to the last token, in a bounded search; where there are none, for those that leave least.
+// it to the last token, in a bounded search; where there are none, for mixtures of two lengths and
+// one sample more that do; and then for those that leave least.
 Plan plan_by_exact_gap(const std::vector<LengthClass>& classes, const Limits& limits);
 
 // The largest of ceil(tokens / row_length), ceil(samples / most samples) and the bound L2 of

@@ -184,7 +184,7 @@ def pack(
     - `best_fit_decreasing`: each into the row with the least sufficient room; of several, the
       lowest-numbered.
     - `exact_gap`: row by row, the longest sample left and those that fill the rest to the last
-      token, found by a bounded search.
+      token, found by a bounded search: single samples, then mixtures of two lengths.
     - `guided`: where the best of the others misses the lower bound, rows near the patterns of a
       linear programme, the last two samples of each such that they fill it. For samples of which
       none is short, or where `max_samples` is small. Tenths of a second; at most some seconds.

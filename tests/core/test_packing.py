@@ -148,6 +148,14 @@ def test_exact_gap_reaches_the_lower_bound_on_lengths_like_those_of_the_report()
     assert plan.strategy == "exact_gap"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_exact_gap_mixes_samples_of_nearly_one_length(seed: int) -> None:
+    lengths = np.random.default_rng(seed).integers(80, 106, 20_000)
+    rows = {s: pack(lengths, row_length=16_384, strategy=s).rows for s in STRATEGIES}
+    plan = pack(lengths, row_length=16_384, strategy="exact_gap")
+    assert plan.rows == plan.lower_bound < min(rows.values())
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("row_length", [50, 1000, 300_000])
 def test_pack_equals_textbook_on_thousands_of_samples(row_length: int, strategy: Strategy) -> None:

@@ -76,6 +76,7 @@ class ExactGap:
         self.shortest = self.falling(self.row_length)[-1]
         self.steps = self.steps_of_row
         row, most = list(begin), self.row_length
+        parts = [(x, 1) for x in begin]
         self.left.subtract(row)
         while len(row) < self.max_samples:  # short samples beside the gap: many at once
             gap = self.row_length - sum(row)
@@ -86,13 +87,36 @@ class ExactGap:
             some = min(max(1, gap // most - 3), self.left[most], self.max_samples - len(row))
             self.left[most] -= some
             row += [most] * some
+            parts.append((most, some))
         self.best = row
         gap = self.row_length - sum(row)
         found = gap == 0 or self.search(row, gap, most, 0)
         self.left.update(row)
-        if not found:
+        if not found and not self.mix(parts):
             self.fill_up()
         return sorted(self.best, reverse=True)
+
+    def mix(self, parts: list[tuple[int, int]]) -> bool:
+        """Other numbers of what was taken many at once, with another length and one sample."""
+        tries = 1 << 12
+        while parts:
+            length, samples = parts.pop()
+            row = [x for x, some in parts for _ in range(some)]
+            left = self.left - Counter(row)
+            gap, places = self.row_length - sum(row), self.max_samples - len(row)
+            for many in range(min(gap // length, left[length], places) * (samples > 1), 0, -1):
+                rest = gap - many * length
+                shorter = sorted((x for x in left if x < length), reverse=True)[:256]
+                for a in shorter if rest >= self.shortest else ():
+                    tries -= 1
+                    if tries < 0:
+                        return False
+                    some = min((rest - self.shortest) // a, left[a])
+                    mixed = [length] * many + [a] * some + [rest - some * a]
+                    if len(mixed) <= places and Counter(mixed) <= left:
+                        self.best = row + mixed
+                        return True
+        return False
 
     def fill_up(self) -> None:
         row = list(self.best)
