@@ -82,12 +82,16 @@ void gather(const std::uint32_t* packed, std::int64_t count, std::int64_t rows, 
             std::int64_t* words) {
     constexpr std::int64_t few = 8;   // so many are copied at once, needed or not
     constexpr std::int64_t far = 64;  // rows ahead: they lie anywhere in what may fit in no cache
+    constexpr std::uint32_t line = 64 / sizeof *out;
     std::int64_t written = 0;
     for (std::int64_t i = 0; i < rows; ++i) {
         if (i + far < rows) {
-            const std::uint32_t* next = packed + Row::of(words[i + far]).begin;
-            __builtin_prefetch(next);
-            __builtin_prefetch(next + few - 1);
+            const Row row = Row::of(words[i + far]);
+            const std::uint32_t* next = packed + row.begin;
+            for (std::uint32_t at = 0; at < row.size; at += line) {
+                __builtin_prefetch(next + at);
+            }
+            __builtin_prefetch(next + row.size - 1);
         }
         const auto [begin, size] = Row::of(words[i]);
         if (size <= few && std::max<std::int64_t>(begin, written) + few <= count) {
