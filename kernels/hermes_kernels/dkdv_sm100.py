@@ -9,9 +9,9 @@ after another. A turn is one block; with everything turned round, keys down and 
 S, R, dk and dv fill tensor memory; P lies in the columns of S and Z in those of R, from where the
 tensor cores take them:
 
-    load       k and v, then a ring of q with delta and dout with lse, by TMA     warp 9
-    multiply   the four products                                                  warp 8
-    weigh      P and Z of half of the queries; at the end dv, or dk               warps 0-3, 4-7
+    load       k and v, then a ring of q and dout, and lse and delta, by TMA     warp 9
+    multiply   the four products                                                 warp 8
+    weigh      P and Z of half of the queries; at the end dk, or dv              warps 0-3, 4-7
 
 The tensor cores do dv and the next S while Z is made, then dk and the next R while the next P is.
 Barriers stand between: ``x_ready`` says that x may be read, ``x_free`` that it may be overwritten.
@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     tma,
 )
 
-from hermes_kernels.forward_sm100 import _barriers
+from hermes_kernels.forward_sm100 import _barriers, _fetch
 from hermes_kernels.halves_sm100 import (
     LOG2E,
     OTHER_REGISTERS,
@@ -73,11 +73,12 @@ def _turn(i, heads, borders, inner, M: gl.constexpr):
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, kv, ring, vectors, kv_ready, ready,
-    free, row, part, heads, borders, inner, U, S: gl.constexpr,
+    free, vectors_ready, row, part, heads, borders, inner, U, S: gl.constexpr,
 ):  # fmt: skip
-    """k and v, then q and dout of each turn."""
+    """k and v, then q, dout, lse and delta of each turn."""
     M: gl.constexpr = q_desc.block_shape[0]
     H: gl.constexpr = q_desc.block_shape[1]
+    TURNS: gl.constexpr = vectors_ready.shape[0]
     mbarrier.expect(kv_ready.index(0), k_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(k_desc, [row, part // S * H], kv_ready.index(0), kv.index(0))
     mbarrier.expect(kv_ready.index(1), v_desc.block_type.nbytes)
@@ -86,19 +87,13 @@ def _load(
         head, down = _turn(i, heads, borders, inner, M)
         head += part * heads
         at, place = [row + down, head * H], [head * U + row + down]
-        _fetch(q_desc, at, delta_desc, place, ring, vectors, ready, free, 2 * i)
-        _fetch(dout_desc, at, lse_desc, place, ring, vectors, ready, free, 2 * i + 1)
-
-
-@gluon.jit
-def _fetch(desc, at, vector_desc, place, ring, vectors, ready, free, i):
-    """The i-th block and its vector into their place in the ring."""
-    STAGES: gl.constexpr = ring.shape[0]
-    slot, lap = i % STAGES, i // STAGES & 1
-    mbarrier.wait(free.index(slot), lap ^ 1)
-    mbarrier.expect(ready.index(slot), desc.block_type.nbytes + vector_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, at, ready.index(slot), ring.index(slot))
-    tma.async_copy_global_to_shared(vector_desc, place, ready.index(slot), vectors.index(slot))
+        _fetch(q_desc, at, ring, ready, free, 2 * i)
+        _fetch(dout_desc, at, ring, ready, free, 2 * i + 1)
+        # The ring is odd, so dout's place was a q's: of the turn, now over, whose vectors lie here.
+        told, slot = vectors_ready.index(i % TURNS), 2 * (i % TURNS)
+        mbarrier.expect(told, lse_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(lse_desc, place, told, vectors.index(slot))
+        tma.async_copy_global_to_shared(delta_desc, place, told, vectors.index(slot + 1))
 
 
 @gluon.jit
@@ -142,8 +137,8 @@ def _add_to_dv(s, ring, dv, p_ready, i, told):
 
 @gluon.jit
 def _weigh(
-    x: gl.constexpr, vectors, s, r, sums, kv, out_desc, ready, scored, p_ready, z_ready, done, ends,
-    scale, factor, row, part, heads, borders, inner, T,
+    x: gl.constexpr, vectors, s, r, sums, kv, out_desc, vectors_ready, scored, p_ready, z_ready,
+    done, ends, scale, factor, row, part, heads, borders, inner, T,
 ):  # fmt: skip
     """P and Z of half x of the queries; then factor * sums, which leave by way of kv."""
     J: gl.constexpr = s.shape[0]
@@ -153,15 +148,15 @@ def _weigh(
     j = row + gl.arange(0, J, gl.SliceLayout(1, row_a_thread(J, STRIP)))  # [J]
     end = gl.load(ends + gl.minimum(j, T - 1))
     for i in range(heads * borders):
-        exponents = _exponents(x, i, s, vectors, ready, scored, scale)
+        exponents = _exponents(x, i, s, vectors, vectors_ready, scored, scale)
         _, down = _turn(i, heads, borders, inner, M)
         n = row + down + x * (M // 2)
         weights = _weights(x, i, masked(exponents, j - n, end - 1 - n), s, p_ready, dtype)
-        _differ(x, i, weights, r, vectors, ready, scored, z_ready, dtype)
+        _differ(x, i, weights, r, vectors, scored, z_ready, dtype)
     for i in range(heads * borders, heads * (borders + inner)):
-        exponents = _exponents(x, i, s, vectors, ready, scored, scale)
+        exponents = _exponents(x, i, s, vectors, vectors_ready, scored, scale)
         weights = _weights(x, i, exponents, s, p_ready, dtype)
-        _differ(x, i, weights, r, vectors, ready, scored, z_ready, dtype)
+        _differ(x, i, weights, r, vectors, scored, z_ready, dtype)
     mbarrier.wait(done.index(x), 0)
     for c in gl.static_range(H // 64):
         out = sums.slice(c * 64, 64).load(row_a_thread(J, 64)) * factor
@@ -172,13 +167,13 @@ def _weigh(
 
 
 @gluon.jit
-def _exponents(x: gl.constexpr, i, s, vectors, ready, scored, scale):
+def _exponents(x: gl.constexpr, i, s, vectors, vectors_ready, scored, scale):
     """scale * S - lse of half x of the queries, in strips."""
-    STAGES: gl.constexpr = vectors.shape[0]
-    slot = (2 * i + 1) % STAGES
+    TURNS: gl.constexpr = vectors_ready.shape[0]
+    mbarrier.wait(vectors_ready.index(i % TURNS), i // TURNS & 1)
     mbarrier.wait(scored.index(0), i & 1)
-    mbarrier.wait(ready.index(slot), (2 * i + 1) // STAGES & 1)
-    scores, lse = strips_of(s, x), _vector(x, vectors.index(slot), s.shape[0])
+    scores = strips_of(s, x)
+    lse = _vector(x, vectors.index(2 * i % vectors.shape[0]), s.shape[0])
     strips = ()
     for c in gl.static_range(len(scores)):
         factor = float2.full_like(scores[c], scale * LOG2E)
@@ -212,13 +207,11 @@ def _weights(x: gl.constexpr, i, exponents, s, p_ready, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _differ(x: gl.constexpr, i, weights, r, vectors, ready, scored, z_ready, dtype: gl.constexpr):
+def _differ(x: gl.constexpr, i, weights, r, vectors, scored, z_ready, dtype: gl.constexpr):
     """Z = P * (R - delta), to tensor memory."""
-    STAGES: gl.constexpr = vectors.shape[0]
-    slot = 2 * i % STAGES
     mbarrier.wait(scored.index(1), i & 1)
-    mbarrier.wait(ready.index(slot), 2 * i // STAGES & 1)
-    replies, delta = strips_of(r, x), _vector(x, vectors.index(slot), r.shape[0])
+    replies = strips_of(r, x)
+    delta = _vector(x, vectors.index(2 * i % vectors.shape[0] + 1), r.shape[0])
     for c in gl.static_range(len(weights)):
         z = float2.pack(weights[c], 1) * (replies[c] - delta[c])
         half(r, x, dtype).slice(c * STRIP, STRIP).store(float2.unpack(z, 1).to(dtype))
@@ -232,7 +225,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key tile and key head, over one of S parts of its G query heads.
 
-    ``lse`` times -log2(e); outputs are [T, K * S, H]. Grid (K * S, U / J).
+    ``lse`` times -log2(e); outputs are [T, K * S, H]; STAGES is odd. Grid (K * S, U / J).
     """
     M: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
@@ -249,7 +242,7 @@ def dkdv_kernel(
 
     kv = gl.allocate_shared_memory(dtype, [2, J, H], k_desc.layout)
     ring = gl.allocate_shared_memory(dtype, [STAGES, M, H], q_desc.layout)
-    vectors = gl.allocate_shared_memory(gl.float32, [STAGES, M], lse_desc.layout)
+    vectors = gl.allocate_shared_memory(gl.float32, [STAGES - 1, M], lse_desc.layout)
     in_s: gl.constexpr = TensorMemoryLayout((J, M), col_stride=1)
     in_dk: gl.constexpr = TensorMemoryLayout((J, H), col_stride=1)
     s = allocate_tensor_memory(gl.float32, [J, M], in_s)
@@ -257,15 +250,16 @@ def dkdv_kernel(
     dk = allocate_tensor_memory(gl.float32, [J, H], in_dk)
     dv = allocate_tensor_memory(gl.float32, [J, H], in_dk)
     kv_ready, ready, free = _barriers(2), _barriers(STAGES), _barriers(STAGES)
-    scored, p_ready, z_ready, done = _barriers(2), _barriers(4), _barriers(2), _barriers(2)
+    vectors_ready, scored = _barriers(STAGES // 2), _barriers(2)
+    p_ready, z_ready, done = _barriers(4), _barriers(2), _barriers(2)
     gl.warp_specialize(
         [
             (_weigh, (
-                0, vectors, s, r, dk, kv, dk_desc, ready, scored, p_ready, z_ready, done,
+                0, vectors, s, r, dk, kv, dk_desc, vectors_ready, scored, p_ready, z_ready, done,
                 ends, scale, scale, row, part, G // S, borders, inner, T,
             )),
             (_weigh, (
-                1, vectors, s, r, dv, kv, dv_desc, ready, scored, p_ready, z_ready, done,
+                1, vectors, s, r, dv, kv, dv_desc, vectors_ready, scored, p_ready, z_ready, done,
                 ends, scale, 1.0, row, part, G // S, borders, inner, T,
             )),
             (_multiply, (
@@ -274,7 +268,7 @@ def dkdv_kernel(
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, kv, ring, vectors,
-                kv_ready, ready, free, row, part, G // S, borders, inner, U, S,
+                kv_ready, ready, free, vectors_ready, row, part, G // S, borders, inner, U, S,
             )),
         ],
         [4, 1, 1],

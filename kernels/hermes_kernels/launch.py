@@ -57,7 +57,7 @@ TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (100, "dkdv", 256): Launch(64, 64, 4, 1),
     (100, "dq_sm100", 64): Launch(128, 128, 4, 8),
     (100, "dq_sm100", 128): Launch(128, 128, 4, 5),
-    (100, "dkdv_sm100", 64): Launch(128, 128, 4, 8),
+    (100, "dkdv_sm100", 64): Launch(128, 128, 4, 9),
     (100, "dkdv_sm100", 128): Launch(128, 128, 4, 5),
     (80, "forward", 64): Launch(128, 64, 8, 2),
     (80, "forward", 128): Launch(64, 64, 4, 2),

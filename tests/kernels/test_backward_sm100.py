@@ -217,12 +217,12 @@ BROKEN_KEYS = {
     "scores read too early": ("    mbarrier.wait(scored.index(0), i & 1)\n", "", TOO_EARLY),
     "replies read too early": ("    mbarrier.wait(scored.index(1), i & 1)\n", "", TOO_EARLY),
     "statistics read too early": (
-        "    mbarrier.wait(ready.index(slot), (2 * i + 1) // STAGES & 1)\n", "", TOO_EARLY),
+        "    mbarrier.wait(vectors_ready.index(i % TURNS), i // TURNS & 1)\n", "", TOO_EARLY),
     "keys read too early": ("    mbarrier.wait(kv_ready.index(0), 0)\n", "", TOO_EARLY),
     "queries read too early": (
         "    mbarrier.wait(ready.index(j % STAGES), j // STAGES & 1)\n", "", TOO_EARLY),
     "sums read too early": ("    mbarrier.wait(done.index(x), 0)\n", "", TOO_EARLY),
-    "a block overwritten": ("    mbarrier.wait(free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
+    "a block overwritten": ("    mbarrier.wait(kv_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
     "scores of the next turn over weights": (
         "        _add_to_dv(s, ring, dv, p_ready, i, free.index((j + 1) % STAGES))\n"
         "        score(kv.index(0), ring, s, ready, j + 2, [scored.index(0)])\n",
@@ -233,7 +233,7 @@ BROKEN_KEYS = {
         TOO_EARLY + "|more arrivals"),
     "phase turned round": ("index(slot), lap ^ 1)", "index(slot), lap)", "deadlock"),
     "phase of another lap": (
-        "(2 * i + 1) // STAGES & 1", "(2 * i + 1) // (STAGES + 1) & 1", "waits for the same phase"),
+        "j // STAGES & 1", "j // (STAGES + 1) & 1", "waits for the same phase"),
     "phase that does not change": (
         "wait(z_ready.index(0), i & 1)", "wait(z_ready.index(0), 0)", "waits for the same phase"),
     "differences never told": ("    mbarrier.arrive(z_ready.index(x))\n", "", "deadlock"),
@@ -241,7 +241,7 @@ BROKEN_KEYS = {
         "        mbarrier.arrive(p_ready.index(len(exponents) * x + c))\n",
         "        mbarrier.arrive(p_ready.index(len(exponents) * x + c))\n" * 2, TOO_EARLY),
     "a vector's bytes not expected": (
-        "desc.block_type.nbytes + vector_desc.block_type.nbytes", "desc.block_type.nbytes",
+        "lse_desc.block_type.nbytes + delta_desc.block_type.nbytes", "lse_desc.block_type.nbytes",
         "deadlock|may still"),
     "output stored without a fence": ("    fence_async_shared()\n", "", "without a fence"),
     "output left to itself": ("    tma.store_wait(0)\n", "", "before its stores"),
