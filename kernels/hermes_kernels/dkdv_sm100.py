@@ -225,8 +225,9 @@ def dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key tile and key head, over one of S parts of its G query heads.
 
-    ``lse`` times -log2(e); outputs are [T, K * S, H]; STAGES is odd. Grid (K * S, U / J).
+    ``lse`` times -log2(e); outputs are [T, K * S, H]. Grid (K * S, U / J).
     """
+    gl.static_assert(STAGES % 2 == 1, "the ring must be odd: see where lse and delta are loaded")
     M: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = k_desc.block_shape[1]

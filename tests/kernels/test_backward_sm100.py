@@ -207,6 +207,11 @@ def test_what_stands_beside_a_segment_changes_no_bit() -> None:
         assert not torch.equal(one, other)
 
 
+def test_a_ring_that_is_even_is_refused() -> None:
+    with pytest.raises(Fault, match="must be odd"):
+        of_keys(inputs(1, 1, 1, 64), where([1]), [1], 0.1, stages=4)
+
+
 # What is taken out or put in its place, and what the simulator must say.
 TOO_EARLY = "may still|nothing has written|missed a phase|a phase ends before"
 BROKEN_KEYS = {

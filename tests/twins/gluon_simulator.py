@@ -152,6 +152,11 @@ class View:
         self.memory.machine.pause()
 
 
+def insist(condition: object, message: str) -> None:
+    if not condition:
+        raise Fault(message)
+
+
 class Language:
     """What `gl` and its Blackwell module are for one program."""
 
@@ -176,6 +181,7 @@ class Language:
             **TYPES,
             constexpr=lambda x: x,
             static_range=range,
+            static_assert=insist,
             warp_specialize=lambda parts, warps, registers: m.specialize(parts),
             program_id=lambda axis: Tensor(np.asarray(self.program[axis], np.int32), I32),
             allocate_shared_memory=lambda d, s, layout: self.allocate(d, s, layout, "shared"),
