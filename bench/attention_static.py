@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.experimental.gluon import language as gl
 
 from bench.attention import gpu_shapes
+from bench.attention_gluon import KERNELS as GLUON
+from bench.attention_gluon import compile_gluon, predict_gluon
 from bench.attention_model import Turn, predict
 from bench.harness import Result
 from bench.machine_code import HOT, MachineCode, compile_kernel
-from hermes_kernels import forward_sm100
 from hermes_kernels import varlen_attention as kernels
-from hermes_kernels.launch import TABLE, TILE, Kernel, Launch, launch_of, parts_of
+from hermes_kernels.launch import TABLE, Kernel, Launch, launch_of, parts_of
 
 TARGETS = (90, 100)
 MATRIX = {90: "HGMMA", 100: "UTCHMMA"}
@@ -35,10 +35,10 @@ SPILLS = ("LDL", "STL")
 # warps reads when it starts; 3.6 reads one in dq. No loop that multiplies or exponentiates touches
 # it. In pairs 3.7 keeps there what roles ask for when they begin, and the one that corrects reads
 # its warp's number where it has to scale; 3.6 spills nothing.
-SPILLS_OUTSIDE_LOOPS = {"pairs": 24, "sm_100": 12, "sm_90": 0}
+SPILLS_OUTSIDE_LOOPS = {"pairs": 24, "dq_sm100": 0, "dkdv_sm100": 0, "sm_100": 12, "sm_90": 0}
 
 # Instructions that a warp issues in one turn of the softmax loop, by class, with Triton 3.7.1 or
-# 3.6.0, whichever is more. A regression is more than a twentieth and four above that. Of pairs also
+# 3.6.0, whichever is more. A regression is more than a twentieth and four above that. In Gluon also
 # "masking", those more at a border, and "roles", those of all warps without exponentials.
 BUDGET_FILE = Path(__file__).with_name("attention_budget.json")
 CLASSES = {
@@ -90,14 +90,14 @@ class Entry:
     @property
     def masking(self) -> int:
         """Instructions more of the loop that masks, where it is one of its own."""
-        if not self._paired:
+        if not self._in_gluon:
             return 0
         return max(map(Counter.total, self._softmax_loops), default=0) - self.loop.total()
 
     @property
     def others(self) -> int:
         """Instructions that all roles but the softmax issue in a turn, on sm_100."""
-        if self.target != 100 or not (self.launch.specialize or self._paired):
+        if self.target != 100 or not (self.launch.specialize or self._in_gluon):
             return 0
         return sum(
             body.total() * (self.launch.warps if body["FMUL"] + body["FMUL2"] else 1)
@@ -115,11 +115,15 @@ class Entry:
         """Instructions of that loop by class; "other" are what no class names."""
         counts = {name: self.count(*prefixes) for name, prefixes in CLASSES.items()}
         counts["other"] = self.loop.total() - sum(counts.values())
-        return counts | ({"masking": self.masking, "roles": self.others} if self._paired else {})
+        return counts | ({"masking": self.masking, "roles": self.others} if self._in_gluon else {})
 
     @property
-    def _paired(self) -> bool:
-        return self.kernel == "pairs"
+    def _in_gluon(self) -> bool:
+        return self.kernel in GLUON
+
+    @property
+    def _spills_outside_loops(self) -> int:
+        return SPILLS_OUTSIDE_LOOPS[self.kernel if self._in_gluon else f"sm_{self.target}"]
 
     def spills(self, loops: Sequence[Counter[str]]) -> int:
         """Instructions of ``loops`` that read or write the stack."""
@@ -140,14 +144,13 @@ class Entry:
         in_loops = self.spills(code.hot_loops())
         checks = {
             f"{in_loops} spills in a loop": in_loops > 0,
-            f"{code.count(*SPILLS)} spills": code.count(*SPILLS)
-            > SPILLS_OUTSIDE_LOOPS["pairs" if self._paired else f"sm_{self.target}"],
+            f"{code.count(*SPILLS)} spills": code.count(*SPILLS) > self._spills_outside_loops,
             f"no {matrix}": code.count(matrix) == 0,
             "no TMA loads": code.count("UTMALDG") == 0,
-            "warps are not specialised": (self.launch.specialize or self._paired)
+            "warps are not specialised": (self.launch.specialize or self._in_gluon)
             and code.warps <= self.launch.warps,
             "no loop that exponentiates": not self.loop,
-            f"{early} arrivals before all warps have met": self._paired and early > 0,
+            f"{early} arrivals before all warps have met": self._in_gluon and early > 0,
         }
         limits = [text for text in code.faults() if "spill" not in text]
         return limits + [text for text, wrong in checks.items() if wrong] + self.overspent()
@@ -164,8 +167,8 @@ def compile_entry(
     target: int, kernel: Kernel, size: int, launch: Launch, *, kv_heads: int = 8
 ) -> MachineCode:
     """One kernel as the recipes call it: bf16, 64 query heads on 8, or a rank's share of them."""
-    if kernel == "pairs":
-        return compile_pairs(size, launch)
+    if kernel in GLUON:
+        return compile_gluon(kernel, size, launch, kv_heads=kv_heads)
     queries = f"tensordesc<bf16[{launch.queries},{size}]>"
     keys = f"tensordesc<bf16[{launch.keys},{size}]>"
     vector = f"tensordesc<fp32[{launch.queries}]>"
@@ -197,35 +200,14 @@ def compile_entry(
     )
 
 
-def compile_pairs(size: int, launch: Launch, *, group: int = 8, dtype: str = "bf16") -> MachineCode:
-    """The forward of sm_100, for key heads with so many query heads."""
-    kinds = {"bf16": gl.bfloat16, "fp16": gl.float16}
-    layout = gl.NVMMASharedLayout.get_default_for([TILE, size], kinds[dtype])
-    boxes = dict.fromkeys(
-        ("q_desc", "k_desc", "v_desc", "out_desc"),
-        f"tensordesc<{dtype}[{TILE}, {size}],{layout!r}>",
-    )
-    pointers = {"lse_ptr": "*fp32", "starts": "*i32", "order": "*i32"}
-    return compile_kernel(
-        forward_sm100.pair_kernel,
-        boxes | pointers | {"scale": "fp32", "T": "i32", "U": "i32"},
-        {"G": group, "STAGES": launch.stages},
-        100,
-        divisible=("T", "U"),
-        num_warps=forward_sm100.WARPS,
-        maxnreg=forward_sm100.REGISTERS,
-    )
-
-
-def pair_faults() -> list[str]:
-    """What is wrong with pairs where a group is odd, and in fp16."""
+def gluon_faults() -> list[str]:
+    """What is wrong in Gluon where a group is odd and its one key head in parts, and in fp16."""
     wrong = []
     for (target, kernel, size), launch in TABLE.items():
-        if kernel == "pairs":
-            for group, dtype in ((5, "bf16"), (8, "fp16")):
-                code = compile_pairs(size, launch, group=group, dtype=dtype)
-                faults = Entry(target, kernel, size, launch, code).faults()
-                wrong += [f"pairs {size}, {group} heads, {dtype}: {fault}" for fault in faults]
+        for kv_heads, group, dtype in ((1, 5, "bf16"), (8, 8, "fp16")) if kernel in GLUON else ():
+            code = compile_gluon(kernel, size, launch, kv_heads=kv_heads, group=group, dtype=dtype)
+            faults = Entry(target, kernel, size, launch, code).faults()
+            wrong += [f"{kernel} {size}, {group} heads, {dtype}: {fault}" for fault in faults]
     return wrong
 
 
@@ -268,7 +250,7 @@ def run() -> Iterator[Result | str]:
         wrong += [f"{entry.name}: {fault}" for fault in faults]
         yield line(entry) + (f"  FAULT: {'; '.join(faults)}" if faults else "")
         turns[entry.target, entry.kernel, entry.size] = turn_of(entry)
-    wrong += delta_faults() + part_faults() + pair_faults()
+    wrong += delta_faults() + part_faults() + gluon_faults()
     if wrong:
         raise SystemExit("\n".join(wrong))
     yield (
@@ -276,15 +258,16 @@ def run() -> Iterator[Result | str]:
         "that multiplies or exponentiates"
     )
     yield from predict(turns, gpu_shapes())
+    yield from predict_gluon(turns, gpu_shapes())
 
 
 def line(entry: Entry) -> str:
     how, code = entry.launch, entry.code
     by_class = ", ".join(f"{count} {name}" for name, count in entry.classes().items() if count)
-    roles = " by role" if how.specialize or entry.kernel == "pairs" else ""
+    roles = " by role" if how.specialize or entry.kernel in GLUON else ""
     special = f"{code.warps} warps{roles}"
     return (
-        f"sm_{entry.target:<3} {entry.kernel:7} {entry.size:3}  {how.queries:3} x {how.keys:<3} "
+        f"sm_{entry.target:<3} {entry.kernel:10} {entry.size:3}  {how.queries:3} x {how.keys:<3} "
         f"{special:16} {code.registers:3} registers  {code.shared_bytes:7,} B shared  "
         f"{code.tensor_memory_columns:3} tensor columns  "
         f"{code.count(MATRIX[entry.target]):3} {MATRIX[entry.target]}, "
@@ -296,9 +279,9 @@ def line(entry: Entry) -> str:
 def turn_of(entry: Entry) -> Turn:
     """One turn of the softmax loop, as `attention_model` wants it."""
     how, heads = entry.launch, 2 if entry.kernel == "pairs" else 1
-    # On sm_90 the warps asked for stand twice, as two groups that share a tile.
-    twice = entry.kernel == "pairs" or (how.specialize and entry.target == 90)
-    products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel]
+    # In Gluon and on sm_90 the warps asked for stand twice, as two groups.
+    twice = entry.kernel in GLUON or (how.specialize and entry.target == 90)
+    products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel.removesuffix("_sm100")]
     return Turn(
         queries=how.queries,
         keys=how.keys,

@@ -58,8 +58,8 @@ def varlen_attention(
         segments: made once per batch by `segments(cu_seqlens)`; covers all T tokens.
         scale: positive factor on q @ k; 1 / sqrt(H) if None.
         return_lse: give the log-sum-exp of each query's scaled scores too; it has no gradient.
-        backend: "triton" (ours, CUDA), "gluon" (the same with another forward, for Blackwell, that
-            has never run and that "auto" never takes), "flash" (the flash-attn that is installed),
+        backend: "triton" (ours, CUDA), "gluon" (ours for Blackwell, which have never run and which
+            "auto" never takes), "flash" (the flash-attn that is installed),
             "torch" (PyTorch's varlen_attn), "cpu" (ours in C++, float64 too), "reference" (plain,
             any device, float64 too), or "auto", the table in `backends`.
 
@@ -209,9 +209,11 @@ def _backward_op(
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if backend == "cpu":
         return attention_cpu.backward(grad, q, k, v, out, lse, starts, scale)
-    from hermes_kernels import varlen_attention as kernels
-
-    return kernels.backward(grad, q, k, v, out, lse, starts, ends, query_order, key_order, scale)
+    if backend == "gluon":
+        from hermes_kernels.backward_sm100 import backward
+    else:
+        from hermes_kernels.varlen_attention import backward
+    return backward(grad, q, k, v, out, lse, starts, ends, query_order, key_order, scale)
 
 
 @_backward_op.register_fake

@@ -101,7 +101,7 @@ def _obstacle_of_kernels(backend: str, device: torch.device, size: int) -> str:
     if (architecture(device), kernel, size) in TABLE:
         return ""
     if backend == "gluon" and architecture(device) != 100:
-        return "Gluon's forward is made for Blackwell (sm_100), which this GPU is not"
+        return "Gluon's kernels are made for Blackwell (sm_100), which this GPU is not"
     return f"no tiles for head size {size} on this GPU"
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["forward", "pairs", "delta", "dq", "dkdv"]
+Kernel = Literal["forward", "pairs", "delta", "dq", "dkdv", "dq_sm100", "dkdv_sm100"]
 
 TILE = 128  # the tiles that are ranked by length; every tile size divides it
 PROGRAMS = 8  # of a key tile, if there are query heads for it; the bits follow from heads alone
@@ -32,7 +32,8 @@ class Launch:
 # tile that the machine code shows to fit: shared memory, tensor memory, registers, nothing spilled
 # in a loop (`python -m bench attention --static`); where warps can be specialised they are, as
 # FlashAttention-3 and 4 do with the same tiles. 80 stands for every other GPU, only compiled.
-# "pairs" is the forward of `forward_sm100`, whose stages are blocks of keys or values.
+# "pairs" is the forward of `forward_sm100`. Its stages, and those of "dq_sm100" and "dkdv_sm100",
+# are blocks of 128 tokens, as many as shared memory has room for.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (90, "forward", 64): Launch(128, 128, 4, 2, specialize=True),
     (90, "forward", 128): Launch(128, 128, 4, 2, specialize=True),
@@ -54,6 +55,10 @@ TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (100, "dkdv", 64): Launch(128, 64, 8, 2, specialize=True),
     (100, "dkdv", 128): Launch(128, 64, 8, 2, specialize=True),
     (100, "dkdv", 256): Launch(64, 64, 4, 1),
+    (100, "dq_sm100", 64): Launch(128, 128, 4, 8),
+    (100, "dq_sm100", 128): Launch(128, 128, 4, 5),
+    (100, "dkdv_sm100", 64): Launch(128, 128, 4, 9),
+    (100, "dkdv_sm100", 128): Launch(128, 128, 4, 5),
     (80, "forward", 64): Launch(128, 64, 8, 2),
     (80, "forward", 128): Launch(64, 64, 4, 2),
     (80, "dq", 64): Launch(128, 64, 8, 2),

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,25 +249,10 @@ def test_the_host_binds_its_arguments_and_compiles_it() -> None:
 
 
 def bind_and_compile() -> None:
-    """`forward` as on a B200, up to the launch: everything but the driver is Triton's own."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+    """`forward` as on a B200, up to the launch."""
+    from twins.blackwell import compile_launches
 
-    properties = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232_448})
-    driver = SimpleNamespace(
-        utils=properties, get_current_device=lambda: 0, get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 100, 32),
-    )  # fmt: skip
-    triton.runtime.driver.set_active(driver)
-    kernel, launched = forward_sm100.pair_kernel, []
-
-    class Launcher:
-        def __getitem__(self, grid: tuple[int, int]) -> object:
-            return lambda *given, **options: launched.append(
-                (grid, kernel.warmup(*given, grid=grid, **options).metadata)
-            )
-
-    forward_sm100.pair_kernel = Launcher()
+    launched = compile_launches(forward_sm100, "pair_kernel")
     for tokens, heads in ((300, 8), (1, 5)):
         at = where([tokens])
         q, k, v = inputs(tokens, (heads, 1), 128)

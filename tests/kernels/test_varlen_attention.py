@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.interpreter import GridExecutor
 
 from hermes_core.segments import Segments, segments
@@ -21,6 +20,7 @@ from hermes_kernels import reference
 from hermes_kernels import varlen_attention as kernels
 from hermes_kernels.launch import TILE, parts_of
 from twins.interpreter import make_honest
+from twins.torch_attention import inputs, torch_itself, truth
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -39,13 +39,6 @@ def where(lengths: list[int]) -> Segments:
     return segments(np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def inputs(tokens: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the gradient of the output."""
-    generator = torch.Generator().manual_seed(tokens)
-    shapes = [(tokens, n, size) for n in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
 def run(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
     """Output and gradients by the kernels."""
     q, k, v, grad = tensors
@@ -54,33 +47,12 @@ def run(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
     return [out, *kernels.backward(grad, q, k, v, out, lse, at.starts, at.ends, *orders, scale)]
 
 
-def truth(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
-    q, k, v = (x.double().requires_grad_() for x in tensors[:3])
-    out = reference.varlen_attention(q, k, v, at.lengths.tolist(), scale)
-    out.backward(tensors[3].double())
-    return [out.detach(), *(x.grad for x in (q, k, v))]  # type: ignore[list-item]
-
-
-def torch_itself(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
-    """PyTorch's fused attention in the inputs' dtype, one segment after the other."""
-    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
-    parts = [
-        scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in one), is_causal=True, scale=scale, enable_gqa=True
-        )[0].transpose(0, 1)
-        for one in zip(*(x.split(at.lengths.tolist()) for x in (q, k, v)), strict=True)
-    ]
-    out = torch.cat(parts)
-    out.backward(tensors[3])
-    return [out.detach(), *(x.grad for x in (q, k, v))]  # type: ignore[list-item]
-
-
 def check(tensors: list[Tensor], lengths: list[int]) -> None:
     """Every value is written, and errs no more than 1.5 times what PyTorch errs."""
     at, scale = where(lengths), tensors[0].shape[-1] ** -0.5
     for name, ours, theirs, right in zip(
-        NAMES, run(tensors, at, scale), torch_itself(tensors, at, scale),
-        truth(tensors, at, scale), strict=True,
+        NAMES, run(tensors, at, scale), torch_itself(tensors, lengths, scale),
+        truth(tensors, lengths, scale), strict=True,
     ):  # fmt: skip
         assert ours.isfinite().all(), name
         error, allowed = ((x.double() - right).norm() for x in (ours, theirs))

@@ -7,6 +7,7 @@ of `gluon_machine`. Products are float32. What follows from layouts is not seen.
 from __future__ import annotations
 
 import builtins
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from twins.gluon_machine import Area, Barrier, Clock, DType, Fault, Machine, Memory
 from twins.gluon_tensors import (
     F32,
+    I1,
     I32,
     TYPES,
     Pairs,
@@ -53,7 +55,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Box:
-    """A tensor descriptor: boxes of a [rows, columns] array; zeros beyond it."""
+    """A tensor descriptor: boxes of a vector or a [rows, columns] array; zeros beyond it."""
 
     values: NDArray[np.float32]
     block_shape: list[int]
@@ -63,14 +65,13 @@ class Box:
 
     @property
     def block_type(self) -> Any:
-        rows, columns = self.block_shape
-        return SimpleNamespace(nbytes=rows * columns * self.dtype.size_bytes)
+        return SimpleNamespace(nbytes=math.prod(self.block_shape) * self.dtype.size_bytes)
 
-    def part(self, at: Sequence[Any]) -> tuple[slice, slice]:
-        row, column = (int(operator.index(x)) for x in at)
-        if column * self.dtype.size_bytes % 16:
-            raise Fault(f"a box at column {column} is not aligned to 16 bytes")
-        return slice(row, row + self.block_shape[0]), slice(column, column + self.block_shape[1])
+    def part(self, at: Sequence[Any]) -> tuple[slice, ...]:
+        corner = [int(operator.index(x)) for x in at]
+        if corner[-1] * self.dtype.size_bytes % 16:
+            raise Fault(f"a box at column {corner[-1]} is not aligned to 16 bytes")
+        return tuple(slice(a, a + n) for a, n in zip(corner, self.block_shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ class View:
         return View(self.memory, area, self.shape[1:], self.dtype)
 
     def slice(self, start: int, length: int, dim: int | None = None) -> View:
-        """Columns of tensor memory, else what ``dim`` says, rows if nothing."""
-        if self.turned or len(self.shape) != 2:
-            raise Fault("the simulator slices matrices as they lie")
-        if not (dim or self.memory.space == "tensor"):
+        """Columns of tensor memory or of a vector, else what ``dim`` says, rows if nothing."""
+        if self.turned or len(self.shape) > 2:
+            raise Fault("the simulator slices vectors, and matrices as they lie")
+        if not (dim or self.memory.space == "tensor" or len(self.shape) == 1):
             return replace(self, rows=(start, start + length), shape=[length, self.shape[1]])
         size = self.dtype.size_bytes
         left = self.area[2] + start * size
@@ -151,6 +152,11 @@ class View:
         self.memory.machine.pause()
 
 
+def insist(condition: object, message: str) -> None:
+    if not condition:
+        raise Fault(message)
+
+
 class Language:
     """What `gl` and its Blackwell module are for one program."""
 
@@ -175,6 +181,7 @@ class Language:
             **TYPES,
             constexpr=lambda x: x,
             static_range=range,
+            static_assert=insist,
             warp_specialize=lambda parts, warps, registers: m.specialize(parts),
             program_id=lambda axis: Tensor(np.asarray(self.program[axis], np.int32), I32),
             allocate_shared_memory=lambda d, s, layout: self.allocate(d, s, layout, "shared"),
@@ -187,7 +194,7 @@ class Language:
             to_tensor=lambda x: Tensor(np.asarray(x, F32.storage), F32),
             convert_layout=lambda x, layout: x,
             inline_asm_elementwise=assembled,
-            where=lambda c, a, b: reckon(np.where, c, a, b),
+            where=lambda c, a, b: reckon(lambda x, y: np.where(number(c, I1), x, y), a, b),
             maximum=lambda a, b, propagate_nan=False: reckon(
                 np.maximum if propagate_nan else np.fmax, a, b
             ),
@@ -276,13 +283,13 @@ class Language:
         self.machine.pause()
 
     def fetch(self, box: Box, at: Sequence[Any], barrier: Barrier, view: View) -> None:
-        rows, columns = box.part(at)
+        place = box.part(at)
         self.machine.current.tick()
 
         def happen(clock: Clock) -> None:
             whole = np.zeros(box.block_shape, np.float32)
-            part = box.values[rows, columns]
-            whole[: part.shape[0], : part.shape[1]] = part
+            part = box.values[place]
+            whole[tuple(slice(n) for n in part.shape)] = part
             view.put(whole)
             barrier.gather(clock, box.block_type.nbytes)
 
@@ -291,15 +298,15 @@ class Language:
         self.machine.pause()
 
     def send(self, box: Box, at: Sequence[Any], view: View) -> None:
-        rows, columns = box.part(at)
+        place = box.part(at)
         role = self.machine.current
         role.tick()
 
         def happen(clock: Clock) -> None:
-            part = box.values[rows, columns]
-            part[...] = view.values[: part.shape[0], : part.shape[1]]
+            part = box.values[place]
+            part[...] = view.values[tuple(slice(n) for n in part.shape)]
             assert box.written is not None
-            box.written[rows, columns] += 1
+            box.written[place] += 1
 
         event, name = self.machine.copy(happen)
         view.touch(event.clock, name, writes=False)
