@@ -75,7 +75,7 @@ class OneProduct:
     def __init__(self, weight_VD: Tensor, last: slice, again_: Again) -> None:
         self.weight_VD = weight_VD
         self.again_ = again_
-        self.kept, self.last = last.stop, last.start
+        self.kept, self.last = last.stop, last.start  # the last chunk's first token
         self.stored = max(0, self.last - weight_VD.shape[1])  # the first token that is
         self.columns = tile_columns(self.kept * weight_VD.element_size())
         self.d_weight_VD = room(len(weight_VD), weight_VD.shape[1], weight_VD)
@@ -94,7 +94,7 @@ class OneProduct:
     def value(self) -> Tensor:
         if self.last == 0:
             return product(self.last_CV.T, self.hidden_MD, self.d_weight_VD)
-        memory = room(self.kept, self.columns, self.weight_VD).flatten()
+        memory = room(self.kept, self.columns, self.weight_VD).flatten()  # of one tile
         for ids in self.tiles():
             weight_ND = self.weight_VD[ids]
             tile_MN = memory[: self.kept * len(weight_ND)].view(self.kept, -1)
