@@ -78,7 +78,7 @@ def linear_cross_entropy(
         vocab_size: the whole vocabulary, all shards together. Give it wherever the weight may be
             sharded: without it a softmax over one rank's share would pass in silence.
         chunk_bytes: room for the logits of one chunk; a CPU takes no more than 128 MiB of it, in
-            half precision 512 MiB.
+            half precision 256 MiB.
         backend: "triton", "torch", "reference" (every logit, one process) or "auto".
 
     Raises:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from hermes_core import loss_rows
+from hermes_core.loss_weight import product, room, weight_gradient
 
-# On a CPU a larger chunk gains nothing in fp32. In halves it does: the weight's gradient of a
-# single chunk is one product, where that of several takes two each to be exact enough.
-CPU_CHUNK_BYTES = {2: 2**29, 4: 2**27, 8: 2**27}  # by the size of an element
-TILE = 2**12  # rows of a product that are added while they lie in cache
+# On a CPU a larger chunk gains nothing in fp32. In bf16 it does: tokens before the last chunk may
+# be computed again for the weight's gradient.
+CPU_CHUNK_BYTES = {2: 2**28, 4: 2**27, 8: 2**27}  # by the size of an element
+ROWS = 64  # of a product of halves by oneDNN, which is up to a sixth slower where some are left
 
 
 class RowFunctions(Protocol):
@@ -37,8 +39,8 @@ class RowFunctions(Protocol):
     ) -> Tensor: ...
 
     def gradient_(
-        self, logits_CV: Tensor, column_C: Tensor, lse_C: Tensor, scale_C: Tensor, tilt_C: Tensor,
-        target_C: Tensor, softcap: float,
+        self, logits_CV: Tensor, column_C: Tensor, lse_C: Tensor, scale_C: Tensor,
+        tilt_C: Tensor | None, target_C: Tensor, softcap: float,
     ) -> None: ...  # fmt: skip
 
 
@@ -56,7 +58,7 @@ class Plan:
 
     def __init__(
         self, labels_T: Tensor, kept: Tensor | None, ignore_index: int, chunk_bytes: int,
-        shard: list[int], group: str, item_bytes: int,
+        shard: list[int], group: str, like: Tensor,
     ) -> None:  # fmt: skip
         self.first, self.total, largest = shard
         # An operator takes no group; torch's own collectives look it up by its name, too.
@@ -65,21 +67,41 @@ class Plan:
             kept = (labels_T != ignore_index).nonzero().squeeze(1)
         self.kept_M = kept
         self.labels_M = labels_T.index_select(0, kept)
-        if labels_T.device.type == "cpu":
-            chunk_bytes = min(chunk_bytes, CPU_CHUNK_BYTES[item_bytes])
-        if labels_T.device.type == "cpu" or os.environ.get("HERMES_CORE_DEBUG") == "1":
+        on_cpu = labels_T.device.type == "cpu"
+        if on_cpu:
+            chunk_bytes = min(chunk_bytes, CPU_CHUNK_BYTES[like.element_size()])
+        if on_cpu or os.environ.get("HERMES_CORE_DEBUG") == "1":
             _check_labels(self.labels_M, kept, self.total)
-        most = max(1, chunk_bytes // (item_bytes * max(1, largest)))
-        chunks = -(-len(kept) // most)
-        self.rows = -(-len(kept) // max(1, chunks))  # even chunks
-        self.chunks = chunks
+        self.one_product = on_cpu and like.dtype == torch.bfloat16
+        self.most = max(1, chunk_bytes // (like.element_size() * max(1, largest)))
+        if self.one_product and self.most > ROWS:
+            self.most -= self.most % ROWS
 
-    def slices(self) -> Iterator[slice]:
-        return (slice(i * self.rows, (i + 1) * self.rows) for i in range(self.chunks))
+    def chunks(self) -> list[slice]:
+        """Even ones; where the weight's gradient is one product, a rest and then full ones."""
+        kept = len(self.kept_M)
+        if kept == 0:
+            return []
+        count = -(-kept // self.most)
+        rows = self.most if self.one_product else -(-kept // count)
+        first = kept - (count - 1) * rows if self.one_product else rows
+        return [slice(*ends) for ends in pairwise([0, *range(first, kept, rows), kept])]
 
-    def columns(self, at: slice, columns: int) -> Tensor:
-        """Where the targets of these rows lie in this share; -1 where they lie in another."""
-        column_C = self.labels_M[at] - self.first
+    def logits(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each chunk's place, hidden states and logits; these in the same memory for all."""
+        chunks = self.chunks()
+        if chunks:
+            buffer = room(max(at.stop - at.start for at in chunks), len(weight), hidden)
+        for at in chunks:
+            hidden_CD = hidden.index_select(0, self.kept_M[at])
+            yield at, hidden_CD, product(hidden_CD, weight.T, buffer[: len(hidden_CD)])
+
+    def columns(self, at: slice, columns: int, first: int = 0) -> Tensor:
+        """Where the targets of these rows lie in some columns of this share; -1: in none of them.
+
+        Counted from ``first``, the first of these columns.
+        """
+        column_C = self.labels_M[at] - self.first - first
         return column_C.masked_fill((column_C < 0) | (column_C >= columns), -1)
 
     def over_group(self, statistics_3C: Tensor) -> Tensor:
@@ -130,12 +152,19 @@ class Weights:
         self.late = like.dtype == torch.float16 and denominator is not None
         self.folded_M = self.plain_M if self.late else self.plain_M * self.inverse
 
+    def scale(self, at: slice, lse_C: Tensor, z_loss: float) -> Tensor:
+        """The factor on each token's probabilities in the gradient of its logits."""
+        return self.folded_M[at] * (1 + 2 * z_loss * lse_C)
+
 
 def chunk_loss_(
     logits_CV: Tensor, plan: Plan, weights: Weights, at: slice, z_loss: float, softcap: float,
     rows: RowFunctions, wants_gradient: bool,
-) -> Tensor:  # fmt: skip
-    """[nll_sum, z_sum] of a chunk, whose logits become their gradient if that is wanted."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """[nll_sum, z_sum] of a chunk, and each token's log-sum-exp.
+
+    Logits become their gradient if that is wanted.
+    """
     column_C = plan.columns(at, logits_CV.shape[1])
     folded_C = weights.folded_M[at]
     if wants_gradient and plan.group is None:
@@ -144,87 +173,18 @@ def chunk_loss_(
         packed_3C = plan.over_group(rows.statistics(logits_CV, column_C, softcap))
         lse_C, target_C, _ = packed_3C
         if wants_gradient:
-            scale_C = folded_C * (1 + 2 * z_loss * lse_C)
-            flat_C = torch.zeros_like(scale_C)
-            rows.gradient_(logits_CV, column_C, lse_C, scale_C, flat_C, folded_C, softcap)
+            scale_C = weights.scale(at, lse_C, z_loss)
+            rows.gradient_(logits_CV, column_C, lse_C, scale_C, None, folded_C, softcap)
     plain_C = weights.plain_M[at]
     nll_C = plan.nll(at, lse_C, target_C)
-    return torch.stack([(plain_C * nll_C).sum(), z_loss * (plain_C * lse_C.square()).sum()])
+    z_sum = z_loss * (plain_C * lse_C.square()).sum()
+    return torch.stack([(plain_C * nll_C).sum(), z_sum]), lse_C
 
 
 def totals(sums_2: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """The total, and [nll_sum, z_sum, tokens]."""
     total = sums_2.sum() * weights.inverse
     return total, torch.cat([sums_2, weights.plain_M.sum()[None]])
-
-
-class WeightGradient:
-    """The sum of the chunks' gradients of the weight, in fp32 at least."""
-
-    def __init__(self, weight_VD: Tensor, chunks: int, *, late: bool) -> None:
-        self.dtype = weight_VD.dtype
-        wide = torch.promote_types(weight_VD.dtype, torch.float32)
-        # One chunk is one product, which sums in fp32 and rounds once whatever it returns.
-        self.sum_dtype = weight_VD.dtype if chunks == 1 and not late else wide
-        self.sum_VD: Tensor | None = None
-        self.weight_VD = weight_VD
-
-    def add(self, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
-        if self.sum_VD is None:
-            self.sum_VD = product_in(self.sum_dtype, gradient_CV.T, hidden_CD)
-        else:
-            add_product_(self.sum_VD, gradient_CV.T, hidden_CD)
-
-    def value(self, factor: Tensor | None) -> Tensor:
-        if self.sum_VD is None:
-            return torch.zeros_like(self.weight_VD)
-        if factor is not None:
-            self.sum_VD.mul_(factor)
-        return self.sum_VD.to(self.dtype)
-
-
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b. On a CPU in fp32 by oneDNN, which uses AVX-512 on every make; MKL does not."""
-    if a.device.type == "cpu" and a.dtype == torch.float32 and torch._C._has_mkldnn:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-        return found
-    return torch.mm(a, b, out=out)
-
-
-def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed in fp32 at least and returned in ``dtype``."""
-    if a.dtype == dtype:
-        return product(a, b)
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=dtype)
-    sum_ = torch.zeros(len(a), b.shape[1], dtype=dtype)
-    add_product_(sum_, a, b)
-    return sum_
-
-
-def add_product_(sum_: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to ``sum_``, whose dtype is theirs or wider."""
-    if a.dtype == sum_.dtype:
-        sum_.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.ops.aten.addmm.dtype_out(sum_, a, b, sum_.dtype, out=sum_)
-    else:
-        for at in range(0, len(a), TILE):
-            _add_halves_(sum_[at : at + TILE], a[at : at + TILE], b)
-
-
-def _add_halves_(sum_: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b of halves on a CPU, whose product sums in fp32 but returns halves.
-
-    What the first product lost in rounding is what a second one is left with, since oneDNN takes
-    the first off before it rounds.
-    """
-    if a.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        sum_.addmm_(a.to(sum_.dtype), b.to(sum_.dtype))
-        return
-    rounded = torch.mm(a, b)
-    lost = torch.ops.mkldnn._linear_pointwise.binary(a, -rounded, b.T, None, "add")
-    sum_.add_(rounded).add_(lost)
 
 
 _SHARED = (
@@ -246,31 +206,38 @@ def linear_op(
     wants_hidden: bool, wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Total, sums, and the total's gradients of hidden and weight (empty where not wanted)."""
-    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden.element_size())
+    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
     weights = Weights(plan, token_weights, denominator, hidden)
+    rows = rows_of(backend)
     sums_2 = torch.zeros(2, dtype=weights.plain_M.dtype, device=hidden.device)
-    d_hidden = torch.zeros_like(hidden) if wants_hidden else hidden.new_empty(0)
-    d_weight = WeightGradient(weight, plan.chunks, late=weights.late)
-    buffer = None
-    for at in plan.slices():
-        kept_C = plan.kept_M[at]
-        hidden_CD = hidden.index_select(0, kept_C)
-        buffer = None if buffer is None else buffer[: len(kept_C)]
-        logits_CV = buffer = product(hidden_CD, weight.T, buffer)
-        sums_2 += chunk_loss_(
-            logits_CV, plan, weights, at, z_loss, softcap, rows_of(backend),
-            wants_hidden or wants_weight,
+    lse_M = torch.empty_like(weights.folded_M)
+
+    def again_(logits_CV: Tensor, first: int) -> None:
+        at = slice(len(logits_CV))
+        rows.gradient_(
+            logits_CV, plan.columns(at, logits_CV.shape[1], first), lse_M[at],
+            weights.scale(at, lse_M[at], z_loss), None, weights.folded_M[at], softcap,
         )  # fmt: skip
-        if wants_hidden:
-            d_hidden.index_copy_(0, kept_C, product(logits_CV, weight))
-        if wants_weight:
-            d_weight.add(logits_CV, hidden_CD)
-    del buffer
+
     factor = weights.inverse if weights.late else None
+    d_hidden = torch.zeros_like(hidden) if wants_hidden else hidden.new_empty(0)
+    d_weight = None
+    if wants_weight:
+        again = again_ if plan.one_product else None
+        d_weight = weight_gradient(weight, plan.chunks(), again, factor)
+    for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
+        chunk_sums_2, lse_M[at] = chunk_loss_(
+            logits_CV, plan, weights, at, z_loss, softcap, rows, wants_hidden or wants_weight
+        )
+        sums_2 += chunk_sums_2
+        if wants_hidden:
+            d_hidden.index_copy_(0, plan.kept_M[at], product(logits_CV, weight))
+        if d_weight is not None:
+            d_weight.add(at, logits_CV, hidden_CD)
     if wants_hidden and factor is not None:
         d_hidden.mul_(factor)
     total, sums_3 = totals(sums_2, weights)
-    return total, sums_3, d_hidden, d_weight.value(factor) if wants_weight else weight.new_empty(0)
+    return total, sums_3, d_hidden, weight.new_empty(0) if d_weight is None else d_weight.value()
 
 
 @linear_op.register_fake

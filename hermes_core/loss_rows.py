@@ -60,19 +60,21 @@ def gradient_(
     column_C: Tensor,
     lse_C: Tensor,
     scale_C: Tensor,
-    tilt_C: Tensor,
+    tilt_C: Tensor | None,
     target_C: Tensor,
     softcap: float,
 ) -> None:
     """Overwrite logits by ``p * (scale + tilt * log p) - target * [column]``, through the cap.
 
-    ``lse_C`` is that of the whole vocabulary, of which these columns may be a share.
+    ``lse_C`` is that of the whole vocabulary, of which these columns may be a share; no tilt is 0.
     """
     for at, scratch_BV in _blocks(logits_CV):
         z_BV = _capped(logits_CV[at], softcap, scratch_BV)
         slope_BV = _slope(z_BV, softcap)
         log_p_BV = z_BV.sub_(lse_C[at, None])
-        factor_BV = (log_p_BV * tilt_C[at, None]).nan_to_num_(0.0).add_(scale_C[at, None])
+        factor_BV = scale_C[at, None]
+        if tilt_C is not None:
+            factor_BV = (log_p_BV * tilt_C[at, None]).nan_to_num_(0.0).add_(factor_BV)
         p_BV = log_p_BV.exp_().mul_(factor_BV)
         _finish(logits_CV[at], p_BV, column_C[at], target_C[at, None], slope_BV)
 

@@ -6,7 +6,6 @@ Shapes: T packed tokens, M kept tokens, C kept tokens of one chunk, D model size
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,15 +13,14 @@ from torch import Tensor
 
 from hermes_core.loss_chunks import (
     Plan,
-    WeightGradient,
     Weights,
     chunk_loss_,
     keep_gradients,
-    product,
     rows_of,
     scale_gradients,
     totals,
 )
+from hermes_core.loss_weight import product, weight_gradient
 
 
 @torch.library.custom_op(
@@ -38,16 +36,17 @@ def masked_op(
     backend: str, shard: list[int], group: str, wants_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Total, sums, and the total's gradient of the logits (empty where not wanted)."""
-    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, logits.element_size())
+    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, logits)
     weights = Weights(plan, token_weights, denominator, logits)
     sums_2 = torch.zeros(2, dtype=weights.plain_M.dtype, device=logits.device)
     d_logits = torch.zeros_like(logits) if wants_logits else logits.new_empty(0)
-    for at in plan.slices():
+    for at in plan.chunks():
         kept_C = plan.kept_M[at]
         logits_CV = logits.index_select(0, kept_C)
-        sums_2 += chunk_loss_(
+        chunk_sums_2, _ = chunk_loss_(
             logits_CV, plan, weights, at, z_loss, softcap, rows_of(backend), wants_logits
         )
+        sums_2 += chunk_sums_2
         if wants_logits:
             d_logits.index_copy_(0, kept_C, logits_CV)
     if wants_logits and weights.late:
@@ -70,12 +69,6 @@ _TOKENS = (
 )
 
 
-def _chunks(plan: Plan, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    for at in plan.slices():
-        hidden_CD = hidden.index_select(0, plan.kept_M[at])
-        yield at, hidden_CD, product(hidden_CD, weight.T)
-
-
 @torch.library.custom_op(
     "hermes::token_statistics", mutates_args=(), schema=f"({_TOKENS}) -> (Tensor, Tensor, Tensor)"
 )
@@ -84,10 +77,10 @@ def tokens_op(
     ignore_index: int, chunk_bytes: int, backend: str, shard: list[int], group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Negative log-likelihood, entropy and log-sum-exp of each token; 0 where it is not kept."""
-    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden.element_size())
+    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     out_3T = torch.zeros(3, len(hidden), dtype=wide, device=hidden.device)
-    for at, _, logits_CV in _chunks(plan, hidden, weight):
+    for at, _, logits_CV in plan.logits(hidden, weight):
         column_C = plan.columns(at, logits_CV.shape[1])
         packed_3C = rows_of(backend).statistics(logits_CV, column_C, softcap)
         lse_C, target_C, expected_C = plan.over_group(packed_3C)
@@ -115,20 +108,27 @@ def tokens_backward_op(
     d_nll: Tensor, d_entropy: Tensor, entropy: Tensor, lse: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden and weight, out of logits that are computed once more."""
-    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden.element_size())
+    plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
     d_hidden = torch.zeros_like(hidden)
-    d_weight = WeightGradient(weight, plan.chunks, late=False)
     # d nll = p - [target]; d entropy = -p * (log p + entropy)
     scale = d_nll - d_entropy * entropy
-    for at, hidden_CD, logits_CV in _chunks(plan, hidden, weight):
+
+    def gradient_(logits_CV: Tensor, at: slice, first: int) -> None:
         kept_C = plan.kept_M[at]
         rows_of(backend).gradient_(
-            logits_CV, plan.columns(at, logits_CV.shape[1]), lse[kept_C], scale[kept_C],
+            logits_CV, plan.columns(at, logits_CV.shape[1], first), lse[kept_C], scale[kept_C],
             -d_entropy[kept_C], d_nll[kept_C], softcap,
         )  # fmt: skip
-        d_hidden.index_copy_(0, kept_C, product(logits_CV, weight))
-        d_weight.add(logits_CV, hidden_CD)
-    return d_hidden, d_weight.value(None)
+
+    def again_(logits_CV: Tensor, first: int) -> None:
+        gradient_(logits_CV, slice(len(logits_CV)), first)
+
+    d_weight = weight_gradient(weight, plan.chunks(), again_ if plan.one_product else None, None)
+    for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
+        gradient_(logits_CV, at, 0)
+        d_hidden.index_copy_(0, plan.kept_M[at], product(logits_CV, weight))
+        d_weight.add(at, logits_CV, hidden_CD)
+    return d_hidden, d_weight.value()
 
 
 @tokens_backward_op.register_fake

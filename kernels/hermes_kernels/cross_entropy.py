@@ -198,11 +198,13 @@ def gradient_(
     column_C: Tensor,
     lse_C: Tensor,
     scale_C: Tensor,
-    tilt_C: Tensor,
+    tilt_C: Tensor | None,
     target_C: Tensor,
     softcap: float,
 ) -> None:
     """Overwrite logits by ``p * (scale + tilt * log p) - target * [column]``, through the cap."""
+    if tilt_C is None:
+        tilt_C = torch.zeros_like(scale_C)
     rows = (lse_C, scale_C, tilt_C, target_C)
     gradient_kernel[(len(logits_CV),)](
         logits_CV, column_C, *(x.contiguous() for x in rows), logits_CV.shape[1],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import loss, loss_static
 from bench.machine_code import MachineCode
+from hermes_core import loss_chunks
 
 GOOD = MachineCode(
     target=90, ptx="", ttgir="", registers=48, stack_bytes=0, shared_bytes=64,
@@ -79,3 +80,10 @@ def test_peak_memory_counts_what_was_freed_again() -> None:
     given = loss.problem(64, 301, 8, 0.5, torch.float32)
     assert loss.timed(wasteful, given, runs=1)[1] > 190
     assert loss.timed(loss.ours, given, runs=1)[1] < 20
+
+
+def test_memory_in_bf16_is_that_of_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 tokens have 77 MB of logits: 256 of them in the chunk, 28 are computed again."""
+    monkeypatch.setitem(loss_chunks.CPU_CHUNK_BYTES, 2, 2**26)
+    given = loss.problem(300, 128_256, 16, 1.0, torch.bfloat16)
+    assert 60 < loss.timed(loss.ours, given, runs=1)[1] < 75

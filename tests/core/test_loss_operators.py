@@ -25,8 +25,10 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 OPTIONS = (1e-3, 5.0, IGNORE, 33 * 4 * 5, "torch", [0, 33, 33], "")
 
 
-def test_pytorch_finds_no_fault_in_the_loss() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pytorch_finds_no_fault_in_the_loss(dtype: torch.dtype) -> None:
     hidden, weight, labels = problem()
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
     arguments = (hidden, weight, labels, None, torch.rand(12), torch.tensor(5.0), *OPTIONS)
     torch.library.opcheck(linear_op, (*arguments, True, True))
 

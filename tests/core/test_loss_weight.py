@@ -1,0 +1,91 @@
+"""The weight's gradient in bf16 on a CPU: one product, whatever part of it is computed again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hermes_core import loss_rows, loss_weight
+from hermes_core.loss import linear_cross_entropy, token_nll
+
+TOKENS, VOCABULARY, SIZE = 150, 1501, 56
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(TOKENS, SIZE, generator=generator).bfloat16()
+    weight = (torch.randn(VOCABULARY, SIZE, generator=generator) / 4).bfloat16()
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    labels[::5] = -100  # 120 are kept
+    return hidden, weight, labels
+
+
+def gradients(rows: int, **options: object) -> list[Tensor]:
+    """Of hidden and weight, with so many rows of logits at a time."""
+    hidden, weight, labels = problem()
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    options["chunk_bytes"] = 2 * VOCABULARY * rows
+    loss = linear_cross_entropy(*leaves, labels, **options)  # type: ignore[arg-type]
+    return list(torch.autograd.grad(loss.total, leaves))
+
+
+def assert_a_rounding_apart(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=float(b.abs().max()) * 2**-9)
+        assert float((a != b).float().mean()) < 0.02
+
+
+# 56 stored and 64; 31 computed again, 56 stored and 33; 57 again; nearly all that are not stored.
+@pytest.mark.parametrize("rows", [64, 33, 7, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"denominator": 120},
+        {"z_loss": 1e-2, "token_weights_T": torch.linspace(0, 2, TOKENS)},
+        {"softcap": 2.0, "z_loss": 1e-2, "denominator": 17.5},
+    ],
+)
+def test_chunks_change_no_more_than_a_rounding(rows: int, options: dict[str, object]) -> None:
+    assert_a_rounding_apart(gradients(rows, **options), gradients(120, **options))
+
+
+@pytest.mark.parametrize("rows", [64, 33, 7, 1])
+def test_tokens_change_no_more_than_a_rounding(rows: int) -> None:
+    def found(rows: int) -> list[Tensor]:
+        hidden, weight, labels = problem()
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        nll, entropy = token_nll(*leaves, labels, chunk_bytes=2 * VOCABULARY * rows)
+        return list(torch.autograd.grad((2 * nll - entropy).sum(), leaves))
+
+    assert_a_rounding_apart(found(rows), found(120))
+
+
+def test_what_fits_into_the_gradient_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[int] = []
+    gradient_ = loss_rows.gradient_
+
+    def counted(logits_CV: Tensor, *rest: object) -> None:
+        again.append(len(logits_CV))
+        gradient_(logits_CV, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loss_rows, "gradient_", counted)
+    gradients(120)
+    gradients(120 - SIZE)
+    assert not again
+    gradients(50)
+    assert set(again) == {120 - 50 - SIZE}
+
+
+def test_rows_of_unlike_tiles_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,501 ids in tiles of 64: the last one has 29."""
+    wanted = gradients(120)
+    monkeypatch.setattr(loss_weight, "TILE_BYTES", 1)
+    assert_a_rounding_apart(gradients(33), wanted)
+
+
+def test_room_is_aligned_and_outlives_its_maker() -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    rooms = [loss_weight.room(rows, 3, like).fill_(rows) for rows in range(1, 200)]
+    assert all(x.data_ptr() % 64 == 0 for x in rooms)
+    assert all(bool((x == rows).all()) for rows, x in enumerate(rooms, 1))
