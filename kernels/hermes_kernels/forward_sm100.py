@@ -99,17 +99,20 @@ def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready
     mbarrier.wait(q_ready.index(1), 0)
     tcgen05_mma(q.index(1), k, s[1], use_acc=False, mbarriers=[s_ready.index(1), kv_free.index(0)])
     for i in range(blocks - 1):
+        # Always 0, which the compiler does not know: addresses of q that it took out of the loop
+        # would need more uniform registers than there are, and what all roles share be spilled.
+        zero = i >> 30
         j = 2 * i + 1
         here, after = j % STAGES, (j + 1) % STAGES
         v, k = kv.index(here), kv.index(after).permute((1, 0))
         mbarrier.wait(kv_ready.index(here), j // STAGES & 1)
         _add(0, v, s, o, p_ready, o_scaled, i, [o_ready.index(0)])
         mbarrier.wait(kv_ready.index(after), (j + 1) // STAGES & 1)
-        tcgen05_mma(q.index(0), k, s[0], use_acc=False, mbarriers=[s_ready.index(0)])
+        tcgen05_mma(q.index(zero), k, s[0], use_acc=False, mbarriers=[s_ready.index(0)])
         done = [o_ready.index(1), kv_free.index(here)]
         _add(1, v, s, o, p_ready, o_scaled, i, done)
         done = [s_ready.index(1), kv_free.index(after)]
-        tcgen05_mma(q.index(1), k, s[1], use_acc=False, mbarriers=done)
+        tcgen05_mma(q.index(zero + 1), k, s[1], use_acc=False, mbarriers=done)
     i = blocks - 1
     j = 2 * i + 1
     v = kv.index(j % STAGES)
@@ -142,13 +145,16 @@ def _correct(
         mbarrier.arrive(a_free.index(x))
         mbarrier.arrive(o_scaled.index(x))
     strip: gl.constexpr = row_a_thread(M, 32)
+    # Every warp reads all rows: asking the others takes longer, and a register of every role.
+    whole: gl.constexpr = gl.BlockedLayout([M // 32], [32], [4], [0])
     for i in range(1, blocks):
         for x in gl.static_range(2):
             mbarrier.wait(a_ready.index(x), i & 1)
             shrink = shrinks.index(x).load(gl.SliceLayout(1, strip))
+            least = gl.min(shrinks.index(x).load(whole), 0)
             mbarrier.arrive(a_free.index(x))
             mbarrier.wait(o_ready.index(x), (i & 1) ^ 1)
-            if gl.min(shrink, 0) < 1:
+            if least < 1:
                 for c in gl.static_range(H // 32):
                     part = o[x].slice(c * 32, 32)
                     scaled = float2.pack(part.load(strip), 1) * pairs(shrink, 32)

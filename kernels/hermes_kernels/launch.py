@@ -30,7 +30,7 @@ class Launch:
 
 # No entry was timed: none of these kernels has run on a GPU. For 90 and 100 each is the largest
 # tile that the machine code shows to fit: shared memory, tensor memory, registers, nothing spilled
-# in a loop (`python -m bench attention --static`); where warps can be specialised they are, as
+# (`python -m bench attention --static`); where warps can be specialised they are, as
 # FlashAttention-3 and 4 do with the same tiles. 80 stands for every other GPU, only compiled.
 # "pairs" is the forward of `forward_sm100`. Its stages, and those of "dq_sm100" and "dkdv_sm100",
 # are blocks of 128 tokens, as many as shared memory has room for.

@@ -83,7 +83,9 @@ def forward_kernel(
     acc = tl.zeros((M, H), tl.float32)
     total = tl.zeros((M,), tl.float32)
     top = tl.zeros((M,), tl.float32) + LEAST
-    for n in tl.range(first, row + M, J, warp_specialize=SPECIALIZE):
+    # From 0 on: on sm_100 the warps that scale acc have no register left for another first key.
+    for i in tl.range(0, row + M - first, J, warp_specialize=SPECIALIZE):
+        n = first + i
         k = k_desc.load([n, head // G * H])
         s = tl.dot(q, k.T)  # [M, J]
         j = n + tl.arange(0, J)
@@ -135,11 +137,13 @@ def dq_kernel(
     dq = tl.zeros((M, H), tl.float32)
     for n in tl.range(first, row + M, J, warp_specialize=SPECIALIZE):
         k, v = k_desc.load([n, head // G * H]), v_desc.load([n, head // G * H])
+        # Before s: else Triton 3.6 gives ds to warps of their own on sm_100, which spill.
+        dp = tl.dot(dout, v.T)  # [M, J]
+        s = tl.dot(q, k.T) * (scale * LOG2E) - lse[:, None]
         j = n + tl.arange(0, J)
         seen = (j[None, :] <= t[:, None]) & (j[None, :] >= start[:, None])
-        s = tl.dot(q, k.T) * (scale * LOG2E) - lse[:, None]  # [M, J]
         p = tl.math.exp2(tl.where(seen, s, MASKED))
-        ds = p * (tl.dot(dout, v.T) - delta[:, None])
+        ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
     _heads(dq_ptr, T, N, H, M).store([row, head * H], (dq * scale).to(q.dtype))
 

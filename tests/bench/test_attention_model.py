@@ -13,6 +13,8 @@ from bench.attention_model import (
     BACKWARD_CALIBRATION,
     CALIBRATION,
     CHIPS,
+    Chip,
+    Published,
     Turn,
     backward_seconds,
     backward_tflops,
@@ -21,6 +23,8 @@ from bench.attention_model import (
     makespan,
     our_backward_tflops,
     tflops,
+    tried,
+    unmasked_backward_tflops,
 )
 
 SHAPE = Shape("one", (256,), (1, 1), 64, torch.bfloat16)
@@ -110,9 +114,31 @@ def test_our_backward_is_its_kernels_one_after_another() -> None:
     assert our_backward_tflops(TURN, TURN, chip, 0, SHAPE) == pytest.approx(wanted)
 
 
-def test_the_fit_of_the_backward_gives_the_rate_that_it_was_fitted_to() -> None:
-    chip, known = CHIPS[0], BACKWARD_CALIBRATION
+@pytest.mark.parametrize(
+    ("chip", "known"),
+    list(zip(CHIPS, BACKWARD_CALIBRATION, strict=True)),
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_the_fit_of_the_backward_gives_the_rate_that_it_was_fitted_to(
+    chip: Chip, known: Published
+) -> None:
+    assert chip.target == known.target
     dense = Shape("dense", (8192,), (64, 8), 128, torch.bfloat16)
     overlap = fit(chip, known, dense, backward_tflops)
     found = backward_tflops(known.turn, chip, overlap, dense)
     assert found == pytest.approx(known.dense_tflops)
+
+
+def test_without_a_mask_every_key_tile_walks_over_all_queries() -> None:
+    chip = CHIPS[0]  # two key tiles of two turns each, on two multiprocessors
+    seconds = 2 * 1024 / chip.clock_hz
+    found = unmasked_backward_tflops(TURN, chip, 0, SHAPE)
+    assert found == pytest.approx(2.5 * 4 * 256**2 * 64 / seconds / 1e12)
+
+
+def test_the_error_told_is_that_on_a_rate_it_was_not_fitted_to() -> None:
+    dense = Shape("dense", (8192,), (64, 8), 128, torch.bfloat16)
+    hopper, blackwell = BACKWARD_CALIBRATION
+    packed = replace(hopper, packed_tflops=hopper.dense_tflops)
+    assert tried(packed, CHIPS[0], dense, dense) == "error on packed rows +0%"
+    assert tried(blackwell, CHIPS[1], dense, dense).endswith("on packed rows unknown")

@@ -87,8 +87,8 @@ def test_code_that_fits_has_no_faults() -> None:
         ({"warps": 4}, "warps are not specialised"),
         ({"sass": LOOP.replace("HGMMA", "HMMA")}, "no HGMMA"),
         ({"sass": LOOP.replace("UTMALDG.2D", "LDG")}, "no TMA loads"),
-        ({"sass": LOOP.replace("MUFU.EX2 R8, R2", "STL [R1], R8")}, "1 spills in a loop"),
-        ({"sass": LOOP.replace("EXIT", "STL")}, "1 spills"),
+        ({"sass": LOOP.replace("MUFU.EX2 R8, R2", "STL [R1], R8")}, "1 spill instructions"),
+        ({"sass": LOOP.replace("EXIT", "LDL")}, "1 spill instructions"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], fault: str) -> None:

@@ -187,6 +187,7 @@ class Language:
             allocate_shared_memory=lambda d, s, layout: self.allocate(d, s, layout, "shared"),
             SwizzledSharedLayout=lambda *_, **__: None,
             SliceLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None,
             arange=lambda a, b, layout=None: Tensor(np.arange(a, b, dtype=np.int32), I32),
             full=lambda s, v, d, layout=None: Tensor(np.full(s, v, d.storage), d),
             load=lambda p: Tensor(p.values[p.places()], type_of(p.values)),
