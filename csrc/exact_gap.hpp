@@ -14,7 +14,7 @@ namespace hermes {
 
 // Bounds of the search. A row takes what fits more than kFine times at once; of the rest, at each
 // of kDepth levels, kBranches samples are tried, and under each kPairs pairs. Where that finds
-// nothing, kMixtures of what was taken at once with another class are tried.
+// nothing, kMixtures of what was taken at once with another class are tried. Both count as steps.
 constexpr std::int64_t kFine = 4;
 constexpr int kDepth = 4;
 constexpr int kBranches = 16;
@@ -158,19 +158,27 @@ private:
             gap_ -= length * take(c, std::min({many, left_[c], places_}));
             c = largest(gap_, c);
         }
-        steps_ = std::min(steps_of_row_, all_steps_);
-        const std::int64_t allowed = steps_;
         least_gap_ = gap_;
         best_ = row_;
-        if (gap_ > 0 && !search(gap_, c, 0) && !mix(gap_)) {
+        if (gap_ > 0 && !within(steps_of_row_, [&] { return search(gap_, c, 0); }) &&
+            !within(kMixtures, [&] { return mix(gap_); })) {
             fill_up();
         }
-        all_steps_ -= allowed - std::max<std::int64_t>(steps_, 0);
         while (!row_.empty()) {
             give_back();
         }
         join_parts(best_);
         return best_;
+    }
+
+    // Whether it finds something in so many steps, which it counts down.
+    template <typename Find>
+    bool within(std::int64_t steps, const Find& find) {
+        const std::int64_t allowed = std::min(steps, all_steps_);
+        steps_ = allowed;
+        const bool found = find();
+        all_steps_ -= allowed - std::max<std::int64_t>(steps_, 0);
+        return found;
     }
 
     // The longest class from `from` on that fits and has samples.
@@ -254,12 +262,12 @@ private:
     // Where samples were taken many at once, looks for other numbers of them: short samples of
     // nearly one length fill no row to its end, but mixtures of two lengths do.
     bool mix(std::int64_t gap) {
-        std::int64_t tries = std::min(kMixtures, all_steps_);
         while (!row_.empty()) {
             const Part part = row_.back();
+            const std::int64_t length = classes_[part.of_class].length;
             give_back();
-            gap += part.samples * classes_[part.of_class].length;
-            if (part.samples > 1 && mix(gap, part.of_class, tries)) {
+            gap += part.samples * length;
+            if (part.samples > 1 && gap <= places_ * length && mix(gap, part.of_class)) {
                 return true;
             }
         }
@@ -267,13 +275,13 @@ private:
     }
 
     // Fills the gap with some samples of class `c`, some of a shorter one, and one of any.
-    bool mix(std::int64_t gap, std::size_t c, std::int64_t& tries) {
+    bool mix(std::int64_t gap, std::size_t c) {
         const std::int64_t length = classes_[c].length, shortest = classes_[last_].length;
         for (std::int64_t many = std::min({gap / length, left_[c], places_}); many > 0; --many) {
             const std::int64_t rest = gap - many * length;
             std::size_t a = present_.next(c + 1);
             for (int i = 0; i < kPairs && rest >= shortest && a != present_.end(); ++i) {
-                if (--tries < 0) {
+                if (--steps_ < 0) {
                     return false;
                 }
                 const std::int64_t some =

@@ -88,7 +88,7 @@ class Plan:
         return [slice(*ends) for ends in pairwise([0, *range(first, kept, rows), kept])]
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Each chunk's place, hidden states and logits; these in the same memory for all."""
+        """Each chunk's place, hidden states and logits; these in one memory where `product` can."""
         chunks = self.chunks()
         if chunks:
             buffer = room(max(at.stop - at.start for at in chunks), len(weight), hidden)

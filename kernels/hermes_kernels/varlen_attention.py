@@ -27,8 +27,8 @@ of outputs are made after the loop: before it they cost registers. A head size t
 two is padded with zeros by the caller.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); the tiling and its cost are counted in
-docs/numbers.md. Twin: `reference.varlen_attention`. `forward_sm100` is another
-forward, for Blackwell.
+docs/numbers.md. Twin: `reference.varlen_attention`. `forward_sm100` and `backward_sm100` are
+others, for Blackwell.
 """
 
 from __future__ import annotations

@@ -104,7 +104,9 @@ class ExactGap:
             row = [x for x, some in parts for _ in range(some)]
             left = self.left - Counter(row)
             gap, places = self.row_length - sum(row), self.max_samples - len(row)
-            for many in range(min(gap // length, left[length], places) * (samples > 1), 0, -1):
+            if samples == 1 or gap > places * length:
+                continue
+            for many in range(min(gap // length, left[length], places), 0, -1):
                 rest = gap - many * length
                 shorter = sorted((x for x in left if x < length), reverse=True)[:256]
                 for a in shorter if rest >= self.shortest else ():
