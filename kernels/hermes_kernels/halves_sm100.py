@@ -26,7 +26,7 @@ WARPS = 4
 REGISTERS = 168
 WEIGH_REGISTERS = gl.constexpr(232)
 OTHER_REGISTERS = gl.constexpr(40)
-STRIP = gl.constexpr(32)  # its columns
+STRIP = gl.constexpr(32)  # columns that a thread has in registers at once
 
 
 @gluon.jit
