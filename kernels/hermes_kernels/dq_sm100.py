@@ -35,9 +35,8 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     tma,
 )
 
-from hermes_kernels.forward_sm100 import _barriers, _fetch
+from hermes_kernels.forward_sm100 import LOG2E, _barriers, _fetch
 from hermes_kernels.halves_sm100 import (
-    LOG2E,
     OTHER_REGISTERS,
     STRIP,
     WEIGH_REGISTERS,

@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 
 from hermes_kernels.softmax_sm100 import _masked_strip, row_a_thread
 
-LOG2E = gl.constexpr(1.4426950408889634)
 # Of the first role, and registers of a thread: all have these at the start, and give or take when
 # the roles begin.
 WARPS = 4

@@ -23,7 +23,7 @@ import hermes_kernels
 from hermes_core.segments import Segments, segments
 from hermes_kernels import reference
 from hermes_kernels.launch import TABLE, TILE
-from twins.gluon_machine import Fault
+from twins.gluon_machine import TOO_EARLY, Fault
 from twins.gluon_simulator import Box, Pointer, run
 from twins.gluon_tensors import F32, I32, TYPES
 from twins.gluon_tensors import Tensor as Scalar
@@ -213,7 +213,6 @@ def test_a_ring_that_is_even_is_refused() -> None:
 
 
 # What is taken out or put in its place, and what the simulator must say.
-TOO_EARLY = "may still|nothing has written|missed a phase|a phase ends before"
 BROKEN_KEYS = {
     "weights read too early": (
         "            mbarrier.wait(p_ready.index(STRIPS * x + c), i & 1)\n", "", TOO_EARLY),

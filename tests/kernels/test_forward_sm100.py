@@ -25,7 +25,7 @@ from hermes_core.backends import BackendError, choose
 from hermes_core.segments import Segments, segments
 from hermes_kernels import forward_sm100, reference
 from hermes_kernels.launch import TABLE, TILE
-from twins.gluon_machine import Fault
+from twins.gluon_machine import TOO_EARLY, Fault
 from twins.gluon_simulator import Box, Pointer, run
 from twins.gluon_tensors import F32, I32, TYPES
 from twins.gluon_tensors import Tensor as Scalar
@@ -177,7 +177,6 @@ def test_a_key_that_is_no_number_is_not_lost(key: int) -> None:
 
 
 # What is taken out or put in its place, and what the simulator must say.
-TOO_EARLY = "may still|nothing has written|missed a phase|a phase ends before"
 BROKEN = {
     "weights read too early": (
         "    mbarrier.wait(p_ready.index(2 * x), i & 1)\n", "", TOO_EARLY),

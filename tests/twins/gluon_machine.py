@@ -32,6 +32,10 @@ class Fault(Exception):
     """The kernel does what hardware would punish."""
 
 
+# What a fault says of memory that is read before it is ready, or overwritten while it is read.
+TOO_EARLY = "may still|nothing has written|missed a phase|a phase ends before"
+
+
 @dataclass(frozen=True)
 class DType:
     """An element type as `gl` names it."""
