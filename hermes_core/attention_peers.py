@@ -7,9 +7,10 @@ else it waits for the device. Not run on a GPU by us yet.
 from __future__ import annotations
 
 import importlib
-from functools import cache
-from importlib.util import find_spec
+import inspect
+from importlib.machinery import PathFinder
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +18,32 @@ from torch import Tensor
 
 from hermes_core.segments import Segments
 
-# The newest that is there: FlashAttention-4, -3, -2, each with a forward of the same arguments.
-FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
+
+def _newest_flash() -> str:
+    """The module of the newest flash-attn that is installed, found without loading any; "" if none.
+
+    FlashAttention-4, -3 and -2 each have a forward of the same arguments.
+    """
+    two = PathFinder.find_spec("flash_attn")
+    inside = two.submodule_search_locations if two else None
+    if inside and PathFinder.find_spec("flash_attn.cute", inside):
+        return "flash_attn.cute"
+    if PathFinder.find_spec("flash_attn_interface"):
+        return "flash_attn_interface"
+    return "flash_attn" if two else ""
 
 
-@cache
-def flash() -> str:
-    """The module of the newest flash-attn that is installed; "" where none is."""
-    for name in FLASH:
-        try:
-            if find_spec(name) is not None:
-                return name
-        except ImportError:  # its parent package is missing or broken
-            continue
-    return ""
+def _parameters_of_varlen() -> frozenset[str]:
+    """Of PyTorch's `varlen_attn`, which moved; empty where it cannot do what we ask of it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    known = frozenset(inspect.signature(varlen_attn).parameters)
+    return known if {"scale", "window_size"} <= known else frozenset()
+
+
+FLASH, VARLEN = _newest_flash(), _parameters_of_varlen()
 
 
 def torch_varlen(
@@ -40,9 +53,10 @@ def torch_varlen(
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     bounds, longest = _bounds(segments)
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in VARLEN else {}
     out, lse = varlen_attn(
         q, k, v, bounds, bounds, longest, longest, return_aux=AuxRequest(lse=True),
-        scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        scale=scale, window_size=(-1, 0), **grouped,
     )  # fmt: skip
     return out, lse
 
@@ -51,7 +65,7 @@ def flash_varlen(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
 ) -> tuple[Tensor, Tensor]:
     """flash-attn's variable-length attention; its backward adds with atomics."""
-    module: ModuleType = importlib.import_module(flash())
+    module: ModuleType = importlib.import_module(FLASH)
     bounds, longest = _bounds(segments)
     statistics = "return_lse" if module.__name__ == "flash_attn.cute" else "return_attn_probs"
     out, lse, *_ = module.flash_attn_varlen_func(

@@ -20,6 +20,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 OWNERS = {
     "triton": "Triton", "gluon": "Gluon", "flash": "flash-attn", "torch": "torch's varlen_attn"
 }  # fmt: skip
+# Asked for here, once: torch.compile before torch 2.12 cannot trace the question.
+HAS_TRITON = find_spec("triton") is not None
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
@@ -86,16 +88,16 @@ def obstacle(
         return f"{owner} takes head sizes to 256, not {size}"
     if backend in ("triton", "gluon"):
         return _obstacle_of_kernels(backend, device, padded_size(size))
-    if backend == "flash":
-        from hermes_core.attention_peers import flash
+    from hermes_core import attention_peers
 
-        return "" if flash() else "no flash-attn is installed"
-    return ""
+    if backend == "flash":
+        return "" if attention_peers.FLASH else "no flash-attn is installed"
+    return "" if attention_peers.VARLEN else "torch's varlen_attn takes a scale from torch 2.11 on"
 
 
 def _obstacle_of_kernels(backend: str, device: torch.device, size: int) -> str:
     """Why our kernels cannot run on this GPU, where they take the dtype; "" if they can."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     kernel: Kernel = "forward" if backend == "triton" else "pairs"
     if (architecture(device), kernel, size) in TABLE:
@@ -107,7 +109,7 @@ def _obstacle_of_kernels(backend: str, device: torch.device, size: int) -> str:
 
 def _obstacle_of_loss(device: torch.device, dtype: torch.dtype) -> str:
     """Why Triton's kernels of the loss cannot run; "" if they can."""
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if misplaced := _needs_cuda("Triton", device):
         return misplaced

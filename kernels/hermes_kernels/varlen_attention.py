@@ -219,36 +219,65 @@ def backward(
         ends_T: int32, one past the last token of each token's segment.
         key_order: [U / TILE] int32, the key tiles, the one that is to start first first.
     """
-    tokens, heads, size = q_TNH.shape
-    kv_heads, room = k_TKH.shape[1], lse_NU.shape[1]
-    group, device = heads // kv_heads, q_TNH.device
-    delta = torch.empty_like(lse_NU)
-    dq = torch.empty_like(q_TNH)
-    with _on(device):
-        how = launch_of(architecture(device), "delta", size)
-        delta_kernel[heads, room // how.queries](
-            out_TNH, dout_TNH, delta, tokens, room, heads, size, how.queries, num_warps=how.warps
-        )
-        how = launch_of(architecture(device), "dq", size)
-        boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
+    delta_NU = delta_of(out_TNH, dout_TNH, lse_NU)
+    rest = (dout_TNH, lse_NU, delta_NU)
+    dq_TNH = dq_of(q_TNH, k_TKH, v_TKH, *rest, starts_T, query_order, scale)
+    return dq_TNH, *dkdv_of(q_TNH, k_TKH, v_TKH, *rest, ends_T, key_order, scale)
+
+
+def delta_of(out_TNH: Tensor, dout_TNH: Tensor, lse_NU: Tensor) -> Tensor:
+    """rowsum(out * dout) of each token and head, as ``lse_NU`` is laid out."""
+    tokens, heads, size = out_TNH.shape
+    delta_NU = torch.empty_like(lse_NU)
+    how = launch_of(architecture(out_TNH.device), "delta", size)
+    with _on(out_TNH.device):
+        delta_kernel[heads, lse_NU.shape[1] // how.queries](
+            out_TNH, dout_TNH, delta_NU, tokens, lse_NU.shape[1], heads, size, how.queries,
+            num_warps=how.warps,
+        )  # fmt: skip
+    return delta_NU
+
+
+def dq_of(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
+    delta_NU: Tensor, starts_T: Tensor, order: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """The gradient of q; arguments as in `backward`."""
+    (tokens, heads, size), room = q_TNH.shape, lse_NU.shape[1]
+    dq_TNH = torch.empty_like(q_TNH)
+    how = launch_of(architecture(q_TNH.device), "dq", size)
+    boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
+    with _on(q_TNH.device):
         dq_kernel[heads, room // how.queries](
-            q_TNH, *boxes, dout_TNH, dq, lse_NU, delta, starts_T, query_order, scale, tokens, room,
-            heads, group, size, how.queries, how.keys, how.specialize,
+            q_TNH, *boxes, dout_TNH, dq_TNH, lse_NU, delta_NU, starts_T, order, scale, tokens,
+            room, heads, heads // k_TKH.shape[1], size, how.queries, how.keys, how.specialize,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
-        how = launch_of(architecture(device), "dkdv", size)
-        parts = parts_of(kv_heads, group)
-        dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
-        vectors = (TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (lse_NU, delta))
+    return dq_TNH
+
+
+def dkdv_of(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
+    delta_NU: Tensor, ends_T: Tensor, order: Tensor, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of k and v; arguments as in `backward`."""
+    (tokens, heads, size), room = q_TNH.shape, lse_NU.shape[1]
+    kv_heads = k_TKH.shape[1]
+    group = heads // kv_heads
+    parts = parts_of(kv_heads, group)
+    dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
+    how = launch_of(architecture(q_TNH.device), "dkdv", size)
+    q_boxes, dout_boxes = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH))
+    vectors = (TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (lse_NU, delta_NU))
+    with _on(q_TNH.device):
         dkdv_kernel[kv_heads * parts, room // how.keys](
-            _boxes(q_TNH, how.queries), k_TKH, v_TKH, _boxes(dout_TNH, how.queries), dk, dv,
-            *vectors, ends_T, key_order, scale, tokens, room,
-            kv_heads, group, parts, size, how.queries, how.keys, how.specialize,
+            q_boxes, k_TKH, v_TKH, dout_boxes, dk, dv, *vectors, ends_T, order, scale, tokens,
+            room, kv_heads, group, parts, size, how.queries, how.keys, how.specialize,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     if parts > 1:
         dk, dv = (x.unflatten(1, (kv_heads, parts)).sum(2) for x in (dk, dv))
-    return dq, dk, dv
+    return dk, dv
 
 
 def _boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:

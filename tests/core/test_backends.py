@@ -16,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def on(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if tensors lay on a Hopper, with no flash-attn."""
     monkeypatch.setattr(backends, "architecture", lambda device: 90)
-    monkeypatch.setattr("hermes_core.attention_peers.flash", lambda: "")
+    monkeypatch.setattr("hermes_core.attention_peers.FLASH", "")
 
 
 def test_the_table_names_backends_that_are_there() -> None:
@@ -45,7 +45,7 @@ def test_a_blackwell_takes_flash_unless_determinism_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, deterministic: bool, chosen: str
 ) -> None:
     monkeypatch.setattr(backends, "architecture", lambda device: 100)
-    monkeypatch.setattr("hermes_core.attention_peers.flash", lambda: "flash_attn.cute")
+    monkeypatch.setattr("hermes_core.attention_peers.FLASH", "flash_attn.cute")
     torch.use_deterministic_algorithms(deterministic)
     try:
         assert choose("attention", "auto", CUDA, torch.bfloat16) == chosen
