@@ -1,0 +1,250 @@
+"""The forward of `varlen_attention` for Hopper (sm_90), in Gluon: two groups of warps multiply, one
+warp loads.
+
+A program has one query tile of M = 128 of one head, half of it for each group. A group asks for the
+scores of the next block before it asks for the output of this one, so that its exponentials are
+made while the tensor cores work. Blocks are masked only at a border: the diagonal comes first, then
+those from the first that is seen on, so that what is to be masked is together.
+
+As in FlashAttention-3 (arXiv 2407.08608), but equal inputs give equal bits.
+
+Shapes: T packed tokens, N query heads, K key heads, G = N / K, H head size, U = T rounded up to
+M, M queries of a tile and J keys of a block.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hermes_kernels.launch import TILE, launch_of, room_for
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+LEAST = gl.constexpr(-1e30)
+# A sum of weights, which is never negative: what is made of it comes before what waits after it.
+FIRST = gl.constexpr(
+    """{
+    .reg .pred never;
+    .reg .b32 nowhere;
+    mov.b32 nowhere, 0;
+    setp.lt.f32 never, $1, 0f00000000;
+    @never st.shared.f32 [nowhere], $1;
+    mov.f32 $0, $1;
+}"""
+)
+WARPS = 4
+REGISTERS = 168
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def _load(
+    q_desc, k_desc, v_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, row, head, first,
+    blocks, G: gl.constexpr,
+):  # fmt: skip
+    """q, then each block of keys and of values, in turn."""
+    STAGES: gl.constexpr = k.shape[0]
+    HALF: gl.constexpr = q_desc.block_shape[0]
+    J: gl.constexpr = k_desc.block_shape[0]
+    H: gl.constexpr = k_desc.block_shape[1]
+    for x in gl.static_range(2):
+        mbarrier.expect(q_ready.index(x), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            q_desc, [row + x * HALF, head * H], q_ready.index(x), q.index(x)
+        )
+    for i in range(blocks):
+        slot, lap = i % STAGES, i // STAGES & 1
+        n = gl.where(i == 0, row, first + (i - 1) * J)
+        at = [n, head // G * H]
+        mbarrier.wait(k_free.index(slot), lap ^ 1)
+        mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, at, k_ready.index(slot), k.index(slot))
+        mbarrier.wait(v_free.index(slot), lap ^ 1)
+        mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, at, v_ready.index(slot), v.index(slot))
+
+
+@gluon.jit
+def _weigh(s, top, scale, LAYOUT: gl.constexpr, dtype: gl.constexpr):
+    """Weights of a block, as an operand of the next product; the new maximum; the sum; and what
+    everything before is to shrink by."""
+    new_top = gl.maximum(top, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - new_top[:, None])
+    shrink = gl.exp2(top - new_top)
+    total = gl.sum(p, 1)
+    return gl.convert_layout(p, LAYOUT).to(dtype), new_top, total, shrink
+
+
+@gluon.jit
+def _masked(s, t, start, n):
+    """Scores of keys from n on that a query does not see are -inf."""
+    J: gl.constexpr = s.shape[1]
+    c = gl.arange(0, J, gl.SliceLayout(0, s.type.layout))
+    seen = (c[None, :] <= (t - n)[:, None]) & (c[None, :] >= (start - n)[:, None])
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def _step(
+    i, masked: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
+    t, start, n, scale, zeros, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Asks for the scores of block i, and for the output of the block before, while which the
+    weights of block i are made."""
+    STAGES: gl.constexpr = k.shape[0]
+    slot, before = i % STAGES, (i - 1) % STAGES
+    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)
+    s = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)
+    acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
+    s = warpgroup_mma_wait(1, [s])
+    mbarrier.arrive(k_free.index(slot))
+    if masked:
+        s = _masked(s, t, start, n)
+    p, top, more, shrink = _weigh(s, top, scale, LAYOUT, v.dtype)
+    more = gl.inline_asm_elementwise(FIRST, "=f,f", [more], dtype=gl.float32, is_pure=False, pack=1)
+    acc, p = warpgroup_mma_wait(0, [acc, p])
+    mbarrier.arrive(v_free.index(before))
+    return p, _shrunk(acc, shrink), top, total * shrink + more
+
+
+@gluon.jit
+def _shrunk(acc, shrink):
+    return acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def _attend(
+    x: gl.constexpr, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
+    starts, scale, row, head, first, last_start, blocks, T, U,
+):  # fmt: skip
+    """Half x of the tile."""
+    STAGES: gl.constexpr = k.shape[0]
+    M: gl.constexpr = q.shape[1]
+    H: gl.constexpr = q.shape[2]
+    J: gl.constexpr = k.shape[1]
+    in_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, J, 16])
+    in_o: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
+    in_p: gl.constexpr = gl.DotOperandLayout(0, in_o, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, in_s)
+    begin = row + x * M
+    t = begin + gl.arange(0, M, rows)
+    start = gl.load(starts + gl.minimum(t, T - 1))
+    zeros = gl.full([M, J], 0.0, gl.float32, in_s)
+    top = gl.full([M], LEAST, gl.float32, rows)
+    borders = 1 + gl.minimum(gl.cdiv(last_start - first, J), blocks - 1)
+    mbarrier.wait(q_ready.index(x), 0)
+    mbarrier.wait(k_ready.index(0), 0)
+    s = warpgroup_mma(q.index(x), k.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    mbarrier.arrive(k_free.index(0))
+    p, top, total, _ = _weigh(_masked(s, t, start, row), top, scale, in_p, v.dtype)
+    acc = gl.full([M, H], 0.0, gl.float32, in_o)
+    for i in range(1, borders):
+        p, acc, top, total = _step(
+            i, True, p, acc, top, total, q.index(x), k, v, k_ready, k_free, v_ready,
+            v_free, t, start, first + (i - 1) * J, scale, zeros, in_p,
+        )  # fmt: skip
+    for i in range(borders, blocks):
+        p, acc, top, total = _step(
+            i, False, p, acc, top, total, q.index(x), k, v, k_ready, k_free, v_ready,
+            v_free, t, start, first, scale, zeros, in_p,
+        )  # fmt: skip
+    i = blocks - 1
+    mbarrier.wait(v_ready.index(i % STAGES), i // STAGES & 1)
+    acc = warpgroup_mma(p, v.index(i % STAGES), acc, is_async=True)
+    acc = _shrunk(warpgroup_mma_wait(0, [acc]), 1 / total)
+    q.index(x).store(acc.to(q.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [begin, head * H], q.index(x))
+    gl.store(lse_ptr + head.to(gl.int64) * U + t, (top + gl.log2(total)) * LN2)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many barriers, each of so many arrivals a phase."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def tile_kernel(
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, order, scale, T, U,
+    G: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """out and lse of one query tile of one head. Grid (N, U / M)."""
+    HALF: gl.constexpr = q_desc.block_shape[0]
+    J: gl.constexpr = k_desc.block_shape[0]
+    H: gl.constexpr = q_desc.block_shape[1]
+    dtype: gl.constexpr = q_desc.dtype
+    head = gl.program_id(0)
+    row = gl.load(order + gl.program_id(1)) * (2 * HALF)
+    first = gl.load(starts + row) // J * J
+    last_start = gl.load(starts + gl.minimum(row + 2 * HALF, T) - 1)
+    blocks = 1 + (row - first) // J
+    q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
+    k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
+    q_ready, k_ready, v_ready = _barriers(2, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
+    k_free, v_free = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    scale *= LOG2E
+    gl.warp_specialize(
+        [
+            (_attend, (
+                0, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr, starts,
+                scale, row, head, first, last_start, blocks, T, U,
+            )),
+            (_attend, (
+                1, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr, starts,
+                scale, row, head, first, last_start, blocks, T, U,
+            )),
+            (_load, (
+                q_desc, k_desc, v_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, row,
+                head, first, blocks, G,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def forward(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_T: Tensor, order: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `varlen_attention.forward`, for head sizes of 64 and 128, on a GPU of sm_90."""
+    tokens, heads, size = q_TNH.shape
+    kv_heads = k_TKH.shape[1]
+    out = torch.empty_like(q_TNH)
+    lse = q_TNH.new_empty(heads, room_for(heads, tokens, order.numel()), dtype=torch.float32)
+    q_boxes, k_boxes, v_boxes, out_boxes = (
+        _boxes(x, rows) for x, rows in ((q_TNH, 64), (k_TKH, TILE), (v_TKH, TILE), (out, 64))
+    )
+    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+        tile_kernel[heads, order.numel()](
+            q_boxes, k_boxes, v_boxes, out_boxes, lse, starts_T, order, scale, tokens,
+            lse.shape[1], heads // kv_heads, 2, num_warps=WARPS, maxnreg=REGISTERS,
+        )  # fmt: skip
+    return out, lse
+
+
+def _boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
+    block = [rows, x_TNH.shape[2]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x_TNH.dtype])
+    return TensorDescriptor.from_tensor(x_TNH.flatten(1), block, layout)
