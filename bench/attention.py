@@ -1,8 +1,8 @@
 """Attention inside segments against what a user would otherwise run.
 
-On a CPU: a dense block-diagonal mask, a loop over segments, compiled FlexAttention. On a GPU: that
-with the mask made once a batch, PyTorch's varlen (FlashAttention-2), and whichever flash-attn is
-installed. All in one process, by turns, each checked before any is timed.
+On a CPU: a dense block-diagonal mask, a loop over segments, compiled FlexAttention, by turns. On a
+GPU: every flash-attn that is installed, PyTorch's varlen (FlashAttention-2), cuDNN, and compiled
+FlexAttention, its mask made once a batch. All in one process, each checked before it is timed.
 
 Shapes: T packed tokens, N query heads, K key heads, H head size.
 """
@@ -124,10 +124,10 @@ def on_cpu(shape: Shape) -> Iterator[Result | str]:
 
 def inputs(shape: Shape, device: str = "cpu") -> list[Tensor]:
     """q, k, v, wanting gradients, and a gradient of the output."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     n, k = shape.heads
     sizes = [(shape.tokens, heads, shape.size) for heads in (n, k, k, n)]
-    drawn = [torch.randn(s, generator=generator).to(device, shape.dtype) for s in sizes]
+    drawn = [torch.randn(s, generator=generator, device=device).to(shape.dtype) for s in sizes]
     return [*(x.requires_grad_() for x in drawn[:3]), drawn[3]]
 
 
@@ -163,26 +163,14 @@ def loop(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 def flex(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Call:
     """Compiled FlexAttention, its mask prebuilt; forward alone on a CPU."""
-    compiled = flex_attention(block_mask(shape, "cpu"))
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled, mask = torch.compile(flex_attention), block_mask(shape, "cpu")
 
     def call() -> Tensor:
+        rows = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
         with torch.no_grad():
-            return compiled(q, k, v)
-
-    return call
-
-
-def flex_attention(mask: object) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention with this mask, compiled at its first call."""
-    from torch.nn.attention import flex_attention as flex
-
-    compiled = torch.compile(flex.flex_attention)
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-        if q.device.type == "cpu":
-            rows = (x.contiguous() for x in rows)
-        return compiled(*rows, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)  # type: ignore[no-any-return]
+            return compiled(*rows, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)  # type: ignore[no-any-return]
 
     return call
 
@@ -191,12 +179,18 @@ def block_mask(shape: Shape, device: str) -> object:
     """FlexAttention's mask of causal segments."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    see = sees(shape, device)
+    return create_block_mask(see, None, None, shape.tokens, shape.tokens, device=device)
+
+
+def sees(shape: Shape, device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether query i sees key j, as FlexAttention asks it: by the segment of each token."""
     owner = torch.repeat_interleave(torch.tensor(shape.lengths, device=device))
 
     def together(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (owner[i] == owner[j]) & (i >= j)
 
-    return create_block_mask(together, None, None, shape.tokens, shape.tokens, device=device)
+    return together
 
 
 def check(shape: Shape, calls: dict[str, Call], q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -104,13 +104,15 @@ def machine() -> dict[str, Any]:
     packages = {"hermes4-core": __version__, "python": platform.python_version()}
     peers = ("seqpacker", "lightbinpack", "binpacking", "trl", "transformers", "grain")
     clients = ("aiohttp", "orjson", "openai", "httpx")
-    for name in ("numpy", "torch", "triton", *peers, *clients):
+    flash = ("flash-attn-4", "flash-attn-3", "fa3-fwd", "flash-attn", "nvidia-cudnn-cu13")
+    for name in ("numpy", "torch", "triton", *peers, *clients, *flash):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
     return {
         "device": _cpu_model(),
+        **_gpu(),
         "cores": len(os.sched_getaffinity(0)),
         "isa": _C.active_isa(),
         "versions": packages,
@@ -123,11 +125,13 @@ def tell(results: Iterator[Result | str], *, as_json: bool) -> None:
     about = machine()
     if not as_json:
         packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        print(f"{about['device']}, {about['cores']} cores, {about['isa']}; {packages}")
-        print(f"commit {about['commit']}; medians of CPU time (fastest to slowest run)")
+        gpu = f"{about['gpu']}; " if "gpu" in about else ""
+        print(f"{gpu}{about['device']}, {about['cores']} cores, {about['isa']}; {packages}")
+        clock = "on the GPU, of its time; else " if gpu else ""
+        print(f"commit {about['commit']}; medians (fastest to slowest run), {clock}of CPU time")
     for result in results:
         if isinstance(result, str):
-            print(result, file=sys.stderr if as_json else sys.stdout)
+            print(result, file=sys.stderr if as_json else sys.stdout, flush=True)
         elif as_json:
             print(json.dumps(asdict(result) | about), flush=True)
         else:
@@ -137,6 +141,14 @@ def tell(results: Iterator[Result | str], *, as_json: bool) -> None:
                 f"({low:,.2f} to {high:,.2f}; {result.runs} runs)  {result.notes}",
                 flush=True,
             )
+
+
+def _gpu() -> dict[str, str]:
+    """The GPU's name, where a benchmark has imported torch and there is one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {"gpu": torch.cuda.get_device_name()}
 
 
 def _cpu_model() -> str:
