@@ -239,7 +239,7 @@ def forward(
     with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
         tile_kernel[heads, order.numel()](
             q_boxes, k_boxes, v_boxes, out_boxes, lse, starts_T, order, scale, tokens,
-            lse.shape[1], heads // kv_heads, 2, num_warps=WARPS, maxnreg=REGISTERS,
+            lse.shape[1], heads // kv_heads, 2 if size == 128 else 4, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse
 
