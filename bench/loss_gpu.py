@@ -124,7 +124,7 @@ def run() -> Iterator[Result | str]:
     for name, load in PEERS.items():
         yield from of_peer(name, load, cases, mine, rate)
     # The machine as warm as it was for the last peer.
-    yield told("hermes_core, again", cases[-1], timed(ours, cases[-1].given), rate, mine[-1])
+XX
 
 
 def make_cases() -> list[Case]:
@@ -138,7 +138,7 @@ def make_cases() -> list[Case]:
         Case(f"{share:.0%}", (hidden, weight, *found))
         for share, found in zip(KEPT, masked, strict=True)
     ]
-    return [Case(f"{KEPT[0]:.0%}, peaked", (peaked, weight, *lowest), peaked=True), *at_shares]
+    return [*at_shares, Case(f"{KEPT[0]:.0%}, peaked", (peaked, weight, *lowest), peaked=True)]
 
 
 def given_kept(case: Case) -> Call:
