@@ -26,6 +26,8 @@ from hermes_core.loss_weight import product, room, weight_gradient
 # On a CPU a larger chunk gains nothing in fp32. In bf16 it does: tokens before the last chunk may
 # be computed again for the weight's gradient.
 CPU_CHUNK_BYTES = {2: 2**28, 4: 2**27, 8: 2**27}  # by the size of an element
+# Logits. On a GPU each row starts at a whole vector: products and kernels are slow on others.
+VECTOR = 16
 ROWS = 64  # of a product of halves by oneDNN, which is up to a sixth slower where some are left
 
 
@@ -101,7 +103,9 @@ class Plan:
         """Each chunk's place, hidden states and logits; these in one memory where `product` can."""
         chunks = self.chunks()
         if chunks:
-            buffer = room(max(at.stop - at.start for at in chunks), len(weight), hidden)
+            rows, columns = max(at.stop - at.start for at in chunks), len(weight)
+            width = columns if self.on_cpu else -(-columns // VECTOR) * VECTOR
+            buffer = room(rows, width, hidden)[:, :columns]
         for at in chunks:
             hidden_CD = hidden.index_select(0, self.kept_M[at])
             yield at, hidden_CD, product(hidden_CD, weight.T, buffer[: len(hidden_CD)])

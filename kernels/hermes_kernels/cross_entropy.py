@@ -166,7 +166,7 @@ def gradient_kernel(
 ):
     at_row = tl.program_id(0).to(tl.int64)
     row = logits + at_row * stride
-    column = tl.load(columns + at_row).to(tl.int32)  # as the columns it is compared with
+    column = tl.load(columns + at_row)
     lse = tl.load(lses + at_row)
     scale, tilt = tl.load(scales + at_row), tl.load(tilts + at_row)
     target = tl.load(targets + at_row)

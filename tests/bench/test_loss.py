@@ -52,11 +52,11 @@ def test_machine_code_that_got_worse_is_named(change: dict[str, object], fault: 
 
 
 def test_prediction_of_the_whole_is_worked_out_by_hand() -> None:
-    """One chunk of 1,000 rows, V 2,000, D 100: 1.2 GFLOP; 20 MB of logits, 2 MB of weights."""
+    """One chunk of 1,000 rows, V 2,000, D 100: 1.2 GFLOP; 20 MB of logits, 0.4 MB of weights."""
     chip = loss_static.Chip("round", half=1.25e12, single=1e12, memory=1e12)
     algorithm = loss_static.ALGORITHMS[0]
     ms = loss_static.predicted_ms(algorithm, chip, 4_000, 1_000, 2_000, 100)
-    assert ms == pytest.approx(1.2 + (20e6 + 4 * 0.2e6 + 4 * 0.2e6) / 1e9)
+    assert ms == pytest.approx(1.2 + (20e6 + 2 * 0.2e6 + 4 * 0.2e6) / 1e9)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own

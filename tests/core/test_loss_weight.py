@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hermes_core import loss_rows, loss_weight
 from hermes_core.loss import linear_cross_entropy, token_nll
-from hermes_core.loss_chunks import Plan
+from hermes_core.loss_chunks import VECTOR, Plan
 
 TOKENS, VOCABULARY, SIZE = 150, 1501, 56
 
@@ -108,6 +108,16 @@ def test_one_chunk_on_a_gpu_where_the_sum_would_take_more(
     assert len(plan.chunks()) == -(-kept // (room // (weight.itemsize * VOCABULARY)))
     plan.take_whole(weight)
     assert len(plan.chunks()) == chunks
+
+
+def test_rows_of_logits_start_at_whole_vectors_on_a_gpu() -> None:
+    hidden, weight, labels = problem()
+    plan = Plan(labels, None, -100, 2 * VOCABULARY * 50, [0, VOCABULARY, VOCABULARY], "", hidden)
+    plan.on_cpu = False
+    for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
+        assert logits_CV.stride(0) % VECTOR == 0
+        assert torch.equal(logits_CV, hidden[plan.kept_M[at]] @ weight.T)
+        assert len(hidden_CD) == len(logits_CV) > 0
 
 
 def test_the_last_logits_are_gone_when_the_weights_gradient_is_rounded(

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 IGNORE = -100
 TOKENS, SIZE = 3_000, 1_024
-LLAMA, QWEN = 128_256, 151_936
+LLAMA, QWEN, ODD = 128_256, 151_936, 32_001
 OPTIONS: dict[str, dict[str, float]] = {
     "none": {},
     "one": {"z_loss": 1e-4},
@@ -99,7 +99,7 @@ def assert_no_worse(ours: list[Tensor], plain: list[Tensor], right: list[Tensor]
         assert error <= allowed, f"{float(error)} is more than {float(allowed)}"
 
 
-@pytest.mark.parametrize("vocabulary", [LLAMA, QWEN])
+@pytest.mark.parametrize("vocabulary", [LLAMA, QWEN, ODD])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kept", OPTIONS)
 def test_errs_no_more_than_in_pytorch(vocabulary: int, dtype: torch.dtype, kept: str) -> None:
