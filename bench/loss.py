@@ -119,13 +119,19 @@ def peers() -> list[Peer]:
 def problem(
     tokens: int, vocabulary: int, size: int, share: float, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, size, generator=generator).to(device, dtype)
-    weight = (0.02 * torch.randn(vocabulary, size, generator=generator)).to(device, dtype)
-    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    labels[torch.rand(tokens, generator=generator) >= share] = IGNORE
-    kept = int((labels != IGNORE).sum())
-    return hidden.requires_grad_(), weight.requires_grad_(), labels.to(device), kept
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(tokens, size, generator=generator, device=device).to(dtype)
+    weight = torch.randn(vocabulary, size, generator=generator, device=device).mul_(0.02).to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
+    return hidden.requires_grad_(), weight.requires_grad_(), *mask(labels, share)
+
+
+def mask(labels: Tensor, share: float) -> tuple[Tensor, int]:
+    """Labels of which about ``share`` are kept, and how many are."""
+    generator = torch.Generator(labels.device).manual_seed(1)
+    drawn = torch.rand(len(labels), generator=generator, device=labels.device)
+    labels = labels.masked_fill(drawn >= share, IGNORE)
+    return labels, int((labels != IGNORE).sum())
 
 
 def run() -> Iterator[Result | str]:
@@ -216,10 +222,14 @@ def told(
     )
 
 
-def gate(everyone: list[Peer], device: str = "cpu") -> None:
+def gate(
+    everyone: list[Peer], device: str = "cpu",
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
+    shape: tuple[int, int, int] = (200, 1_001, 64),
+) -> None:  # fmt: skip
     """Stop unless every loss and gradient is near float64's, ours no further off than eager's."""
-    for dtype in (torch.float32, torch.bfloat16):
-        given = problem(200, 1_001, 64, 0.6, dtype, device)
+    for dtype in dtypes:
+        given = problem(*shape, 0.6, dtype, device)
         hidden, weight, labels, kept = given
         wide = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
         right = torch.autograd.grad(eager(*wide, labels, kept), wide)

@@ -48,7 +48,7 @@ class Algorithm:
     compacts: bool
     products: int  # of 2 * rows * V * D FLOP
     logit_bytes: int  # moved for each logit
-    chunk_rows: int | None  # None: as many as fit 1 GiB of logits, evenly
+    chunk_rows: int | None  # None: ours, even ones
     sum_bytes: int  # of an element of the weight's gradient while it is added up
     single: bool = False  # products in fp32
 
@@ -146,12 +146,14 @@ def predicted_ms(
     """Time of the products plus that of the memory moved beside them, as if nothing overlapped."""
     rows = kept if algorithm.compacts else positions
     most = algorithm.chunk_rows or 2**30 // (2 * vocabulary)
+    if algorithm.chunk_rows is None and rows <= 2 * size:
+        most = rows  # as `Plan.take_whole` has it
     chunks = -(-rows // most)
     elements = vocabulary * size
     rate = chip.single if algorithm.single else MATMUL_SHARE * chip.half
     flop = 2 * algorithm.products * rows * elements
     # The first chunk writes the sum, later ones read and write it; it is rounded at the end.
-    added = algorithm.sum_bytes * elements * (2 * chunks - 1)
+    added = (algorithm.sum_bytes * (2 * chunks - 1) if chunks > 1 else 2) * elements
     rounded = (algorithm.sum_bytes + 2) * elements if algorithm.sum_bytes == 4 and chunks > 1 else 0
     weights = 2 * 2 * elements * chunks
     moved = algorithm.logit_bytes * rows * vocabulary + added + rounded + weights

@@ -153,6 +153,11 @@ def choose(
     raise BackendError(f"backend {backend!r} cannot run here: {reason}{way_out}")
 
 
+# The compiler calls it and looks into nothing: PyTorch 2.11 would break at `find_spec`. Marked
+# here, not above it, because the decorator has no types.
+torch.compiler.assume_constant_result(choose)  # type: ignore[no-untyped-call]
+
+
 def choice(operation: Operation, device: torch.device, size: int) -> Choice:
     """The line of `AUTO` for a device and a head size."""
     name = f"sm_{architecture(device)}" if device.type == "cuda" else "cpu"

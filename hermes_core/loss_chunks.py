@@ -26,6 +26,8 @@ from hermes_core.loss_weight import product, room, weight_gradient
 # On a CPU a larger chunk gains nothing in fp32. In bf16 it does: tokens before the last chunk may
 # be computed again for the weight's gradient.
 CPU_CHUNK_BYTES = {2: 2**28, 4: 2**27, 8: 2**27}  # by the size of an element
+# Logits. On a GPU each row starts at a whole vector: products and kernels are slow on others.
+VECTOR = 16
 ROWS = 64  # of a product of halves by oneDNN, which is up to a sixth slower where some are left
 
 
@@ -67,15 +69,25 @@ class Plan:
             kept = (labels_T != ignore_index).nonzero().squeeze(1)
         self.kept_M = kept
         self.labels_M = labels_T.index_select(0, kept)
-        on_cpu = labels_T.device.type == "cpu"
-        if on_cpu:
+        self.on_cpu = labels_T.device.type == "cpu"
+        if self.on_cpu:
             chunk_bytes = min(chunk_bytes, CPU_CHUNK_BYTES[like.element_size()])
-        if on_cpu or os.environ.get("HERMES_CORE_DEBUG") == "1":
+        if self.on_cpu or os.environ.get("HERMES_CORE_DEBUG") == "1":
             _check_labels(self.labels_M, kept, self.total)
-        self.one_product = on_cpu and like.dtype == torch.bfloat16
+        self.one_product = self.on_cpu and like.dtype == torch.bfloat16
         self.most = max(1, chunk_bytes // (like.element_size() * max(1, largest)))
         if self.one_product and self.most > ROWS:
             self.most -= self.most % ROWS
+
+    def take_whole(self, weight: Tensor) -> None:
+        """One chunk, if all logits need no more memory than the weight's gradient summed in fp32.
+
+        With one chunk there is no such sum. On a CPU small chunks stay best.
+        """
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        whole, sum_ = len(self.kept_M) * weight.itemsize, weight.shape[1] * wide.itemsize
+        if not self.on_cpu and wide != weight.dtype and whole <= sum_:  # both for each id
+            self.most = max(self.most, len(self.kept_M))
 
     def chunks(self) -> list[slice]:
         """Even ones; where the weight's gradient is one product, a rest and then full ones."""
@@ -91,7 +103,9 @@ class Plan:
         """Each chunk's place, hidden states and logits; these in one memory where `product` can."""
         chunks = self.chunks()
         if chunks:
-            buffer = room(max(at.stop - at.start for at in chunks), len(weight), hidden)
+            rows, columns = max(at.stop - at.start for at in chunks), len(weight)
+            width = columns if self.on_cpu else -(-columns // VECTOR) * VECTOR
+            buffer = room(rows, width, hidden)[:, :columns]
         for at in chunks:
             hidden_CD = hidden.index_select(0, self.kept_M[at])
             yield at, hidden_CD, product(hidden_CD, weight.T, buffer[: len(hidden_CD)])
@@ -208,6 +222,9 @@ def linear_op(
     """Total, sums, and the total's gradients of hidden and weight (empty where not wanted)."""
     plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
     weights = Weights(plan, token_weights, denominator, hidden)
+    factor = weights.inverse if weights.late else None
+    if wants_weight and factor is None:
+        plan.take_whole(weight)
     rows = rows_of(backend)
     sums_2 = torch.zeros(2, dtype=weights.plain_M.dtype, device=hidden.device)
     lse_M = torch.empty_like(weights.folded_M)
@@ -219,12 +236,12 @@ def linear_op(
             weights.scale(at, lse_M[at], z_loss), None, weights.folded_M[at], softcap,
         )  # fmt: skip
 
-    factor = weights.inverse if weights.late else None
     d_hidden = torch.zeros_like(hidden) if wants_hidden else hidden.new_empty(0)
     d_weight = None
     if wants_weight:
         again = again_ if plan.one_product else None
         d_weight = weight_gradient(weight, plan.chunks(), again, factor)
+    logits_CV: Tensor | None = None
     for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
         chunk_sums_2, lse_M[at] = chunk_loss_(
             logits_CV, plan, weights, at, z_loss, softcap, rows, wants_hidden or wants_weight
@@ -234,6 +251,7 @@ def linear_op(
             d_hidden.index_copy_(0, plan.kept_M[at], product(logits_CV, weight))
         if d_weight is not None:
             d_weight.add(at, logits_CV, hidden_CD)
+    del logits_CV  # frees their memory before the weight's gradient is rounded
     if wants_hidden and factor is not None:
         d_hidden.mul_(factor)
     total, sums_3 = totals(sums_2, weights)

@@ -109,6 +109,7 @@ def tokens_backward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden and weight, out of logits that are computed once more."""
     plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
+    plan.take_whole(weight)
     d_hidden = torch.zeros_like(hidden)
     # d nll = p - [target]; d entropy = -p * (log p + entropy)
     scale = d_nll - d_entropy * entropy
@@ -124,10 +125,12 @@ def tokens_backward_op(
         gradient_(logits_CV, slice(len(logits_CV)), first)
 
     d_weight = weight_gradient(weight, plan.chunks(), again_ if plan.one_product else None, None)
+    logits_CV: Tensor | None = None
     for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
         gradient_(logits_CV, at, 0)
         d_hidden.index_copy_(0, plan.kept_M[at], product(logits_CV, weight))
         d_weight.add(at, logits_CV, hidden_CD)
+    del logits_CV  # frees their memory before the weight's gradient is rounded
     return d_hidden, d_weight.value()
 
 

@@ -22,6 +22,9 @@ Shapes: C rows of the chunk, V vocabulary (this rank's share of it), B = BLOCK c
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +34,11 @@ from torch import Tensor
 # four programs on a multiprocessor. Read off the machine code (`python -m bench loss --static`),
 # not measured on a GPU; 8192 columns take 91 registers.
 BLOCK, WARPS = 4096, 8
+# Slices of longer vectors, which start anywhere: their alignment is no reason to compile again.
+VECTORS = (
+    *("columns", "weights", "lse_out", "target_out", "expected_out"),
+    *("lses", "scales", "tilts", "targets"),
+)
 
 
 @triton.jit
@@ -74,7 +82,7 @@ def _store_gradient(row, at, size, z, gradient, column, target, SOFTCAP: tl.cons
     tl.store(row + at, gradient.to(row.dtype.element_ty), mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def loss_and_gradient_kernel(
     logits,  # [C, V], overwritten
     columns,  # [C] int64, -1: in another share
@@ -89,7 +97,7 @@ def loss_and_gradient_kernel(
 ):
     at_row = tl.program_id(0).to(tl.int64)
     row = logits + at_row * stride
-    column = tl.load(columns + at_row)
+    column = tl.load(columns + at_row).to(tl.int32)  # as the columns it is compared with
     weight = tl.load(weights + at_row)
     target = _load_target(row, column, SOFTCAP)  # before anything is overwritten
 
@@ -111,7 +119,7 @@ def loss_and_gradient_kernel(
         _store_gradient(row, at, size, z, tl.exp(z - lse) * scale, column, weight, SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def statistics_kernel(
     logits,  # [C, V]
     columns,  # [C] int64, -1: in another share
@@ -143,7 +151,7 @@ def statistics_kernel(
     tl.store(expected_out + at_row, tl.sum(products, 0) / total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VECTORS)
 def gradient_kernel(
     logits,  # [C, V], overwritten
     columns,  # [C] int64, -1: in another share
@@ -173,10 +181,7 @@ def gradient_kernel(
 def statistics(logits_CV: Tensor, column_C: Tensor, softcap: float) -> Tensor:
     """Log-sum-exp, target logit and expected logit of each row; [3, C] fp32."""
     out_3C = torch.empty(3, len(logits_CV), dtype=torch.float32, device=logits_CV.device)
-    statistics_kernel[(len(logits_CV),)](
-        logits_CV, column_C, *out_3C, logits_CV.shape[1], logits_CV.stride(0),
-        SOFTCAP=float(softcap), BLOCK=_block(logits_CV), num_warps=WARPS,
-    )  # fmt: skip
+    _launch(statistics_kernel, logits_CV, softcap, column_C, *out_3C)
     return out_3C
 
 
@@ -185,11 +190,8 @@ def loss_and_gradient_(
 ) -> Tensor:
     """Overwrite logits by the loss's gradient; [2, C] fp32: log-sum-exp and target logit."""
     out_2C = torch.empty(2, len(logits_CV), dtype=torch.float32, device=logits_CV.device)
-    loss_and_gradient_kernel[(len(logits_CV),)](
-        logits_CV, column_C, weight_C.contiguous(), *out_2C, logits_CV.shape[1],
-        logits_CV.stride(0), float(z_loss), SOFTCAP=float(softcap), BLOCK=_block(logits_CV),
-        num_warps=WARPS,
-    )  # fmt: skip
+    vectors = (column_C, weight_C.contiguous(), *out_2C)
+    _launch(loss_and_gradient_kernel, logits_CV, softcap, *vectors, z_loss=float(z_loss))
     return out_2C
 
 
@@ -205,12 +207,18 @@ def gradient_(
     """Overwrite logits by ``p * (scale + tilt * log p) - target * [column]``, through the cap."""
     if tilt_C is None:
         tilt_C = torch.zeros_like(scale_C)
-    rows = (lse_C, scale_C, tilt_C, target_C)
-    gradient_kernel[(len(logits_CV),)](
-        logits_CV, column_C, *(x.contiguous() for x in rows), logits_CV.shape[1],
-        logits_CV.stride(0), SOFTCAP=float(softcap), BLOCK=_block(logits_CV), num_warps=WARPS,
-    )  # fmt: skip
+    vectors = (x.contiguous() for x in (column_C, lse_C, scale_C, tilt_C, target_C))
+    _launch(gradient_kernel, logits_CV, softcap, *vectors)
 
 
-def _block(logits_CV: Tensor) -> int:
-    return min(BLOCK, 1 << (logits_CV.shape[1] - 1).bit_length())
+def _launch(
+    kernel: Any, logits_CV: Tensor, softcap: float, *vectors: Tensor, **numbers: float
+) -> None:
+    """One program for each row, on the logits' device, whichever is the current one."""
+    rows, columns = logits_CV.shape
+    with torch.cuda.device(logits_CV.device) if logits_CV.is_cuda else nullcontext():
+        kernel[(rows,)](
+            logits_CV, *vectors, size=columns, stride=logits_CV.stride(0), **numbers,
+            SOFTCAP=float(softcap), BLOCK=min(BLOCK, 1 << (columns - 1).bit_length()),
+            num_warps=WARPS,
+        )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import loss, loss_static
+from bench import loss, loss_gpu, loss_static
 from bench.machine_code import MachineCode
 from hermes_core import loss_chunks
 
@@ -52,11 +52,11 @@ def test_machine_code_that_got_worse_is_named(change: dict[str, object], fault: 
 
 
 def test_prediction_of_the_whole_is_worked_out_by_hand() -> None:
-    """One chunk of 1,000 rows, V 2,000, D 100: 1.2 GFLOP; 20 MB of logits, 2 MB of weights."""
+    """One chunk of 1,000 rows, V 2,000, D 100: 1.2 GFLOP; 20 MB of logits, 0.4 MB of weights."""
     chip = loss_static.Chip("round", half=1.25e12, single=1e12, memory=1e12)
     algorithm = loss_static.ALGORITHMS[0]
     ms = loss_static.predicted_ms(algorithm, chip, 4_000, 1_000, 2_000, 100)
-    assert ms == pytest.approx(1.2 + (20e6 + 4 * 0.2e6 + 4 * 0.2e6) / 1e9)
+    assert ms == pytest.approx(1.2 + (20e6 + 2 * 0.2e6 + 4 * 0.2e6) / 1e9)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own
@@ -70,6 +70,32 @@ def test_a_wrong_peer_is_given_no_time() -> None:
 
     with pytest.raises(SystemExit, match=r"half is wrong in torch\.float32"):
         loss.gate([loss.Peer("half", half, compacts=False)])
+
+
+def test_a_peer_that_raises_is_told_in_one_line_and_given_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent() -> loss.Call:
+        raise ImportError("no such module")
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("bf16 alone\nand a long story")
+
+    def halve(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+        return loss.eager(hidden, weight, labels, 2 * kept)
+
+    monkeypatch.setattr(loss_gpu, "DEVICE", "cpu")
+    case = loss_gpu.Case("30%", loss.problem(8, 16, 8, 1.0, torch.bfloat16))
+    our = loss_gpu.Timed(1.0, 1.0, 1.0, 7, 0.0)
+    told = [
+        list(loss_gpu.of_peer("peer", load, [case], [our], 1e12))
+        for load in (absent, lambda: refuse, lambda: halve)
+    ]
+    assert told[:2] == [
+        ["peer: skipped (ImportError: no such module)"],
+        ["peer: skipped (AssertionError: bf16 alone)"],
+    ]
+    assert str(told[2][0]).startswith("peer: skipped (SystemExit: peer is wrong in torch.bfloat16")
 
 
 def test_peak_memory_counts_what_was_freed_again() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from hermes_core import loss_rows, loss_weight
 from hermes_core.loss import linear_cross_entropy, token_nll
+from hermes_core.loss_chunks import VECTOR, Plan
 
 TOKENS, VOCABULARY, SIZE = 150, 1501, 56
 
@@ -89,3 +92,51 @@ def test_room_is_aligned_and_outlives_its_maker() -> None:
     rooms = [loss_weight.room(rows, 3, like).fill_(rows) for rows in range(1, 200)]
     assert all(x.data_ptr() % 64 == 0 for x in rooms)
     assert all(bool((x == rows).all()) for rows, x in enumerate(rooms, 1))
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype", "chunks"),
+    [(2 * SIZE, torch.bfloat16, 1), (2 * SIZE + 1, torch.bfloat16, 12), (60, torch.float32, 12)],
+)
+def test_one_chunk_on_a_gpu_where_the_sum_would_take_more(
+    kept: int, dtype: torch.dtype, chunks: int
+) -> None:
+    weight = torch.empty(VOCABULARY, SIZE, dtype=dtype, device="meta")  # no CPU's, so a GPU's
+    labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
+    room = 2 * VOCABULARY * 10
+    plan = Plan(labels, labels[:kept], -100, room, [0, VOCABULARY, VOCABULARY], "", weight)
+    assert len(plan.chunks()) == -(-kept // (room // (weight.itemsize * VOCABULARY)))
+    plan.take_whole(weight)
+    assert len(plan.chunks()) == chunks
+
+
+def test_rows_of_logits_start_at_whole_vectors_on_a_gpu() -> None:
+    hidden, weight, labels = problem()
+    plan = Plan(labels, None, -100, 2 * VOCABULARY * 50, [0, VOCABULARY, VOCABULARY], "", hidden)
+    plan.on_cpu = False
+    for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
+        assert logits_CV.stride(0) % VECTOR == 0
+        assert torch.equal(logits_CV, hidden[plan.kept_M[at]] @ weight.T)
+        assert len(hidden_CD) == len(logits_CV) > 0
+
+
+def test_the_last_logits_are_gone_when_the_weights_gradient_is_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    sum_ = loss_weight.SumOfProducts
+    add, value = sum_.add, sum_.value
+
+    def watched_add(self: object, at: slice, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+        seen.append(weakref.ref(gradient_CV))
+        add(self, at, gradient_CV, hidden_CD)  # type: ignore[arg-type]
+
+    def watched_value(self: object) -> Tensor:
+        assert seen
+        assert all(logits() is None for logits in seen)
+        return value(self)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sum_, "add", watched_add)
+    monkeypatch.setattr(sum_, "value", watched_value)
+    hidden, weight, labels = (x.float() for x in problem())
+    linear_cross_entropy(hidden, weight.requires_grad_(), labels.long(), chunk_bytes=10**5)

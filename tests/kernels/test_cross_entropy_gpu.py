@@ -1,0 +1,240 @@
+"""The loss on a GPU, at real vocabularies: `TRITON_INTERPRET=0 pytest -m gpu tests/kernels`.
+
+`test_cross_entropy.py` runs there too, without `-m gpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hermes_core.loss import Backend, linear_cross_entropy, masked_cross_entropy, token_nll
+from hermes_core.loss_head import LossHead
+from hermes_kernels import cross_entropy
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(60),
+]
+IGNORE = -100
+TOKENS, SIZE = 3_000, 1_024
+LLAMA, QWEN, ODD = 128_256, 151_936, 32_001
+OPTIONS: dict[str, dict[str, float]] = {
+    "none": {},
+    "one": {"z_loss": 1e-4},
+    "30 %": {"z_loss": 1e-4, "softcap": 30.0, "denominator": 700.5},
+    # More rows than one chunk may have: the weight's gradient is a sum in fp32.
+    "all": {"chunk_bytes": 2**28, "denominator": TOKENS},
+}
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+def problem(
+    vocabulary: int, kept: str = "30 %", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(vocabulary)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    hidden = normal(TOKENS, SIZE).to(dtype).requires_grad_()
+    weight = (0.05 * normal(vocabulary, SIZE)).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (TOKENS,), generator=generator, device="cuda")
+    drawn = torch.rand(TOKENS, generator=generator, device="cuda")
+    share = {"none": 0.0, "one": 0.0, "30 %": 0.3, "all": 1.0}[kept]
+    dropped = drawn >= share
+    if kept == "one":
+        dropped[TOKENS - 2] = False
+    return hidden, weight, labels.masked_fill_(dropped, IGNORE)
+
+
+def run(
+    given: tuple[Tensor, Tensor, Tensor], backend: Backend = "triton", **options: object
+) -> list[Tensor]:
+    """Total and the gradients of hidden and weight."""
+    loss = linear_cross_entropy(*given, backend=backend, **options)  # type: ignore[arg-type]
+    return [loss.total.detach(), *torch.autograd.grad(loss.total, given[:2])]
+
+
+def truth(
+    given: tuple[Tensor, Tensor, Tensor], token_weights: Tensor, *, z_loss: float = 0.0,
+    softcap: float = 0.0, denominator: float = 1.0, chunk_bytes: int = 0,
+) -> list[Tensor]:  # fmt: skip
+    """The same in float64, some rows at a time."""
+    hidden, weight, labels = (x.detach() for x in given)
+    wide = weight.double()
+    total = torch.zeros((), dtype=torch.float64, device="cuda")
+    d_hidden, d_weight = (
+        hidden.new_zeros(hidden.shape, dtype=torch.float64),
+        wide.new_zeros(wide.shape),
+    )
+    for at in (labels != IGNORE).nonzero().squeeze(1).split(256):
+        h, y, w = hidden[at].double(), labels[at, None], token_weights[at, None].double()
+        z = h @ wide.T
+        if softcap:
+            z = z.div_(softcap).tanh_().mul_(softcap)
+        lse = z.logsumexp(1, keepdim=True)
+        total += (w * (lse - z.gather(1, y) + z_loss * lse**2)).sum()
+        gradient = (z - lse).exp_().mul_(w * (1 + 2 * z_loss * lse)).scatter_add_(1, y, -w)
+        if softcap:
+            gradient.mul_(z.div_(softcap).square_().neg_().add_(1))
+        d_hidden[at] = gradient @ wide
+        d_weight.addmm_(gradient.T, h)
+    return [x.div_(denominator) for x in (total, d_hidden, d_weight)]
+
+
+def assert_no_worse(ours: list[Tensor], plain: list[Tensor], right: list[Tensor]) -> None:
+    for mine, theirs, true in zip(ours, plain, right, strict=True):
+        assert mine.isfinite().all()
+        error, allowed = (mine - true).norm(), 1.05 * (theirs - true).norm() + 2e-6 * true.norm()
+        assert error <= allowed, f"{float(error)} is more than {float(allowed)}"
+
+
+@pytest.mark.parametrize("vocabulary", [LLAMA, QWEN, ODD])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kept", OPTIONS)
+def test_errs_no_more_than_in_pytorch(vocabulary: int, dtype: torch.dtype, kept: str) -> None:
+    given, options = problem(vocabulary, kept, dtype), OPTIONS[kept]
+    token_weights = 0.5 + torch.arange(TOKENS, device="cuda") / TOKENS
+    right = truth(given, token_weights, **options)  # type: ignore[arg-type]
+    plain = run(given, "torch", token_weights_T=token_weights, **options)
+    ours = run(given, "triton", token_weights_T=token_weights, **options)
+    assert_no_worse(ours, plain, right)
+    assert ours[1][given[2] == IGNORE].count_nonzero() == 0
+    assert bool(ours[1].any()) == (kept != "none")
+
+
+def test_twenty_runs_give_the_same_bits() -> None:
+    given = problem(LLAMA, "all")
+    first = run(given, **OPTIONS["all"])
+    for _ in range(19):
+        for one, other in zip(first, run(given, **OPTIONS["all"]), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it finds not every wait
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nothing_waits_for_the_device(dtype: torch.dtype) -> None:
+    given = problem(LLAMA, "30 %", dtype)
+    kept = (given[2] != IGNORE).nonzero().squeeze(1)
+    count = torch.tensor(float(len(kept)), device="cuda")
+    wanted = run(given, denominator=count)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run(given, denominator=count, kept=kept)
+        run(given, denominator=900.0, kept=kept, chunk_bytes=2**26)
+        statistics = token_nll(*given, kept=kept, backend="triton")
+        torch.autograd.grad(statistics.nll_T.sum() - statistics.entropy_T.sum(), given[:2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_the_compiler_takes_it_without_a_break() -> None:
+    given = problem(LLAMA)
+
+    def total(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden * 2, weight, labels, denominator=900).total * 3
+
+    def gradients(value: Tensor) -> list[Tensor]:
+        return [value.detach(), *torch.autograd.grad(value, given[:2])]
+
+    wanted = gradients(total(*given))
+    found = gradients(torch.compile(total, fullgraph=True)(*given))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_label_outside_the_vocabulary_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HERMES_CORE_DEBUG", raising=False)
+    hidden, weight, labels = problem(LLAMA)
+    for wrong in (LLAMA, 2**40, -1):
+        bad = labels.clone()
+        bad[7] = wrong
+        total, d_hidden, d_weight = run((hidden, weight, bad))
+        assert total.isnan()
+        assert d_hidden.isfinite().all()
+        assert d_weight.isfinite().all()
+    assert run((hidden, weight, labels))[0].isfinite()
+
+
+def test_offsets_into_rows_compile_nothing_again() -> None:
+    hidden, weight, labels = problem(LLAMA, "all")
+    kernel = cross_entropy.loss_and_gradient_kernel
+    run((hidden, weight, labels))
+    cached = kernel.device_caches[torch.cuda.current_device()][0]
+    before = len(cached)
+    for chunk_rows in (1_001, 997, 750):
+        run((hidden[:2_991], weight, labels[:2_991]), chunk_bytes=2 * LLAMA * chunk_rows)
+    assert len(cached) == before > 0
+
+
+def test_the_sum_in_fp32_is_all_the_memory_there_is() -> None:
+    """Beside inputs and gradients; where all logits are one chunk, they are."""
+    for kept, room in (("all", 4 * LLAMA * SIZE), ("30 %", 2 * LLAMA * 1_100)):
+        given = problem(LLAMA, kept)
+        run(given, **OPTIONS[kept])  # cuBLAS takes its own memory once
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() + sum(x.nbytes for x in given[:2])
+        found = run(given, chunk_bytes=2**28)
+        del found
+        assert torch.cuda.max_memory_allocated() - before < room + 5e7
+
+
+def test_token_statistics_err_no_more_than_in_pytorch() -> None:
+    hidden, weight, labels = problem(LLAMA, "30 %")
+    hidden, labels = hidden.detach()[:400], labels[:400]
+    factor = 0.5 + torch.rand(400, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+
+    def statistics(dtype: torch.dtype, backend: Backend) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        nll, entropy = token_nll(*leaves, labels, softcap=30.0, backend=backend)
+        total = ((nll - 0.3 * entropy) * factor).sum()
+        return [nll.detach(), entropy.detach(), *torch.autograd.grad(total, leaves)]
+
+    right = statistics(torch.float64, "reference")
+    for dtype in (torch.bfloat16, torch.float32):
+        ours = statistics(dtype, "triton")
+        assert_no_worse(ours, statistics(dtype, "torch"), right)
+        assert ours[2][labels == IGNORE].count_nonzero() == 0
+
+
+def test_logits_past_two_to_the_31_elements_lose_right() -> None:
+    rows = 16_800
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.empty(rows, LLAMA, device="cuda", dtype=torch.bfloat16)
+    logits.normal_(generator=generator).requires_grad_()
+    assert logits.numel() > 2**31
+    labels = torch.randint(LLAMA, (rows,), generator=generator, device="cuda")
+    labels[1::2] = IGNORE
+    loss = masked_cross_entropy(logits, labels, backend="triton")
+    (gradient,) = torch.autograd.grad(loss.total, logits)
+    assert int(loss.tokens) == rows // 2
+    for at in (0, 1, 2, rows // 2, rows - 3, rows - 2, rows - 1):
+        wanted = logits[at].detach().double().softmax(0)
+        wanted[labels[at].clamp(min=0)] -= 1
+        wanted *= labels[at] != IGNORE
+        torch.testing.assert_close(gradient[at].double(), wanted, rtol=2**-7, atol=1e-9)
+
+
+def test_the_head_gives_the_loss_of_its_weight() -> None:
+    hidden, weight, labels = problem(QWEN)
+    head = LossHead(SIZE, QWEN, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    loss = head(hidden.unflatten(0, (3, -1)), labels.unflatten(0, (3, -1)), denominator=900)
+    found = [loss.total.detach(), *torch.autograd.grad(loss.total, (hidden, head.weight))]
+    wanted = run((hidden, weight, labels), denominator=900)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
