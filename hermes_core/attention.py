@@ -6,6 +6,8 @@ Shapes: T packed tokens, N query heads, K key and value heads, H head size, U ro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Literal, overload
 
 import torch
@@ -16,7 +18,7 @@ from hermes_core import attention_cpu, attention_peers
 from hermes_core.backends import choose
 from hermes_core.segments import Segments
 from hermes_kernels import reference
-from hermes_kernels.launch import TILE, padded_size
+from hermes_kernels.launch import TILE, architecture, padded_size
 
 Backend = Literal["auto", "triton", "gluon", "flash", "torch", "cpu", "reference"]
 
@@ -180,13 +182,17 @@ def _op(
     if backend == "cpu":
         lse = _room_for_lse(q, query_order)
         return attention_cpu.forward(q, k, v, starts, lse, scale), lse
+    forward = _kernels(backend, "forward", q.device)
+    return forward(q, k, v, starts, query_order, scale)  # type: ignore[no-any-return]
+
+
+def _kernels(backend: str, direction: str, device: torch.device) -> Callable[..., Any]:
+    """Our kernels' forward or backward: in Triton, or in Gluon for this architecture."""
+    name = "varlen_attention"
     if backend == "gluon":
-        from hermes_kernels import forward_sm100
-
-        return forward_sm100.forward(q, k, v, starts, query_order, scale)
-    from hermes_kernels import varlen_attention as kernels
-
-    return kernels.forward(q, k, v, starts, query_order, scale)
+        name = f"{direction}_sm{architecture(device)}"
+    function: Callable[..., Any] = getattr(import_module(f"hermes_kernels.{name}"), direction)
+    return function
 
 
 @_op.register_fake
@@ -209,11 +215,9 @@ def _backward_op(
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if backend == "cpu":
         return attention_cpu.backward(grad, q, k, v, out, lse, starts, scale)
-    if backend == "gluon":
-        from hermes_kernels.backward_sm100 import backward
-    else:
-        from hermes_kernels.varlen_attention import backward
-    return backward(grad, q, k, v, out, lse, starts, ends, query_order, key_order, scale)
+    backward = _kernels(backend, "backward", q.device)
+    places = (starts, ends, query_order, key_order)
+    return backward(grad, q, k, v, out, lse, *places, scale)  # type: ignore[no-any-return]
 
 
 @_backward_op.register_fake

@@ -53,7 +53,9 @@ def torch_varlen(
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     bounds, longest = _bounds(segments)
-    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in VARLEN else {}
+    grouped: dict[str, Any] = (
+        {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in VARLEN else {}
+    )
     out, lse = varlen_attn(
         q, k, v, bounds, bounds, longest, longest, return_aux=AuxRequest(lse=True),
         scale=scale, window_size=(-1, 0), **grouped,

@@ -20,6 +20,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
 OWNERS = {
     "triton": "Triton", "gluon": "Gluon", "flash": "flash-attn", "torch": "torch's varlen_attn"
 }  # fmt: skip
+GLUON: dict[int, Kernel] = {90: "forward_sm90", 100: "pairs"}  # its forward, by architecture
 # Asked for here, once: torch.compile before torch 2.12 cannot trace the question.
 HAS_TRITON = find_spec("triton") is not None
 HALF = (torch.bfloat16, torch.float16)
@@ -99,11 +100,12 @@ def _obstacle_of_kernels(backend: str, device: torch.device, size: int) -> str:
     """Why our kernels cannot run on this GPU, where they take the dtype; "" if they can."""
     if not HAS_TRITON:
         return "triton is not installed"
-    kernel: Kernel = "forward" if backend == "triton" else "pairs"
-    if (architecture(device), kernel, size) in TABLE:
+    target = architecture(device)
+    kernel = "forward" if backend == "triton" else GLUON.get(target)
+    if kernel is None:
+        return "Gluon's kernels are made for sm_90 and sm_100, which this GPU is not"
+    if (target, kernel, size) in TABLE:
         return ""
-    if backend == "gluon" and architecture(device) != 100:
-        return "Gluon's kernels are made for Blackwell (sm_100), which this GPU is not"
     return f"no tiles for head size {size} on this GPU"
 
 
@@ -151,11 +153,6 @@ def choose(
     able = [name for name in order if not obstacle(operation, name, device, dtype, size)]
     way_out = f"; use backend={able[0]!r}" if able else ""
     raise BackendError(f"backend {backend!r} cannot run here: {reason}{way_out}")
-
-
-# The compiler calls it and looks into nothing: PyTorch 2.11 would break at `find_spec`. Marked
-# here, not above it, because the decorator has no types.
-torch.compiler.assume_constant_result(choose)  # type: ignore[no-untyped-call]
 
 
 def choice(operation: Operation, device: torch.device, size: int) -> Choice:

@@ -25,18 +25,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hermes_kernels.groups_sm90 import (
+    GROUP_REGISTERS,
+    LOAD_REGISTERS,
+    LOG2E,
+    REGISTERS,
+    WARPS,
+    barriers,
+    boxes,
+    fetch,
+)
 from hermes_kernels.launch import TILE, launch_of, room_for
 
-LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+# A first maximum that is finite, so that a block masked whole adds exp2(-inf) = 0 and no NaN.
 LEAST = gl.constexpr(-1e30)
-# A sum of weights, which is never negative: what is made of it comes before what waits after it.
-FIRST = gl.constexpr(
+
+# The compiler may make late what a wait does not need; what might be stored must be there before.
+# A sum of weights is never negative.
+MADE = gl.constexpr(
     """{
     .reg .pred never;
     .reg .b32 nowhere;
@@ -46,9 +56,6 @@ FIRST = gl.constexpr(
     mov.f32 $0, $1;
 }"""
 )
-WARPS = 4
-REGISTERS = 168
-TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
@@ -57,7 +64,6 @@ def _load(
     blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q, then each block of keys and of values, in turn."""
-    STAGES: gl.constexpr = k.shape[0]
     HALF: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = k_desc.block_shape[1]
@@ -67,15 +73,10 @@ def _load(
             q_desc, [row + x * HALF, head * H], q_ready.index(x), q.index(x)
         )
     for i in range(blocks):
-        slot, lap = i % STAGES, i // STAGES & 1
         n = gl.where(i == 0, row, first + (i - 1) * J)
         at = [n, head // G * H]
-        mbarrier.wait(k_free.index(slot), lap ^ 1)
-        mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, at, k_ready.index(slot), k.index(slot))
-        mbarrier.wait(v_free.index(slot), lap ^ 1)
-        mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, at, v_ready.index(slot), v.index(slot))
+        fetch(k_desc, at, k, k_ready, k_free, i)
+        fetch(v_desc, at, v, v_ready, v_free, i)
 
 
 @gluon.jit
@@ -116,7 +117,7 @@ def _step(
     if masked:
         s = _masked(s, t, start, n)
     p, top, more, shrink = _weigh(s, top, scale, LAYOUT, v.dtype)
-    more = gl.inline_asm_elementwise(FIRST, "=f,f", [more], dtype=gl.float32, is_pure=False, pack=1)
+    more = gl.inline_asm_elementwise(MADE, "=f,f", [more], dtype=gl.float32, is_pure=False, pack=1)
     acc, p = warpgroup_mma_wait(0, [acc, p])
     mbarrier.arrive(v_free.index(before))
     return p, _shrunk(acc, shrink), top, total * shrink + more
@@ -176,16 +177,7 @@ def _attend(
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """So many barriers, each of so many arrivals a phase."""
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
-
-
-@gluon.jit
-def tile_kernel(
+def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, order, scale, T, U,
     G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -202,8 +194,8 @@ def tile_kernel(
     q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
-    q_ready, k_ready, v_ready = _barriers(2, 1), _barriers(STAGES, 1), _barriers(STAGES, 1)
-    k_free, v_free = _barriers(STAGES, 2), _barriers(STAGES, 2)
+    q_ready, k_ready, v_ready = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    k_free, v_free = barriers(STAGES, 2), barriers(STAGES, 2)
     scale *= LOG2E
     gl.warp_specialize(
         [
@@ -221,7 +213,7 @@ def tile_kernel(
             )),
         ],
         [4, 1],
-        [240, 24],
+        [GROUP_REGISTERS, LOAD_REGISTERS],
     )  # fmt: skip
 
 
@@ -234,17 +226,12 @@ def forward(
     out = torch.empty_like(q_TNH)
     lse = q_TNH.new_empty(heads, room_for(heads, tokens, order.numel()), dtype=torch.float32)
     q_boxes, k_boxes, v_boxes, out_boxes = (
-        _boxes(x, rows) for x, rows in ((q_TNH, 64), (k_TKH, TILE), (v_TKH, TILE), (out, 64))
+        boxes(x, rows) for x, rows in ((q_TNH, 64), (k_TKH, TILE), (v_TKH, TILE), (out, 64))
     )
+    stages = launch_of(90, "forward_sm90", size).stages
     with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
-        tile_kernel[heads, order.numel()](
+        forward_kernel[heads, order.numel()](
             q_boxes, k_boxes, v_boxes, out_boxes, lse, starts_T, order, scale, tokens,
-            lse.shape[1], heads // kv_heads, 2 if size == 128 else 4, num_warps=WARPS, maxnreg=REGISTERS,
+            lse.shape[1], heads // kv_heads, stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse
-
-
-def _boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
-    block = [rows, x_TNH.shape[2]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x_TNH.dtype])
-    return TensorDescriptor.from_tensor(x_TNH.flatten(1), block, layout)

@@ -11,7 +11,11 @@ from typing import Literal
 
 import torch
 
-Kernel = Literal["forward", "pairs", "delta", "dq", "dkdv", "dq_sm100", "dkdv_sm100"]
+Kernel = Literal[
+    "forward", "delta", "dq", "dkdv",
+    "forward_sm90", "dq_sm90", "dkdv_sm90",
+    "pairs", "dq_sm100", "dkdv_sm100",
+]  # fmt: skip
 
 TILE = 128  # the tiles that are ranked by length; every tile size divides it
 PROGRAMS = 8  # of a key tile, if there are query heads for it; the bits follow from heads alone
@@ -35,15 +39,21 @@ class Launch:
 # "pairs" is the forward of `forward_sm100`. Its stages, and those of "dq_sm100" and "dkdv_sm100",
 # are blocks of 128 tokens, as many as shared memory has room for.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {
-    (90, "forward", 64): Launch(128, 128, 4, 2, specialize=True),
-    (90, "forward", 128): Launch(128, 128, 4, 2, specialize=True),
+    (90, "forward", 64): Launch(64, 128, 4, 2),
+    (90, "forward", 128): Launch(64, 128, 4, 1),
     (90, "forward", 256): Launch(128, 64, 8, 2),
-    (90, "dq", 64): Launch(128, 64, 4, 2, specialize=True),
-    (90, "dq", 128): Launch(128, 64, 4, 2, specialize=True),
-    (90, "dq", 256): Launch(64, 64, 4, 2),
-    (90, "dkdv", 64): Launch(64, 128, 4, 2, specialize=True),
-    (90, "dkdv", 128): Launch(64, 128, 4, 2, specialize=True),
+    (90, "dq", 64): Launch(64, 64, 4, 2),
+    (90, "dq", 128): Launch(128, 32, 8, 3),
+    (90, "dq", 256): Launch(128, 32, 8, 3),
+    (90, "dkdv", 64): Launch(64, 64, 4, 3),
+    (90, "dkdv", 128): Launch(64, 64, 4, 2),
     (90, "dkdv", 256): Launch(32, 64, 8, 2),
+    (90, "forward_sm90", 64): Launch(128, 128, 4, 4),
+    (90, "forward_sm90", 128): Launch(128, 128, 4, 2),
+    (90, "dq_sm90", 64): Launch(128, 64, 4, 4),
+    (90, "dq_sm90", 128): Launch(128, 64, 4, 3),
+    (90, "dkdv_sm90", 64): Launch(64, 128, 4, 4),
+    (90, "dkdv_sm90", 128): Launch(64, 128, 4, 3),
     (100, "forward", 64): Launch(128, 128, 8, 2, specialize=True),
     (100, "forward", 128): Launch(128, 128, 8, 2, specialize=True),
     (100, "forward", 256): Launch(128, 64, 8, 2),

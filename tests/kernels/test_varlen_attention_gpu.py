@@ -140,6 +140,7 @@ def test_what_stands_beside_a_segment_changes_none_of_its_bits(backend: Backend)
     assert torch.equal(first[0], out)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_device(backend: Backend) -> None:
     bounds = torch.tensor([0, *np.cumsum(ROW)], dtype=torch.int32, device="cuda")
     positions = torch.arange(16_384, device="cuda")[None] % 1000

@@ -1,0 +1,212 @@
+"""dq of `varlen_attention` for Hopper (sm_90), in Gluon: a program walks over the keys of a tile of
+queries.
+
+A group of warps asks for a block's scores S = q @ k' and for R = dout @ v', then adds the block
+before to dq while it makes dS = P * (R - delta). Blocks are masked only at a border.
+
+Shapes: T packed tokens, N query heads, K key heads, G = N / K, H head size, U = T rounded up to
+TILE, M queries of half a tile and J keys of a block.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hermes_kernels.groups_sm90 import (
+    GROUP_REGISTERS,
+    LOAD_REGISTERS,
+    LOG2E,
+    REGISTERS,
+    WARPS,
+    barriers,
+    boxes,
+    fetch,
+    made,
+)
+from hermes_kernels.launch import launch_of
+
+
+@gluon.jit
+def _load(
+    q_desc, k_desc, v_desc, dout_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
+    row, head, first, diagonal, blocks, G: gl.constexpr,
+):  # fmt: skip
+    """q and dout, then each block of keys and of values, in turn."""
+    HALF: gl.constexpr = q_desc.block_shape[0]
+    J: gl.constexpr = k_desc.block_shape[0]
+    H: gl.constexpr = k_desc.block_shape[1]
+    for x in gl.static_range(2):
+        at = [row + x * HALF, head * H]
+        mbarrier.expect(q_ready.index(x), 2 * q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, at, q_ready.index(x), q.index(x))
+        tma.async_copy_global_to_shared(dout_desc, at, q_ready.index(x), dout.index(x))
+    for i in range(blocks):
+        at = [_key(i, row, first, diagonal, J), head // G * H]
+        fetch(k_desc, at, k, k_ready, k_free, i)
+        fetch(v_desc, at, v, v_ready, v_free, i)
+
+
+@gluon.jit
+def _key(i, row, first, diagonal: gl.constexpr, J: gl.constexpr):
+    """First key of the i-th block: those of the diagonal, then from ``first`` on."""
+    return gl.where(i < diagonal, row + i * J, first + (i - diagonal) * J)
+
+
+@gluon.jit
+def _step(
+    i, masked: gl.constexpr, dq, ds, q, dout, k, v, k_ready, k_free, v_ready, v_free,
+    t, start, n, scale, lse, delta, zeros, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The scores of block i, and the block before added to dq meanwhile."""
+    STAGES: gl.constexpr = k.shape[0]
+    slot, before = i % STAGES, (i - 1) % STAGES
+    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)
+    s = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(slot), i // STAGES & 1)
+    r = warpgroup_mma(dout, v.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dq = warpgroup_mma(ds, k.index(before), dq, is_async=True)
+    s = warpgroup_mma_wait(2, [s])
+    p = _weights(s, masked, t, start, n, scale, lse)
+    r = warpgroup_mma_wait(1, [r])
+    mbarrier.arrive(v_free.index(slot))
+    ds = made(p * (r - delta[:, None]), LAYOUT, q.dtype)
+    dq, ds = warpgroup_mma_wait(0, [dq, ds])
+    mbarrier.arrive(k_free.index(before))
+    return dq, ds
+
+
+@gluon.jit
+def _weights(s, masked: gl.constexpr, t, start, n, scale, lse):
+    J: gl.constexpr = s.shape[1]
+    x = s * scale - lse[:, None]
+    if masked:
+        c = gl.arange(0, J, gl.SliceLayout(0, s.type.layout))
+        seen = (c[None, :] <= (t - n)[:, None]) & (c[None, :] >= (start - n)[:, None])
+        x = gl.where(seen, x, float("-inf"))
+    return gl.exp2(x)
+
+
+@gluon.jit
+def _dq(
+    x: gl.constexpr, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
+    delta_ptr, starts, scale, row, head, first, last_start, diagonal: gl.constexpr, blocks, T,
+):  # fmt: skip
+    """Half x of the tile."""
+    STAGES: gl.constexpr = k.shape[0]
+    M: gl.constexpr = q.shape[1]
+    H: gl.constexpr = q.shape[2]
+    J: gl.constexpr = k.shape[1]
+    in_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, J, 16])
+    in_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
+    in_ds: gl.constexpr = gl.DotOperandLayout(0, in_dq, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, in_s)
+    begin = row + x * M
+    t = begin + gl.arange(0, M, rows)
+    start = gl.load(starts + gl.minimum(t, T - 1))
+    lse = gl.load(lse_ptr + t) * LOG2E
+    delta = gl.load(delta_ptr + t)
+    zeros = gl.full([M, J], 0.0, gl.float32, in_s)
+    dq = gl.full([M, H], 0.0, gl.float32, in_dq)
+    borders = diagonal + gl.minimum(gl.cdiv(last_start - first, J), blocks - diagonal)
+    factor = scale * LOG2E
+    mbarrier.wait(q_ready.index(x), 0)
+    mbarrier.wait(k_ready.index(0), 0)
+    s = warpgroup_mma(q.index(x), k.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_ready.index(0), 0)
+    r = warpgroup_mma(
+        dout.index(x), v.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True
+    )
+    s, r = warpgroup_mma_wait(0, [s, r])
+    mbarrier.arrive(v_free.index(0))
+    p = _weights(s, True, t, start, row, factor, lse)
+    ds = gl.convert_layout(p * (r - delta[:, None]), in_ds).to(q.dtype)
+    for i in range(1, borders):
+        dq, ds = _step(
+            i, True, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free, v_ready, v_free,
+            t, start, _key(i, row, first, diagonal, J), factor, lse, delta, zeros, in_ds,
+        )  # fmt: skip
+    for i in range(borders, blocks):
+        dq, ds = _step(
+            i, False, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free, v_ready, v_free,
+            t, start, first, factor, lse, delta, zeros, in_ds,
+        )  # fmt: skip
+    dq = warpgroup_mma(ds, k.index((blocks - 1) % STAGES), dq, is_async=True)
+    dq = warpgroup_mma_wait(0, [dq]) * scale
+    q.index(x).store(dq.to(q.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dq_desc, [begin, head * H], q.index(x))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def dq_kernel(
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse_ptr, delta_ptr, starts, order, scale, T, U,
+    G: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dq of one query tile of one head. Grid (N, U / 128)."""
+    HALF: gl.constexpr = q_desc.block_shape[0]
+    J: gl.constexpr = k_desc.block_shape[0]
+    H: gl.constexpr = q_desc.block_shape[1]
+    dtype: gl.constexpr = q_desc.dtype
+    DIAGONAL: gl.constexpr = 2 * HALF // J
+    head = gl.program_id(0)
+    row = gl.load(order + gl.program_id(1)) * (2 * HALF)
+    first = gl.load(starts + row) // J * J
+    last_start = gl.load(starts + gl.minimum(row + 2 * HALF, T) - 1)
+    blocks = DIAGONAL + (row - first) // J
+    q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
+    dout = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
+    k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
+    q_ready, k_ready, v_ready = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    k_free, v_free = barriers(STAGES, 2), barriers(STAGES, 2)
+    lse_ptr += head.to(gl.int64) * U
+    delta_ptr += head.to(gl.int64) * U
+    gl.warp_specialize(
+        [
+            (_dq, (
+                0, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
+                delta_ptr, starts, scale, row, head, first, last_start, DIAGONAL, blocks, T,
+            )),
+            (_dq, (
+                1, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
+                delta_ptr, starts, scale, row, head, first, last_start, DIAGONAL, blocks, T,
+            )),
+            (_load, (
+                q_desc, k_desc, v_desc, dout_desc, q, dout, k, v, q_ready, k_ready, k_free,
+                v_ready, v_free, row, head, first, DIAGONAL, blocks, G,
+            )),
+        ],
+        [4, 1],
+        [GROUP_REGISTERS, LOAD_REGISTERS],
+    )  # fmt: skip
+
+
+def dq_of(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
+    delta_NU: Tensor, starts_T: Tensor, order: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """As `varlen_attention.dq_of`, for head sizes of 64 and 128, on a GPU of sm_90."""
+    tokens, heads, size = q_TNH.shape
+    dq = torch.empty_like(q_TNH)
+    given = ((q_TNH, 64), (k_TKH, 64), (v_TKH, 64), (dout_TNH, 64), (dq, 64))
+    given_boxes = (boxes(x, rows) for x, rows in given)
+    stages = launch_of(90, "dq_sm90", size).stages
+    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+        dq_kernel[heads, order.numel()](
+            *given_boxes, lse_NU, delta_NU, starts_T, order, scale, tokens, lse_NU.shape[1],
+            heads // k_TKH.shape[1], stages, num_warps=WARPS, maxnreg=REGISTERS,
+        )  # fmt: skip
+    return dq

@@ -1,0 +1,74 @@
+"""What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, boxes.
+
+A program has three parts: two groups of four warps that multiply, half of its tile each, and a warp
+that loads. A group is given most of the registers that the loading warp's has no use for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2E = gl.constexpr(1.4426950408889634)
+# Of the first group, and registers of a thread: all have these at the start, and give or take when
+# the parts begin.
+WARPS = 4
+REGISTERS = 168
+GROUP_REGISTERS = gl.constexpr(240)
+LOAD_REGISTERS = gl.constexpr(24)
+TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+# The compiler may make late what a wait does not need; what might be stored must be there before.
+# No number that is rounded to 16 bits becomes this NaN.
+MADE = gl.constexpr(
+    """{
+    .reg .pred never;
+    .reg .b32 nowhere;
+    mov.b32 nowhere, 0;
+    setp.eq.b32 never, $4, 0xFFC1FFC1;
+    @never st.shared.v4.b32 [nowhere], {$4, $5, $6, $7};
+    mov.b32 $0, $4;
+    mov.b32 $1, $5;
+    mov.b32 $2, $6;
+    mov.b32 $3, $7;
+}"""
+)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many barriers, each of so many arrivals a phase."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def fetch(desc, at, ring, ready, free, i):
+    """The i-th block into its place in a ring."""
+    STAGES: gl.constexpr = ring.shape[0]
+    slot, lap = i % STAGES, i // STAGES & 1
+    mbarrier.wait(free.index(slot), lap ^ 1)
+    mbarrier.expect(ready.index(slot), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, at, ready.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def made(x, LAYOUT: gl.constexpr, dtype: gl.constexpr):
+    """x as an operand in 16 bits, made before what waits after it."""
+    x = gl.convert_layout(x, LAYOUT).to(dtype)
+    return gl.inline_asm_elementwise(
+        MADE, "=r,=r,=r,=r,r,r,r,r", [x], dtype=x.dtype, is_pure=False, pack=8
+    )
+
+
+def boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
+    """A contiguous [T, N, H] in boxes of so many tokens of one head."""
+    block = [rows, x_TNH.shape[2]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x_TNH.dtype])
+    return TensorDescriptor.from_tensor(x_TNH.flatten(1), block, layout)
