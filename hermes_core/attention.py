@@ -60,8 +60,8 @@ def varlen_attention(
         segments: made once per batch by `segments(cu_seqlens)`; covers all T tokens.
         scale: positive factor on q @ k; 1 / sqrt(H) if None.
         return_lse: give the log-sum-exp of each query's scaled scores too; it has no gradient.
-        backend: "triton" (ours, CUDA), "gluon" (ours for Blackwell, which have never run and which
-            "auto" never takes), "flash" (the flash-attn that is installed),
+        backend: "gluon" (ours for Hopper; those for Blackwell have never run, and "auto" never
+            takes them), "triton" (ours for any GPU), "flash" (the flash-attn that is installed),
             "torch" (PyTorch's varlen_attn), "cpu" (ours in C++, float64 too), "reference" (plain,
             any device, float64 too), or "auto", the table in `backends`.
 

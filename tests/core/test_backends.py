@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from hermes_core import backends
+from hermes_core import attention_peers, backends
 from hermes_core.backends import AUTO, BACKENDS, BackendError, choose, explain, obstacle
 from hermes_kernels.launch import TABLE, padded_size
 
@@ -31,8 +34,9 @@ def test_a_cpu_takes_the_cpu_backend() -> None:
 
 
 @pytest.mark.usefixtures("on")
-def test_a_hopper_takes_triton_where_dtype_and_head_size_allow() -> None:
-    assert choose("attention", "auto", CUDA, torch.bfloat16, size=128) == "triton"
+def test_a_hopper_takes_our_kernels_where_dtype_and_head_size_allow() -> None:
+    assert choose("attention", "auto", CUDA, torch.bfloat16, size=128) == "gluon"
+    assert choose("attention", "auto", CUDA, torch.bfloat16, size=96) == "gluon"
     assert choose("attention", "auto", CUDA, torch.bfloat16, size=256) == "triton"
     assert choose("attention", "auto", CUDA, torch.float32, size=128) == "reference"
     assert choose("attention", "auto", CUDA, torch.bfloat16, size=320) == "reference"
@@ -87,3 +91,28 @@ def test_every_head_size_of_the_table_has_all_kernels() -> None:
         assert padded_size(size) == size
         for kernel in ("forward", "dq", "dkdv"):
             assert (architecture, kernel, size) in TABLE
+
+
+@pytest.mark.parametrize(
+    ("found", "newest"),
+    [
+        ([], ""),
+        (["flash_attn/__init__.py"], "flash_attn"),
+        (["flash_attn/__init__.py", "flash_attn_interface.py"], "flash_attn_interface"),
+        (["flash_attn/cute/__init__.py", "flash_attn_interface.py"], "flash_attn.cute"),
+    ],
+)
+def test_the_newest_flash_attn_is_found_and_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: list[str], newest: str
+) -> None:
+    for name in found:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("raise RuntimeError('loaded')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert attention_peers._newest_flash() == newest
+
+
+@pytest.mark.usefixtures("on")
+def test_a_varlen_attn_that_takes_no_scale_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hermes_core.attention_peers.VARLEN", frozenset())
+    assert "from torch 2.11 on" in obstacle("attention", "torch", CUDA, torch.bfloat16)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hermes_core import backends
 from hermes_core.loss import linear_cross_entropy, masked_cross_entropy, token_nll
 from hermes_core.loss_chunks import linear_op
 from hermes_core.loss_tokens import masked_op, tokens_op
@@ -68,17 +67,3 @@ def test_the_compiler_takes_it_without_a_break(call, dynamic: bool) -> None:  # 
     torch.testing.assert_close(found, wanted)
     for a, b in zip(compiled[:2], plain[:2], strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_the_compiler_looks_into_nothing_that_asks_what_is_installed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """PyTorch 2.11 breaks at `find_spec`, at which later ones do not."""
-    closed = torch._dynamo.disable(backends.find_spec)
-    monkeypatch.setattr(backends, "find_spec", closed)
-
-    def call(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, backend="triton").total
-
-    found = torch.compile(call, fullgraph=True, backend="eager")(*problem())
-    torch.testing.assert_close(found, call(*problem()))

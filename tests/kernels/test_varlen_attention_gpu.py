@@ -77,6 +77,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def poison() -> Iterator[None]:
     """What is allocated and not written is NaN."""
     torch.cuda.empty_cache()
+    one = torch.ones(16, 16, device="cuda")
+    (one @ one).sum()  # cuBLAS wants a context that is there, or warns in autograd's thread
     held = [torch.full((1 << 26,), torch.nan, device="cuda") for _ in range(8)]
     del held
     yield
