@@ -13,7 +13,10 @@ from bench.machine_code import TARGETS, MachineCode, compile_kernel
 
 # Most registers a thread, capped or not, on either version of Triton: at 8 warps, 64 leave room
 # for 4 blocks on a multiprocessor, which hide one another's loads.
-REGISTERS = {"loss_and_gradient_kernel": 64, "statistics_kernel": 80, "gradient_kernel": 48}
+REGISTERS = {
+    "loss_and_gradient_kernel": 64, "statistics_kernel": 80, "gradient_kernel": 48,
+    "scale_kernel": 64,
+}  # fmt: skip
 LOAD, STORE = "LDG.E.128", "STG.E.128"
 POINTERS = {
     "loss_and_gradient_kernel": ("columns", "weights", "lse_out", "target_out"),
@@ -76,6 +79,10 @@ def run() -> Iterator[Result | str]:
                 if wrong:
                     raise SystemExit(f"{kernel} on sm_{target}, cap {capped}: {'; '.join(wrong)}")
                 yield told(kernel, code, capped=capped)
+        code = compiled_scale(target)
+        if wrong := faults("scale_kernel", code):
+            raise SystemExit(f"scale_kernel on sm_{target}: {'; '.join(wrong)}")
+        yield told("scale_kernel", code, capped=False)
     yield "gate passed: every kernel fits, spills nothing and moves 128 bits at a time"
     yield "\nPredicted, not measured; positions 16,384, V 128,256, D 5,120, bf16"
     yield f"products at {MATMUL_SHARE:.0%} of the datasheet's rate, memory at all of it"
@@ -96,6 +103,15 @@ def compiled(kernel: str, target: int, *, capped: bool) -> MachineCode:
     return compile_kernel(
         getattr(cross_entropy, kernel), signature, constants, target,
         divisible=("size", "stride"), num_warps=cross_entropy.WARPS,
+    )  # fmt: skip
+
+
+def compiled_scale(target: int) -> MachineCode:
+    from hermes_kernels import cross_entropy
+
+    return compile_kernel(
+        cross_entropy.scale_kernel, {"values": "*bf16", "factor": "*fp32", "size": "i32"},
+        {"BLOCK": cross_entropy.BLOCK}, target, divisible=("size",), num_warps=cross_entropy.WARPS,
     )  # fmt: skip
 
 

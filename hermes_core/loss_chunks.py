@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from hermes_core import loss_rows
+from hermes_core.backends import HAS_TRITON
 from hermes_core.loss_weight import product, room, weight_gradient
 
 # On a CPU a larger chunk gains nothing in fp32. In bf16 it does: tokens before the last chunk may
@@ -294,6 +295,11 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if type(gradient) is not Tensor:  # traced: the compiler decides what is done in place
         return gradient * factor.to(gradient.dtype)
     if factor.device.type == "cpu" and float(factor) == 1:
+        return gradient
+    if gradient.is_cuda and gradient.is_contiguous() and HAS_TRITON:
+        from hermes_kernels import cross_entropy
+
+        cross_entropy.scale_(gradient, factor)  # costs nothing where the factor is 1
         return gradient
     return gradient.mul_(factor.to(gradient.dtype))  # nobody else holds it
 

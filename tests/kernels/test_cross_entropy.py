@@ -160,3 +160,29 @@ def test_given_logits_lose_the_same() -> None:
     )
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 4096, 9001])
+def test_scaling_rounds_once(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    around = torch.randn(size + 2, generator=generator).to(dtype).to(DEVICE)
+    before, factor = around.clone(), torch.tensor(1 / 3, device=DEVICE)
+    cross_entropy.scale_(around[1:-1], factor)
+    wanted = (before[1:-1].float() * factor).to(dtype)
+    assert torch.equal(around[1:-1], wanted)
+    assert torch.equal(around[[0, -1]], before[[0, -1]])
+
+
+def test_scaling_by_one_touches_nothing() -> None:
+    values = torch.full((5000,), torch.nan, device=DEVICE)
+    before = values.clone()
+    cross_entropy.scale_(values, torch.ones((), device=DEVICE))
+    assert torch.equal(values.view(torch.int32), before.view(torch.int32))
+
+
+def test_more_values_than_programs_at_once_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "PROGRAMS", 2)
+    values = torch.ones(9 * cross_entropy.BLOCK + 5, device=DEVICE)
+    cross_entropy.scale_(values, torch.tensor(2.0, device=DEVICE))
+    assert (values == 2).all()
