@@ -1,4 +1,4 @@
-"""`python -m bench BENCHMARK [--static] [--json]`; `--help` names the benchmarks.
+"""`python -m bench BENCHMARK [--static] [--only TEXT] [--json]`; `--help` names the benchmarks.
 
 `python -m bench kills` is a trial with options of its own: see its `--help`.
 """
@@ -29,12 +29,18 @@ def main() -> None:
     parser.add_argument(
         "--static", action="store_true", help="read the machine code; no GPU needed"
     )
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="attention: shapes whose name has this in it"
+    )
     arguments = parser.parse_args()
     name = arguments.benchmark
+    if arguments.only and (arguments.static or name != "attention"):
+        parser.error("--only is for attention, where it is run")
     if arguments.static and name not in STATIC:
         parser.error(f"{name} has no machine code to read; --static is for {', '.join(STATIC)}")
     module = importlib.import_module(f"bench.{STATIC[name] if arguments.static else name}")
-    tell(module.run(), as_json=arguments.json)
+    options = {"only": arguments.only} if arguments.only else {}
+    tell(module.run(**options), as_json=arguments.json)
 
 
 if __name__ == "__main__":

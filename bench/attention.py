@@ -94,16 +94,17 @@ def gpu_shapes() -> list[Shape]:
     ]
 
 
-def run() -> Iterator[Result | str]:
+def run(only: str = "") -> Iterator[Result | str]:
     """Forward, and forward with backward, at the shapes of the device that is here."""
     if torch.cuda.is_available():
         from bench.attention_gpu import run as run_gpu
 
-        yield from run_gpu(gpu_shapes())
+        yield from run_gpu([shape for shape in gpu_shapes() if only in str(shape)])
         return
     yield f"no CUDA device: CPU shapes, {torch.get_num_threads()} threads, CPU time of all threads"
     for shape in cpu_shapes():
-        yield from on_cpu(shape)
+        if only in str(shape):
+            yield from on_cpu(shape)
 
 
 def on_cpu(shape: Shape) -> Iterator[Result | str]:
