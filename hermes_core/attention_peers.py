@@ -1,7 +1,7 @@
 """Attention by others: PyTorch's varlen_attn, and whichever flash-attn is installed.
 
 Both want the longest segment as a number on the host: known where `cu_seqlens` came from there,
-else it waits for the device. Not run on a GPU by us yet.
+else it waits for the device, once a batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +51,7 @@ def torch_varlen(
     """PyTorch's own variable-length attention."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    bounds, longest = _bounds(segments)
+    bounds, longest = segments.cu_seqlens, segments.max_length
     grouped: dict[str, Any] = (
         {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in VARLEN else {}
     )
@@ -68,17 +67,10 @@ def flash_varlen(
 ) -> tuple[Tensor, Tensor]:
     """flash-attn's variable-length attention; its backward adds with atomics."""
     module: ModuleType = importlib.import_module(FLASH)
-    bounds, longest = _bounds(segments)
+    bounds, longest = segments.cu_seqlens, segments.max_length
     statistics = "return_lse" if module.__name__ == "flash_attn.cute" else "return_attn_probs"
     out, lse, *_ = module.flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest,
         max_seqlen_k=longest, softmax_scale=scale, causal=True, **{statistics: True},
     )  # fmt: skip
     return out, lse
-
-
-def _bounds(segments: Segments) -> tuple[Tensor, int]:
-    """Segment bounds that cover every token, and the longest segment."""
-    bounds = np.concatenate([[0], np.cumsum(segments.lengths)]).astype(np.int32)
-    on = segments.starts.device
-    return torch.from_numpy(bounds).to(on, non_blocking=True), segments.max_length

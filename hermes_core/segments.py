@@ -46,6 +46,13 @@ class Segments:
         """Tokens of the longest segment; waits as `lengths` does."""
         return int(self.lengths.max(initial=0))
 
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[S + 1] int32 on the device, bounds of the segments that hold a token; waits as `lengths`
+        does."""
+        bounds = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
+        return torch.from_numpy(bounds).to(self.starts.device, non_blocking=True)
+
     def to(self, device: torch.device | str) -> Segments:
         """The same segments for tensors on ``device``."""
         names = ("starts", "ends", "query_order", "key_order")

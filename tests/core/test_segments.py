@@ -17,6 +17,9 @@ def test_lengths_and_the_longest_follow_from_cu_seqlens() -> None:
     assert where.lengths.tolist() == [3, 7, 1]  # the segment of no token is left out
     assert (where.max_length, where.tokens) == (7, 11)
     assert where.starts.dtype == where.ends.dtype == torch.int32
+    assert where.cu_seqlens.tolist() == [0, 3, 10, 11]
+    assert where.cu_seqlens.dtype == torch.int32
+    assert where.cu_seqlens is where.cu_seqlens  # made once, for all layers
 
 
 def test_tensor_and_array_give_the_same_segments() -> None:
