@@ -12,7 +12,6 @@ from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hermes_core.segments import Segments
