@@ -154,26 +154,18 @@ def compile_entry(
     queries = f"tensordesc<bf16[{launch.queries},{size}]>"
     keys = f"tensordesc<bf16[{launch.keys},{size}]>"
     vector = f"tensordesc<fp32[{launch.queries}]>"
-    special = {
-        "forward": {"k_desc": keys, "v_desc": keys},
-        "dq": {"k_desc": keys, "v_desc": keys},
-        "dkdv": {"q_desc": queries, "dout_desc": queries, "lse_desc": vector, "delta_desc": vector},
-    }[kernel]
-    integers, floats = ("starts", "ends", "order"), ("lse_ptr", "delta_ptr")
     function: Any = getattr(kernels, f"{kernel}_kernel")
     constants = {
-        "N": 8 * kv_heads, "K": kv_heads, "G": 8, "S": parts_of(kv_heads, 8), "H": size,
-        "M": launch.queries, "J": launch.keys, "SPECIALIZE": launch.specialize,
+        "G": 8, "S": parts_of(kv_heads, 8), "H": size, "M": launch.queries, "J": launch.keys,
     }  # fmt: skip
-    signature = {"scale": "fp32", "T": "i32", "U": "i32"} | special
-    for name in function.arg_names:
-        if name in integers:
-            signature[name] = "*i32"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in floats else "*bf16"
+    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "order": "*i32", "starts": "*i32"}
+    kinds |= {"ends": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    kinds |= {"lse_desc": vector, "delta_desc": vector}
+    kinds |= dict.fromkeys(("q_desc", "dout_desc", "out_desc", "dq_desc"), queries)
+    kinds |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), keys)
     return compile_kernel(
         function,
-        {name: signature[name] for name in function.arg_names if name in signature},
+        {name: kinds[name] for name in function.arg_names if name in kinds},
         {name: value for name, value in constants.items() if name in function.arg_names},
         target,
         divisible=("T", "U"),
