@@ -68,12 +68,12 @@ def forward_kernel(
     row, head = _tile(order, M), tl.program_id(0)
     t = row + tl.arange(0, M)
     first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
-    start = tl.load(starts + t, mask=t < T, other=0)  # [M]
+    start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
     q = q_desc.load([row, head * H])
     acc = tl.zeros((M, H), tl.float32)
     total = tl.zeros((M,), tl.float32)
     top = tl.zeros((M,), tl.float32) + LEAST
-    for n in tl.range(first, row + M, J):
+    for n in range(first, row + M, J):
         k = k_desc.load([n, head // G * H])
         s = tl.dot(q, k.T)  # [M, J]
         j = n + tl.arange(0, J)
@@ -115,12 +115,12 @@ def dq_kernel(
     row, head = _tile(order, M), tl.program_id(0)
     t = row + tl.arange(0, M)
     first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
-    start = tl.load(starts + t, mask=t < T, other=0)  # [M]
+    start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
     lse = tl.load(lse_ptr + head.to(tl.int64) * U + t) * LOG2E  # [M]
     delta = tl.load(delta_ptr + head.to(tl.int64) * U + t)  # [M]
     q, dout = q_desc.load([row, head * H]), dout_desc.load([row, head * H])
     dq = tl.zeros((M, H), tl.float32)
-    for n in tl.range(first, row + M, J):
+    for n in range(first, row + M, J):
         k, v = k_desc.load([n, head // G * H]), v_desc.load([n, head // G * H])
         s = tl.dot(q, k.T) * (scale * LOG2E) - lse[:, None]  # [M, J]
         j = n + tl.arange(0, J)
@@ -144,14 +144,14 @@ def dkdv_kernel(
     row, part = _tile(order, J), tl.program_id(0)
     head = part // S
     j = row + tl.arange(0, J)
-    end = tl.load(ends + j, mask=j < T, other=0)  # [J]
+    end = tl.load(ends + tl.minimum(j, T - 1))  # [J]
     last = tl.load(ends + tl.minimum(row + J, T) - 1)  # one past the last query that sees the tile
     blocks = tl.maximum(tl.cdiv(last - row, M), 0)
     k, v = k_desc.load([row, head * H]), v_desc.load([row, head * H])
     dk = tl.zeros((J, H), tl.float32)
     dv = tl.zeros((J, H), tl.float32)
-    for i in tl.range(0, G // S * blocks):
-        query_head, n = part * (G // S) + i // blocks, row + i % blocks * M
+    query_head, n = part * (G // S), row
+    for _ in range(G // S * blocks):
         q, dout = q_desc.load([n, query_head * H]), dout_desc.load([n, query_head * H])
         lse = lse_desc.load([query_head * U + n]) * LOG2E  # [M]
         delta = delta_desc.load([query_head * U + n])
@@ -162,6 +162,9 @@ def dkdv_kernel(
         dv = tl.dot(p.to(dout.dtype), dout, dv)
         ds = p * (tl.dot(v, dout.T) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
+        n += M
+        query_head = tl.where(n < last, query_head, query_head + 1)
+        n = tl.where(n < last, n, row)
     dv_desc.store([row, part * H], dv.to(v.dtype))
     dk_desc.store([row, part * H], (dk * scale).to(k.dtype))
 
