@@ -6,8 +6,10 @@ One turn of the softmax loop on one multiprocessor takes
 
 where ``tensor`` are the cycles of its matrix products at the chip's rate, ``issue`` those in which
 the four schedulers issue what the warps of all roles execute, and ``overlap`` the share of these
-that does not hide behind the products: the one free number, fitted for each architecture on a dense
-causal rate of FlashAttention and tried on its rate for packed rows. No turn is faster than the
+that does not hide behind the products: the one free number. For kernels whose warps have roles it is
+fitted on a dense causal rate of FlashAttention on B200 and tried on another; for ours in Triton,
+whose warps have none, on the rates of the same kernels on an H100. What an H100 was measured with
+is not predicted. No turn is faster than the
 units that know exponentials allow. Turns are counted as the tiles lie, masked corners included, and
 dealt to multiprocessors longest first. Our backward is three kernels, one after another, of which
 the first is bound by memory. Everything told here is a prediction.
@@ -24,8 +26,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from bench.attention import Shape
+from bench.attention import Shape, lognormal
 from hermes_kernels.launch import parts_of
 
 BACKWARD = 2.5  # FLOPs of a backward for each of its forward
@@ -63,8 +66,10 @@ class Turn:
     exponentials: int = 0  # of those of a computing warp
     masking: int = 0  # instructions more that it issues at a border, where only borders are masked
     heads: int = 1  # query heads that a turn is for
+    overlap: float | None = None  # its own, where the kernel itself was measured
 
     def cycles(self, chip: Chip, overlap: float) -> float:
+        overlap = overlap if self.overlap is None else self.overlap
         return max(self.flops / chip.flops + overlap * self.issue, self.special)
 
     @property
@@ -90,16 +95,11 @@ class Published:
 
 
 # Instructions: the interior block of FlashAttention-4's own machine code (flash-attn-4 4.0.0b36,
-# compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: on sm_90a two groups
-# of four warps share a tile, on sm_100a each has its own, beside four warps that correct two tiles
-# (187), one that multiplies (211) and one that loads (48). Its masks are taken to cost nothing.
-# Rates: FlashAttention's PRs 1893 and 2150, and the bars of MagiAttention's benchmark of packed
-# rows, +- 5.
+# compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: each group of four
+# warps has a tile, beside four that correct two tiles (187), one that multiplies (211) and one that
+# loads (48). Its masks are taken to cost nothing. Rates: FlashAttention's PR 2150, and the bars of
+# MagiAttention's benchmark of packed rows, +- 5.
 CALIBRATION = (
-    Published(
-        90, Turn(128, 128, 4 * 128**3, 494, 8), 660, 545,
-        "FA4's code for sm_90a, FA3's rates on H100",
-    ),
     Published(
         100,
         Turn(128, 128, 4 * 128**3, 520, 4, others=(4 * 187 + 211 + 48) / 2, exponentials=113),
@@ -107,17 +107,13 @@ CALIBRATION = (
         "FA4's code for sm_100a and its rates on B200",
     ),
 )  # fmt: skip
-# All five products in one kernel over key tiles; masks are computed at every block. On sm_100a two
+# All five products in one kernel over key tiles; masks are computed at every block. Two
 # multiprocessors share their operands; beside eight warps that compute, four add to dq (125), one
 # multiplies for both (269), one loads (65) and one tells the other (5). Compiled by
 # `flash_attn.cute.interface._flash_attn_bwd` under FakeTensorMode with CUTE_DSL_ARCH=sm_100a and
-# CUTE_DSL_KEEP_CUBIN=1, read by `MachineCode.loops(*HOT, "LDTM", "UTMALDG", "UBLKCP")`. On B200 its
-# rate on packed rows was not published; on segments that see all (PR 2150) it was.
+# CUTE_DSL_KEEP_CUBIN=1, read by `MachineCode.loops(*HOT, "LDTM", "UTMALDG", "UBLKCP")`. Its rate on
+# packed rows was not published; on segments that see all (PR 2150) it was.
 BACKWARD_CALIBRATION = (
-    Published(
-        90, Turn(64, 128, 10 * 64 * 128**2, 441, 8), 575, 376,
-        "FA4's backward code for sm_90a, FA3's rates on H100",
-    ),
     Published(
         100,
         Turn(
@@ -127,6 +123,12 @@ BACKWARD_CALIBRATION = (
         "FA4's backward code for sm_100a and its rates on B200", unmasked_tflops=1201,
     ),
 )  # fmt: skip
+# Ours in Triton on an H100, TFLOP/s of each kernel's own products by head size, 64:8 heads, segments
+# of mean 4,096 and 1,024: `python -m bench attention --sweep`, Triton 3.6.0.
+SWEPT = {
+    ("forward", 128): (440, 408), ("dq", 128): (505, 477), ("dkdv", 128): (507, 513),
+    ("forward", 64): (330, 282), ("dq", 64): (466, 398), ("dkdv", 64): (440, 409),
+}  # fmt: skip
 
 
 def lengths_of_magi() -> tuple[int, ...]:
@@ -216,7 +218,21 @@ def our_backward_tflops(dq: Turn, dkdv: Turn, chip: Chip, overlap: float, shape:
     return BACKWARD * shape.flops / seconds / 1e12
 
 
+def dq_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
+    """Rate of the kernel that computes dq alone, by its own three products."""
+    return 1.5 * tflops(turn, chip, overlap, shape)
+
+
+def dkdv_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
+    """Rate of the kernel that computes dk and dv, by its own four products."""
+    heads, kv_heads = shape.heads
+    programs = kv_heads * parts_of(kv_heads, heads // kv_heads)
+    return 2 * shape.flops / backward_seconds(turn, chip, overlap, shape, programs=programs) / 1e12
+
+
+Turns = Mapping[tuple[int, str, int], Turn]
 Rate = Callable[[Turn, Chip, float, Shape], float]
+RATES: dict[str, Rate] = {"forward": tflops, "dq": dq_tflops, "dkdv": dkdv_tflops}
 
 
 def makespan(costs: np.ndarray, workers: int) -> float:
@@ -234,52 +250,78 @@ def fit(chip: Chip, known: Published, shape: Shape, rate: Rate = tflops) -> floa
     return (ideal / known.dense_tflops - 1) * tensor / known.turn.issue
 
 
-def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape]) -> Iterator[str]:
-    """Predictions for ours and the calibration kernels at each shape, with the model's error."""
-    for chip in CHIPS:
-        known = next(k for k in CALIBRATION if k.target == chip.target)
-        like = shapes[0]
-        dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
-        packed = Shape("packed", lengths_of_magi(), like.heads, like.size, like.dtype)
-        overlap = fit(chip, known, dense)
-        error = tflops(known.turn, chip, overlap, packed) / known.packed_tflops - 1
+def with_swept_overlaps(turns: Turns) -> dict[tuple[int, str, int], Turn]:
+    """``turns``, those of ours in Triton with the overlap that each kernel had on an H100."""
+    return {
+        key: replace(turn, overlap=swept(turns, key[1])[0]) if key[1] in RATES else turn
+        for key, turn in turns.items()
+    }
+
+
+def swept(turns: Turns, kernel: str) -> tuple[float, str]:
+    """The overlap of one of ours in Triton by its rate on an H100; the model's errors there at
+    segments of mean 1,024, and at both means with heads of 64.
+    """
+    chip, rate = CHIPS[0], RATES[kernel]
+    turn = replace(turns[90, kernel, 128], overlap=None)
+    known = Published(90, turn, *SWEPT[kernel, 128], "ours on an H100")
+    found = fit(chip, known, swept_shape(4096, 128), rate)
+    tries = (
+        (turn, swept_shape(1024, 128), SWEPT[kernel, 128][1]),
+        *(
+            (replace(turns[90, kernel, 64], overlap=None), swept_shape(mean, 64), measured)
+            for mean, measured in zip((4096, 1024), SWEPT[kernel, 64], strict=True)
+        ),
+    )
+    errors = (rate(other, chip, found, shape) / measured - 1 for other, shape, measured in tries)
+    return found, ", ".join(f"{error:+.0%}" for error in errors)
+
+
+def swept_shape(mean: int, size: int) -> Shape:
+    """One of those that `attention_sweep` times."""
+    return Shape(f"mean {mean:,}", lognormal(mean, 16_384), (64, 8), size, torch.bfloat16)
+
+
+def predict(turns: Turns, shapes: Sequence[Shape]) -> Iterator[str]:
+    """Predictions for ours and the calibration kernels at each shape, with the model's error.
+
+    ``turns`` are those of `with_swept_overlaps`.
+    """
+    chip, known, back = CHIPS[1], CALIBRATION[0], BACKWARD_CALIBRATION[0]
+    like = shapes[0]
+    dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
+    packed = Shape("packed", lengths_of_magi(), like.heads, like.size, like.dtype)
+    overlap = fit(chip, known, dense)
+    error = tflops(known.turn, chip, overlap, packed) / known.packed_tflops - 1
+    pairs, ours = turns[100, "pairs", 128], [turns[100, name, 128] for name in RATES]
+    yield (
+        f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
+        f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
+    )
+    yield resources("pairs, two tiles against a block", pairs, chip, 1)
+    yield resources("FlashAttention-4", known.turn, chip, 2)
+    back_overlap = fit(chip, back, dense, backward_tflops)
+    yield f"backward: on {back.source}: {back_overlap:.2f}; {tried(back, chip, dense)}"
+    for name in RATES:
+        share, errors = swept(turns, name)
+        yield f"triton's {name}: on its own rate on an H100: {share:.2f}; errors there {errors}"
+    for shape in shapes:
+        forward = tflops(ours[0], chip, overlap, shape)
+        theirs = tflops(known.turn, chip, overlap, shape)
+        gluon = tflops(pairs, chip, overlap, shape)
+        backward = our_backward_tflops(ours[1], ours[2], chip, back_overlap, shape)
+        best = backward_tflops(back.turn, chip, back_overlap, shape)
         yield (
-            f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
-            f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
+            f"{shape!s:58} forward {forward:5,.0f} TFLOP/s predicted, "
+            f"{forward / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}), "
+            f"gluon's {gluon:,.0f}, {gluon / theirs:.2f}; backward {backward:5,.0f}, "
+            f"{backward / best:.2f} of FlashAttention's ({best:,.0f})"
         )
-        if pairs := turns.get((chip.target, "pairs", 128)):
-            yield resources("pairs, two tiles against a block", pairs, chip, 1)
-            yield resources("FlashAttention-4", known.turn, chip, 2)
-        back = next(k for k in BACKWARD_CALIBRATION if k.target == chip.target)
-        back_overlap = fit(chip, back, dense, backward_tflops)
-        yield f"backward: on {back.source}: {back_overlap:.2f}; {tried(back, chip, dense, packed)}"
-        for shape in shapes:
-            ours = tflops(turns[chip.target, "forward", 128], chip, overlap, shape)
-            theirs = tflops(known.turn, chip, overlap, shape)
-            backward = our_backward_tflops(
-                turns[chip.target, "dq", 128], turns[chip.target, "dkdv", 128],
-                chip, back_overlap, shape,
-            )  # fmt: skip
-            best = backward_tflops(back.turn, chip, back_overlap, shape)
-            gluon = ""
-            if pairs:
-                other = tflops(pairs, chip, overlap, shape)
-                gluon = f", gluon's {other:,.0f}, {other / theirs:.2f}"
-            yield (
-                f"{shape!s:58} forward {ours:5,.0f} TFLOP/s predicted, "
-                f"{ours / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}){gluon}; "
-                f"backward {backward:5,.0f}, {backward / best:.2f} of FlashAttention's "
-                f"({best:,.0f})"
-            )
 
 
-def tried(back: Published, chip: Chip, dense: Shape, packed: Shape) -> str:
-    """The model's error on the published rates of a backward to which it was not fitted."""
+def tried(back: Published, chip: Chip, dense: Shape) -> str:
+    """The model's error on the published rate of a backward to which it was not fitted."""
     overlap = fit(chip, back, dense, backward_tflops)
-    if back.packed_tflops:
-        error = backward_tflops(back.turn, chip, overlap, packed) / back.packed_tflops - 1
-        return f"error on packed rows {error:+.0%}"
-    assert back.unmasked_tflops
     error = unmasked_backward_tflops(back.turn, chip, overlap, dense) / back.unmasked_tflops - 1
     return f"error without a mask {error:+.0%}, on packed rows unknown"
 
