@@ -6,13 +6,12 @@ One turn of the softmax loop on one multiprocessor takes
 
 where ``tensor`` are the cycles of its matrix products at the chip's rate, ``issue`` those in which
 the four schedulers issue what the warps of all roles execute, and ``overlap`` the share of these
-that does not hide behind the products: the one free number. For kernels whose warps have roles it is
-fitted on a dense causal rate of FlashAttention on B200 and tried on another; for ours in Triton,
-whose warps have none, on the rates of the same kernels on an H100. What an H100 was measured with
-is not predicted. No turn is faster than the
-units that know exponentials allow. Turns are counted as the tiles lie, masked corners included, and
-dealt to multiprocessors longest first. Our backward is three kernels, one after another, of which
-the first is bound by memory. Everything told here is a prediction.
+that does not hide behind the products: the one free number. For kernels whose warps have roles it
+is fitted on a dense causal rate of FlashAttention and tried on another; for ours in Triton, whose
+warps have none, on the rates of the same kernels on an H100. No turn is faster than the units that
+know exponentials allow. Turns are counted as the tiles lie, masked corners included, and dealt to
+multiprocessors longest first. Our backward is three kernels, one after another, of which the first
+is bound by memory. Everything told here is a prediction, for a B200: an H100 was measured.
 
 Waits between roles are taken to hide as FlashAttention's do. That may be kind to pairs: Triton's
 own Gluon example, of the same design, is published at about 1,326 TFLOP/s on a GB300 (its PR
@@ -84,11 +83,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Published:
-    """FlashAttention as its machine code is and as somebody measured it."""
+    """A kernel as its machine code is and as somebody measured it."""
 
     target: int
     turn: Turn
-    dense_tflops: float  # one causal segment of 8,192
+    dense_tflops: float  # FlashAttention's: one causal segment of 8,192
     packed_tflops: float | None  # a packed row of 16,384; None where nobody published it
     source: str
     unmasked_tflops: float | None = None  # a segment of 8,192 where all tokens see all
@@ -123,12 +122,13 @@ BACKWARD_CALIBRATION = (
         "FA4's backward code for sm_100a and its rates on B200", unmasked_tflops=1201,
     ),
 )  # fmt: skip
-# Ours in Triton on an H100, TFLOP/s of each kernel's own products by head size, 64:8 heads, segments
-# of mean 4,096 and 1,024: `python -m bench attention --sweep`, Triton 3.6.0.
+# Ours in Triton on an H100, TFLOP/s of each kernel's own products by head size and mean length of a
+# segment, 64:8 heads: `python -m bench attention --sweep`, Triton 3.6.0. The first is fitted to.
 SWEPT = {
-    ("forward", 128): (440, 408), ("dq", 128): (505, 477), ("dkdv", 128): (507, 513),
-    ("forward", 64): (330, 282), ("dq", 64): (466, 398), ("dkdv", 64): (440, 409),
-}  # fmt: skip
+    "forward": {(128, 4096): 440, (128, 1024): 408, (64, 4096): 330, (64, 1024): 282},
+    "dq": {(128, 4096): 505, (128, 1024): 477, (64, 4096): 466, (64, 1024): 398},
+    "dkdv": {(128, 4096): 507, (128, 1024): 513, (64, 4096): 440, (64, 1024): 409},
+}
 
 
 def lengths_of_magi() -> tuple[int, ...]:
@@ -251,33 +251,31 @@ def fit(chip: Chip, known: Published, shape: Shape, rate: Rate = tflops) -> floa
 
 
 def with_swept_overlaps(turns: Turns) -> dict[tuple[int, str, int], Turn]:
-    """``turns``, those of ours in Triton with the overlap that each kernel had on an H100."""
+    """``turns``, those of ours in Triton on sm_100 with the overlap that each had on an H100."""
+    overlaps = {kernel: swept(turns, kernel)[0] for kernel in SWEPT}
     return {
-        key: replace(turn, overlap=swept(turns, key[1])[0]) if key[1] in RATES else turn
-        for key, turn in turns.items()
+        (target, kernel, size): replace(turn, overlap=overlaps.get(kernel))
+        if target == 100
+        else turn
+        for (target, kernel, size), turn in turns.items()
     }
 
 
-def swept(turns: Turns, kernel: str) -> tuple[float, str]:
-    """The overlap of one of ours in Triton by its rate on an H100; the model's errors there at
-    segments of mean 1,024, and at both means with heads of 64.
+def swept(turns: Turns, kernel: str) -> tuple[float, list[float]]:
+    """The overlap of one of ours in Triton on an H100, and what the model errs at the other rates
+    of `SWEPT`, as shares of them.
     """
     chip, rate = CHIPS[0], RATES[kernel]
-    turn = replace(turns[90, kernel, 128], overlap=None)
-    known = Published(90, turn, *SWEPT[kernel, 128], "ours on an H100")
-    found = fit(chip, known, swept_shape(4096, 128), rate)
-    tries = (
-        (turn, swept_shape(1024, 128), SWEPT[kernel, 128][1]),
-        *(
-            (replace(turns[90, kernel, 64], overlap=None), swept_shape(mean, 64), measured)
-            for mean, measured in zip((4096, 1024), SWEPT[kernel, 64], strict=True)
-        ),
-    )
-    errors = (rate(other, chip, found, shape) / measured - 1 for other, shape, measured in tries)
-    return found, ", ".join(f"{error:+.0%}" for error in errors)
+    (first, measured), *others = SWEPT[kernel].items()
+    known = Published(90, turns[90, kernel, first[0]], measured, None, "ours on an H100")
+    overlap = fit(chip, known, swept_shape(*first), rate)
+    return overlap, [
+        rate(turns[90, kernel, size], chip, overlap, swept_shape(size, mean)) / measured - 1
+        for (size, mean), measured in others
+    ]
 
 
-def swept_shape(mean: int, size: int) -> Shape:
+def swept_shape(size: int, mean: int) -> Shape:
     """One of those that `attention_sweep` times."""
     return Shape(f"mean {mean:,}", lognormal(mean, 16_384), (64, 8), size, torch.bfloat16)
 
@@ -292,6 +290,7 @@ def predict(turns: Turns, shapes: Sequence[Shape]) -> Iterator[str]:
     dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
     packed = Shape("packed", lengths_of_magi(), like.heads, like.size, like.dtype)
     overlap = fit(chip, known, dense)
+    assert known.packed_tflops
     error = tflops(known.turn, chip, overlap, packed) / known.packed_tflops - 1
     pairs, ours = turns[100, "pairs", 128], [turns[100, name, 128] for name in RATES]
     yield (
@@ -304,7 +303,8 @@ def predict(turns: Turns, shapes: Sequence[Shape]) -> Iterator[str]:
     yield f"backward: on {back.source}: {back_overlap:.2f}; {tried(back, chip, dense)}"
     for name in RATES:
         share, errors = swept(turns, name)
-        yield f"triton's {name}: on its own rate on an H100: {share:.2f}; errors there {errors}"
+        told = ", ".join(f"{error:+.0%}" for error in errors)
+        yield f"triton's {name}: on its rate on an H100: {share:.2f}; errors at others {told}"
     for shape in shapes:
         forward = tflops(ours[0], chip, overlap, shape)
         theirs = tflops(known.turn, chip, overlap, shape)
@@ -322,6 +322,7 @@ def predict(turns: Turns, shapes: Sequence[Shape]) -> Iterator[str]:
 def tried(back: Published, chip: Chip, dense: Shape) -> str:
     """The model's error on the published rate of a backward to which it was not fitted."""
     overlap = fit(chip, back, dense, backward_tflops)
+    assert back.unmasked_tflops
     error = unmasked_backward_tflops(back.turn, chip, overlap, dense) / back.unmasked_tflops - 1
     return f"error without a mask {error:+.0%}, on packed rows unknown"
 

@@ -1,8 +1,8 @@
 """The attention kernels as machine code, for every entry of their table: what can be proven here.
 
 That each compiles, fits and multiplies on the tensor cores by the widest instruction, loads by TMA,
-has warps with roles of their own where it is in Gluon, spills nothing and keeps its budget. Rates on
-a B200 are predicted from the same loops, and are predictions: no kernel has run on one.
+has warps with roles of their own where it is in Gluon, spills nothing and keeps its budget. Rates
+on a B200 are predicted from the same loops, and are predictions: no kernel has run on one.
 
 Triton must not interpret in this process. For another Triton, put it first on PYTHONPATH.
 """

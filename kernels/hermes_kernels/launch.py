@@ -31,13 +31,13 @@ class Launch:
     stages: int
 
 
-# Of 90 the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton 3.6.0), of 100
-# nothing was timed: rows of 128, as fewer take the tensor cores as long, and the largest tile that
-# two programs of a multiprocessor have room for, as on Hopper's fastest, so that one multiplies
-# while the other exponentiates; where none has, the largest that fits by the machine code
-# (`python -m bench attention --static`). 80 stands for every other GPU, only compiled. "pairs" is
-# the forward of `forward_sm100`. Stages of kernels in Gluon are blocks, as many as shared memory
-# has room for.
+# Triton's of 90 are the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton
+# 3.6.0). Of 100 nothing was timed: each has rows of 128, as fewer take the tensor cores as long,
+# and the largest tile that two programs of a multiprocessor have room for, as Hopper's fastest, so
+# that one multiplies while the other exponentiates; where none has, the largest that fits, by the
+# machine code (`python -m bench attention --static`). 80 stands for every other GPU, only compiled.
+# "pairs" is the forward of `forward_sm100`. Stages of kernels in Gluon are blocks, as many as
+# shared memory has room for.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (90, "forward", 64): Launch(64, 128, 4, 2),
     (90, "forward", 128): Launch(64, 128, 4, 1),
