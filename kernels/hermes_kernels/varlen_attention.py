@@ -19,16 +19,14 @@ rounded as FlashAttention rounds those of single heads, are added afterwards. No
 inputs give equal bits. A masked weight is exactly 0, so other segments change no bit either, as
 long as a segment keeps its place modulo TILE.
 
-Every kernel is one loop over descriptor loads, with the segment bounds loaded through a descriptor
-too: the only form that Triton 3.6 and 3.7 warp-specialise on Hopper. There a tile is split between
-two groups of warps, so what belongs to the tile comes through descriptors made in the kernel, which
-the compiler can split; what the loop walks over comes through the host's, which cost nothing. Those
-of outputs are made after the loop: before it they cost registers. A head size that is no power of
-two is padded with zeros by the caller.
+Every kernel is one loop over descriptor loads, all by the host's descriptors, which take no memory
+on the device. No warps have roles of their own: those that Triton 3.6.0 made of these kernels
+(`warp_specialize=True`) computed something else on an H100. Where roles matter the kernels are in
+Gluon. A head size that is no power of two is padded with zeros by the caller.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); the tiling and its cost are counted in
-docs/numbers.md. Twin: `reference.varlen_attention`. `forward_sm100` and `backward_sm100` are
-others, for Blackwell.
+docs/numbers.md. Twin: `reference.varlen_attention`. `forward_sm90` and `backward_sm90` are others,
+for Hopper, `forward_sm100` and `backward_sm100` for Blackwell.
 """
 
 from __future__ import annotations
