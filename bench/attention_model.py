@@ -6,12 +6,12 @@ One turn of the softmax loop on one multiprocessor takes
 
 where ``tensor`` are the cycles of its matrix products at the chip's rate, ``issue`` those in which
 the four schedulers issue what the warps of all roles execute, and ``overlap`` the share of these
-that does not hide behind the products: the one free number. For kernels whose warps have roles it
-is fitted on a dense causal rate of FlashAttention and tried on another; for ours in Triton, whose
-warps have none, on the rates of the same kernels on an H100. No turn is faster than the units that
-know exponentials allow. Turns are counted as the tiles lie, masked corners included, and dealt to
-multiprocessors longest first. Our backward is three kernels, one after another, of which the first
-is bound by memory. Everything told here is a prediction, for a B200: an H100 was measured.
+that does not hide behind the products: the one free number, fitted for each architecture on a dense
+causal rate of FlashAttention and tried on its rate for packed rows; our kernels in Triton have
+their own (`attention_triton`), as their warps have no roles. No turn is faster than the
+units that know exponentials allow. Turns are counted as the tiles lie, masked corners included, and
+dealt to multiprocessors longest first. Our backward is three kernels, one after another, of which
+the first is bound by memory. Everything told here is a prediction.
 
 Waits between roles are taken to hide as FlashAttention's do. That may be kind to pairs: Triton's
 own Gluon example, of the same design, is published at about 1,326 TFLOP/s on a GB300 (its PR
@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from bench.attention import Shape, lognormal
+from bench.attention import Shape
 from hermes_kernels.launch import parts_of
 
 BACKWARD = 2.5  # FLOPs of a backward for each of its forward
@@ -83,22 +82,27 @@ class Turn:
 
 @dataclass(frozen=True)
 class Published:
-    """A kernel as its machine code is and as somebody measured it."""
+    """FlashAttention as its machine code is and as somebody measured it."""
 
     target: int
     turn: Turn
-    dense_tflops: float  # FlashAttention's: one causal segment of 8,192
+    dense_tflops: float  # one causal segment of 8,192
     packed_tflops: float | None  # a packed row of 16,384; None where nobody published it
     source: str
     unmasked_tflops: float | None = None  # a segment of 8,192 where all tokens see all
 
 
 # Instructions: the interior block of FlashAttention-4's own machine code (flash-attn-4 4.0.0b36,
-# compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: each group of four
-# warps has a tile, beside four that correct two tiles (187), one that multiplies (211) and one that
-# loads (48). Its masks are taken to cost nothing. Rates: FlashAttention's PR 2150, and the bars of
-# MagiAttention's benchmark of packed rows, +- 5.
+# compiled without a GPU, read by `MachineCode.hot_loops`), 128 x 128, H 128: on sm_90a two groups
+# of four warps share a tile, on sm_100a each has its own, beside four warps that correct two tiles
+# (187), one that multiplies (211) and one that loads (48). Its masks are taken to cost nothing.
+# Rates: FlashAttention's PRs 1893 and 2150, and the bars of MagiAttention's benchmark of packed
+# rows, +- 5.
 CALIBRATION = (
+    Published(
+        90, Turn(128, 128, 4 * 128**3, 494, 8), 660, 545,
+        "FA4's code for sm_90a, FA3's rates on H100",
+    ),
     Published(
         100,
         Turn(128, 128, 4 * 128**3, 520, 4, others=(4 * 187 + 211 + 48) / 2, exponentials=113),
@@ -106,13 +110,17 @@ CALIBRATION = (
         "FA4's code for sm_100a and its rates on B200",
     ),
 )  # fmt: skip
-# All five products in one kernel over key tiles; masks are computed at every block. Two
+# All five products in one kernel over key tiles; masks are computed at every block. On sm_100a two
 # multiprocessors share their operands; beside eight warps that compute, four add to dq (125), one
 # multiplies for both (269), one loads (65) and one tells the other (5). Compiled by
 # `flash_attn.cute.interface._flash_attn_bwd` under FakeTensorMode with CUTE_DSL_ARCH=sm_100a and
-# CUTE_DSL_KEEP_CUBIN=1, read by `MachineCode.loops(*HOT, "LDTM", "UTMALDG", "UBLKCP")`. Its rate on
-# packed rows was not published; on segments that see all (PR 2150) it was.
+# CUTE_DSL_KEEP_CUBIN=1, read by `MachineCode.loops(*HOT, "LDTM", "UTMALDG", "UBLKCP")`. On B200 its
+# rate on packed rows was not published; on segments that see all (PR 2150) it was.
 BACKWARD_CALIBRATION = (
+    Published(
+        90, Turn(64, 128, 10 * 64 * 128**2, 441, 8), 575, 376,
+        "FA4's backward code for sm_90a, FA3's rates on H100",
+    ),
     Published(
         100,
         Turn(
@@ -122,13 +130,6 @@ BACKWARD_CALIBRATION = (
         "FA4's backward code for sm_100a and its rates on B200", unmasked_tflops=1201,
     ),
 )  # fmt: skip
-# Ours in Triton on an H100, TFLOP/s of each kernel's own products by head size and mean length of a
-# segment, 64:8 heads: `python -m bench attention --sweep`, Triton 3.6.0. The first is fitted to.
-SWEPT = {
-    "forward": {(128, 4096): 440, (128, 1024): 408, (64, 4096): 330, (64, 1024): 282},
-    "dq": {(128, 4096): 505, (128, 1024): 477, (64, 4096): 466, (64, 1024): 398},
-    "dkdv": {(128, 4096): 507, (128, 1024): 513, (64, 4096): 440, (64, 1024): 409},
-}
 
 
 def lengths_of_magi() -> tuple[int, ...]:
@@ -218,21 +219,7 @@ def our_backward_tflops(dq: Turn, dkdv: Turn, chip: Chip, overlap: float, shape:
     return BACKWARD * shape.flops / seconds / 1e12
 
 
-def dq_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
-    """Rate of the kernel that computes dq alone, by its own three products."""
-    return 1.5 * tflops(turn, chip, overlap, shape)
-
-
-def dkdv_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
-    """Rate of the kernel that computes dk and dv, by its own four products."""
-    heads, kv_heads = shape.heads
-    programs = kv_heads * parts_of(kv_heads, heads // kv_heads)
-    return 2 * shape.flops / backward_seconds(turn, chip, overlap, shape, programs=programs) / 1e12
-
-
-Turns = Mapping[tuple[int, str, int], Turn]
 Rate = Callable[[Turn, Chip, float, Shape], float]
-RATES: dict[str, Rate] = {"forward": tflops, "dq": dq_tflops, "dkdv": dkdv_tflops}
 
 
 def makespan(costs: np.ndarray, workers: int) -> float:
@@ -250,78 +237,44 @@ def fit(chip: Chip, known: Published, shape: Shape, rate: Rate = tflops) -> floa
     return (ideal / known.dense_tflops - 1) * tensor / known.turn.issue
 
 
-def with_swept_overlaps(turns: Turns) -> dict[tuple[int, str, int], Turn]:
-    """``turns``, those of ours in Triton on sm_100 with the overlap that each had on an H100."""
-    overlaps = {kernel: swept(turns, kernel)[0] for kernel in SWEPT}
-    return {
-        (target, kernel, size): replace(turn, overlap=overlaps.get(kernel))
-        if target == 100
-        else turn
-        for (target, kernel, size), turn in turns.items()
-    }
-
-
-def swept(turns: Turns, kernel: str) -> tuple[float, list[float]]:
-    """The overlap of one of ours in Triton on an H100, and what the model errs at the other rates
-    of `SWEPT`, as shares of them.
-    """
-    chip, rate = CHIPS[0], RATES[kernel]
-    (first, measured), *others = SWEPT[kernel].items()
-    known = Published(90, turns[90, kernel, first[0]], measured, None, "ours on an H100")
-    overlap = fit(chip, known, swept_shape(*first), rate)
-    return overlap, [
-        rate(turns[90, kernel, size], chip, overlap, swept_shape(size, mean)) / measured - 1
-        for (size, mean), measured in others
-    ]
-
-
-def swept_shape(size: int, mean: int) -> Shape:
-    """One of those that `attention_sweep` times."""
-    return Shape(f"mean {mean:,}", lognormal(mean, 16_384), (64, 8), size, torch.bfloat16)
-
-
-def predict(turns: Turns, shapes: Sequence[Shape]) -> Iterator[str]:
-    """Predictions for ours and the calibration kernels at each shape, with the model's error.
-
-    ``turns`` are those of `with_swept_overlaps`.
-    """
-    chip, known, back = CHIPS[1], CALIBRATION[0], BACKWARD_CALIBRATION[0]
-    like = shapes[0]
-    dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
-    packed = Shape("packed", lengths_of_magi(), like.heads, like.size, like.dtype)
-    overlap = fit(chip, known, dense)
-    assert known.packed_tflops
-    error = tflops(known.turn, chip, overlap, packed) / known.packed_tflops - 1
-    pairs, ours = turns[100, "pairs", 128], [turns[100, name, 128] for name in RATES]
-    yield (
-        f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
-        f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
-    )
-    yield resources("pairs, two tiles against a block", pairs, chip, 1)
-    yield resources("FlashAttention-4", known.turn, chip, 2)
-    back_overlap = fit(chip, back, dense, backward_tflops)
-    yield f"backward: on {back.source}: {back_overlap:.2f}; {tried(back, chip, dense)}"
-    for name in RATES:
-        share, errors = swept(turns, name)
-        told = ", ".join(f"{error:+.0%}" for error in errors)
-        yield f"triton's {name}: on its rate on an H100: {share:.2f}; errors at others {told}"
-    for shape in shapes:
-        forward = tflops(ours[0], chip, overlap, shape)
-        theirs = tflops(known.turn, chip, overlap, shape)
-        gluon = tflops(pairs, chip, overlap, shape)
-        backward = our_backward_tflops(ours[1], ours[2], chip, back_overlap, shape)
-        best = backward_tflops(back.turn, chip, back_overlap, shape)
+def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape]) -> Iterator[str]:
+    """Predictions for ours in Gluon and the calibration kernels at each shape, with the error."""
+    for chip in CHIPS:
+        known = next(k for k in CALIBRATION if k.target == chip.target)
+        like = shapes[0]
+        dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
+        packed = Shape("packed", lengths_of_magi(), like.heads, like.size, like.dtype)
+        overlap = fit(chip, known, dense)
+        error = tflops(known.turn, chip, overlap, packed) / known.packed_tflops - 1
         yield (
-            f"{shape!s:58} forward {forward:5,.0f} TFLOP/s predicted, "
-            f"{forward / theirs:.2f} of FlashAttention's prediction ({theirs:,.0f}), "
-            f"gluon's {gluon:,.0f}, {gluon / theirs:.2f}; backward {backward:5,.0f}, "
-            f"{backward / best:.2f} of FlashAttention's ({best:,.0f})"
+            f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
+            f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
         )
+        if pairs := turns.get((chip.target, "pairs", 128)):
+            yield resources("pairs, two tiles against a block", pairs, chip, 1)
+            yield resources("FlashAttention-4", known.turn, chip, 2)
+        back = next(k for k in BACKWARD_CALIBRATION if k.target == chip.target)
+        back_overlap = fit(chip, back, dense, backward_tflops)
+        yield f"backward: on {back.source}: {back_overlap:.2f}; {tried(back, chip, dense, packed)}"
+        for shape in shapes:
+            theirs = tflops(known.turn, chip, overlap, shape)
+            best = backward_tflops(back.turn, chip, back_overlap, shape)
+            gluon = ""
+            if pairs:
+                other = tflops(pairs, chip, overlap, shape)
+                gluon = f", gluon's {other:,.0f}, {other / theirs:.2f}"
+            yield (
+                f"{shape!s:58} FlashAttention's forward {theirs:5,.0f} TFLOP/s predicted{gluon}; "
+                f"its backward {best:5,.0f}"
+            )
 
 
-def tried(back: Published, chip: Chip, dense: Shape) -> str:
-    """The model's error on the published rate of a backward to which it was not fitted."""
+def tried(back: Published, chip: Chip, dense: Shape, packed: Shape) -> str:
+    """The model's error on the published rates of a backward to which it was not fitted."""
     overlap = fit(chip, back, dense, backward_tflops)
+    if back.packed_tflops:
+        error = backward_tflops(back.turn, chip, overlap, packed) / back.packed_tflops - 1
+        return f"error on packed rows {error:+.0%}"
     assert back.unmasked_tflops
     error = unmasked_backward_tflops(back.turn, chip, overlap, dense) / back.unmasked_tflops - 1
     return f"error without a mask {error:+.0%}, on packed rows unknown"

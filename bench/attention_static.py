@@ -1,8 +1,8 @@
 """The attention kernels as machine code, for every entry of their table: what can be proven here.
 
 That each compiles, fits and multiplies on the tensor cores by the widest instruction, loads by TMA,
-has warps with roles of their own where it is in Gluon, spills nothing and keeps its budget. Rates
-on a B200 are predicted from the same loops, and are predictions: no kernel has run on one.
+has warps with roles of their own where it is in Gluon, spills nothing and keeps its budget. A rate
+is predicted from the same loops, and is a prediction: no kernel has run on a B200.
 
 Triton must not interpret in this process. For another Triton, put it first on PYTHONPATH.
 """
@@ -21,7 +21,8 @@ import triton
 from bench.attention import gpu_shapes
 from bench.attention_gluon import KERNELS as GLUON
 from bench.attention_gluon import compile_gluon, predict_gluon
-from bench.attention_model import Turn, predict, with_swept_overlaps
+from bench.attention_model import Turn, predict
+from bench.attention_triton import predict_triton, with_swept_overlaps
 from bench.harness import Result
 from bench.machine_code import HOT, MachineCode, compile_kernel
 from hermes_kernels import varlen_attention as kernels
@@ -229,6 +230,7 @@ def run() -> Iterator[Result | str]:
     yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA and spills nothing"
     turns = with_swept_overlaps(turns)
     yield from predict(turns, gpu_shapes())
+    yield from predict_triton(turns, gpu_shapes())
     yield from predict_gluon(turns, gpu_shapes())
 
 
