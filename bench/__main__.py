@@ -1,4 +1,4 @@
-"""`python -m bench BENCHMARK [--static] [--only TEXT] [--json]`; `--help` names the benchmarks.
+"""`python -m bench BENCHMARK [--static | --sweep] [--only TEXT] [--json]`; `--help` tells which.
 
 `python -m bench kills` is a trial with options of its own: see its `--help`.
 """
@@ -15,8 +15,11 @@ BENCHMARKS = (
     *("packing", "dealing", "rows", "attention", "loss"),
     *("endpoint", "complete", "sandbox"),
 )
-# What the machine code tells where no GPU is.
-STATIC = {"attention": "attention_static", "loss": "loss_static"}
+# What the machine code tells where no GPU is, and what a GPU tells about launches.
+MODES = {
+    "static": {"attention": "attention_static", "loss": "loss_static"},
+    "sweep": {"attention": "attention_sweep"},
+}
 
 
 def main() -> None:
@@ -26,19 +29,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each result")
-    parser.add_argument(
-        "--static", action="store_true", help="read the machine code; no GPU needed"
-    )
+    mode = parser.add_mutually_exclusive_group()
+    for word, what in (
+        ("static", "read the machine code; no GPU needed"),
+        ("sweep", "time every launch worth trying on the GPU that is here"),
+    ):
+        mode.add_argument(f"--{word}", dest="mode", action="store_const", const=word, help=what)
     parser.add_argument(
         "--only", metavar="TEXT", default="", help="attention: shapes whose name has this in it"
     )
     arguments = parser.parse_args()
     name = arguments.benchmark
-    if arguments.only and (arguments.static or name != "attention"):
+    if arguments.only and (arguments.mode or name != "attention"):
         parser.error("--only is for attention, where it is run")
-    if arguments.static and name not in STATIC:
-        parser.error(f"{name} has no machine code to read; --static is for {', '.join(STATIC)}")
-    module = importlib.import_module(f"bench.{STATIC[name] if arguments.static else name}")
+    known = MODES[arguments.mode] if arguments.mode else {name: name}
+    if name not in known:
+        parser.error(f"--{arguments.mode} is for {', '.join(known)}, not for {name}")
+    module = importlib.import_module(f"bench.{known[name]}")
     options = {"only": arguments.only} if arguments.only else {}
     tell(module.run(**options), as_json=arguments.json)
 

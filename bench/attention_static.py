@@ -1,8 +1,8 @@
 """The attention kernels as machine code, for every entry of their table: what can be proven here.
 
 That each compiles, fits and multiplies on the tensor cores by the widest instruction, loads by TMA,
-is specialised where the table says so, spills nothing and keeps its budget. A rate is predicted
-from the same loops, and is a prediction: none of these kernels has run on a GPU.
+has warps with roles of their own where it is in Gluon, spills nothing and keeps its budget. A rate
+is predicted from the same loops, and is a prediction: no kernel has run on a B200.
 
 Triton must not interpret in this process. For another Triton, put it first on PYTHONPATH.
 """
@@ -22,6 +22,7 @@ from bench.attention import gpu_shapes
 from bench.attention_gluon import KERNELS as GLUON
 from bench.attention_gluon import compile_gluon, predict_gluon
 from bench.attention_model import Turn, predict
+from bench.attention_triton import predict_triton, with_swept_overlaps
 from bench.harness import Result
 from bench.machine_code import HOT, MachineCode, compile_kernel
 from hermes_kernels import varlen_attention as kernels
@@ -90,7 +91,7 @@ class Entry:
     @property
     def others(self) -> int:
         """Instructions that all roles but the softmax issue in a turn, on sm_100."""
-        if self.target != 100 or not (self.launch.specialize or self._in_gluon):
+        if self.target != 100 or not self._in_gluon:
             return 0
         return sum(
             body.total() * (self.launch.warps if body["FMUL"] + body["FMUL2"] else 1)
@@ -129,8 +130,7 @@ class Entry:
         checks = {
             f"no {matrix}": code.count(matrix) == 0,
             "no TMA loads": code.count("UTMALDG") == 0,
-            "warps are not specialised": (self.launch.specialize or self._in_gluon)
-            and code.warps <= self.launch.warps,
+            "warps are not specialised": self._in_gluon and code.warps <= self.launch.warps,
             "no loop that exponentiates": not self.loop,
             f"{early} arrivals before all warps have met": self._in_gluon and early > 0,
         }
@@ -154,26 +154,18 @@ def compile_entry(
     queries = f"tensordesc<bf16[{launch.queries},{size}]>"
     keys = f"tensordesc<bf16[{launch.keys},{size}]>"
     vector = f"tensordesc<fp32[{launch.queries}]>"
-    special = {
-        "forward": {"k_desc": keys, "v_desc": keys},
-        "dq": {"k_desc": keys, "v_desc": keys},
-        "dkdv": {"q_desc": queries, "dout_desc": queries, "lse_desc": vector, "delta_desc": vector},
-    }[kernel]
-    integers, floats = ("starts", "ends", "order"), ("lse_ptr", "delta_ptr")
     function: Any = getattr(kernels, f"{kernel}_kernel")
     constants = {
-        "N": 8 * kv_heads, "K": kv_heads, "G": 8, "S": parts_of(kv_heads, 8), "H": size,
-        "M": launch.queries, "J": launch.keys, "SPECIALIZE": launch.specialize,
+        "G": 8, "S": parts_of(kv_heads, 8), "H": size, "M": launch.queries, "J": launch.keys,
     }  # fmt: skip
-    signature = {"scale": "fp32", "T": "i32", "U": "i32"} | special
-    for name in function.arg_names:
-        if name in integers:
-            signature[name] = "*i32"
-        elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in floats else "*bf16"
+    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "order": "*i32", "starts": "*i32"}
+    kinds |= {"ends": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    kinds |= {"lse_desc": vector, "delta_desc": vector}
+    kinds |= dict.fromkeys(("q_desc", "dout_desc", "out_desc", "dq_desc"), queries)
+    kinds |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), keys)
     return compile_kernel(
         function,
-        {name: signature[name] for name in function.arg_names if name in signature},
+        {name: kinds[name] for name in function.arg_names if name in kinds},
         {name: value for name, value in constants.items() if name in function.arg_names},
         target,
         divisible=("T", "U"),
@@ -225,7 +217,7 @@ def part_faults() -> list[str]:
 
 def run() -> Iterator[Result | str]:
     """A line for each entry, then the predictions; an entry with a fault ends the run."""
-    yield f"Triton {triton.__version__}; compiled, not run: no figure here was measured on a GPU\n"
+    yield f"Triton {triton.__version__}; compiled, not run: no figure here was measured\n"
     wrong, turns = [], {}
     for entry in entries():
         faults = entry.faults()
@@ -236,14 +228,16 @@ def run() -> Iterator[Result | str]:
     if wrong:
         raise SystemExit("\n".join(wrong))
     yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA and spills nothing"
+    turns = with_swept_overlaps(turns)
     yield from predict(turns, gpu_shapes())
+    yield from predict_triton(turns, gpu_shapes())
     yield from predict_gluon(turns, gpu_shapes())
 
 
 def line(entry: Entry) -> str:
     how, code = entry.launch, entry.code
     by_class = ", ".join(f"{count} {name}" for name, count in entry.classes().items() if count)
-    roles = " by role" if how.specialize or entry.kernel in GLUON else ""
+    roles = " by role" if entry.kernel in GLUON else ""
     special = f"{code.warps} warps{roles}"
     return (
         f"sm_{entry.target:<3} {entry.kernel:10} {entry.size:3}  {how.queries:3} x {how.keys:<3} "
@@ -258,8 +252,7 @@ def line(entry: Entry) -> str:
 def turn_of(entry: Entry) -> Turn:
     """One turn of the softmax loop, as `attention_model` wants it."""
     how, heads = entry.launch, 2 if entry.kernel == "pairs" else 1
-    # In Gluon and on sm_90 the warps asked for stand twice, as two groups.
-    twice = entry.kernel in GLUON or (how.specialize and entry.target == 90)
+    twice = entry.kernel in GLUON  # there the warps asked for stand twice, as two groups
     products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel.removesuffix("_sm100")]
     return Turn(
         queries=how.queries,

@@ -1,7 +1,9 @@
-"""Every launch worth trying of the attention kernels, timed on the GPU that is here.
+"""Every launch worth trying of the attention kernels in Triton, timed on the GPU that is here.
 
 What wins belongs into `hermes_kernels.launch.TABLE`: nothing is tuned at a user's first step. Each
-candidate is compiled beforehand, as many at once as there are cores.
+candidate is compiled and tried beforehand, as many at once as there are cores, in a process of its
+own: after an illegal instruction a process can use its GPU no more. A candidate whose result is not
+that of the table's launch is told as wrong and never timed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench.attention import Shape, lognormal
 from bench.harness import Result
@@ -24,57 +27,60 @@ from hermes_kernels import launch, varlen_attention
 from hermes_kernels.launch import Kernel, Launch
 
 RUNS, CYCLES_BEFORE = 15, 400_000  # a pause of the device in which the host queues what is timed
-KERNELS: tuple[Kernel, ...] = ("forward", "dq", "dkdv")
+PRODUCTS: dict[Kernel, int] = {"forward": 2, "dq": 3, "dkdv": 4}
 HEADS = (64, 8)
+TOLERANCE = 1e-2  # between two launches of a kernel in bf16, as a share of the norm
 TILES = {64: (64, 128), 128: (32, 64, 128), 256: (32, 64)}  # of what a program walks over
 Job = tuple[Kernel, int, Launch]
+Call = Callable[[Launch], list[Tensor]]
 
 
 def candidates(kernel: Kernel, size: int) -> list[Launch]:
     """Tiles that shared memory has room for, by the warps that have registers for them on Hopper.
 
-    Two groups of warps compute a tile of 128 rows, one a tile of 64; where warps are specialised
-    the compiler makes the second group itself.
+    Two groups of four warps compute a tile of 128 rows, one a tile of 64, where heads of 256 leave
+    one too few.
     """
     found = []
-    warps = {64: ((4, False), (4, True)), 128: ((8, False), (4, True))}
+    warps = {64: (4, 8) if size == 256 else (4,), 128: (8,)}
     for own, other, stages in itertools.product(warps, TILES[size], (1, 2, 3)):
         held = 1 if kernel == "forward" else 2
         if 2 * size * (held * own + 2 * stages * other) > SHARED_BYTES:
             continue
         queries, keys = (other, own) if kernel == "dkdv" else (own, other)
-        found += [
-            Launch(queries, keys, count, stages, specialize)
-            for count, specialize in warps[own]
-            if not (specialize and (stages == 1 or size == 256))
-        ]
+        found += [Launch(queries, keys, count, stages) for count in warps[own]]
     return found
 
 
 def run() -> Iterator[Result | str]:
     """Milliseconds of each candidate at two packings of a row of 16,384."""
-    jobs = [(k, size, how) for size in TILES for k in KERNELS for how in candidates(k, size)]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    if not torch.cuda.is_available():
+        raise SystemExit("--sweep times launches, and there is no CUDA device; see --static")
+    kinds = [(k, size) for size in TILES for k in PRODUCTS if in_table(k, size)]
+    jobs = [(*kind, how) for kind in kinds for how in candidates(*kind)]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), max_tasks_per_child=1) as pool:
         refused = dict(zip(jobs, pool.map(compile_job, jobs), strict=True))
-    for mean, (size, kernel) in itertools.product((4096, 1024), itertools.product(TILES, KERNELS)):
+    for mean, (kernel, size) in itertools.product((4096, 1024), kinds):
         shape = Shape(f"mean {mean:,}", lognormal(mean, 16_384), HEADS, size, torch.bfloat16)
         yield f"\n{kernel}, {shape}"
-        found = []
-        for job in (job for job in jobs if job[:2] == (kernel, size)):
-            if not refused[job]:
-                found.append((milliseconds(call_of(job, shape)), job[2]))
-            elif mean == 4096:
-                yield f"{astuple(job[2])}: {refused[job]}"
+        call, found = call_of(kernel, shape), []
+        for how in candidates(kernel, size):
+            if why := refused[kernel, size, how] or fault(call, how, in_table(kernel, size)):
+                yield f"{astuple(how)}: {why}"
+            else:
+                found.append((milliseconds(call, how), how))
         for spent, how in sorted(found, key=lambda pair: pair[0]):
             yield result(shape, kernel, how, spent)
 
 
+def in_table(kernel: Kernel, size: int) -> Launch | None:
+    """The table's launch for the GPU that is here."""
+    return launch.TABLE.get((launch.architecture(torch.device("cuda")), kernel, size))
+
+
 def result(shape: Shape, kernel: Kernel, how: Launch, spent: tuple[float, float, float]) -> Result:
-    products = {"forward": 2, "dq": 3, "dkdv": 4}[kernel]
-    speed = shape.flops * products / 2 / spent[0] / 1e9
-    in_table = how == launch.launch_of(
-        launch.architecture(torch.device("cuda")), kernel, shape.size
-    )
+    speed = shape.flops * PRODUCTS[kernel] / 2 / spent[0] / 1e9
+    ours = ", in the table" if how == in_table(kernel, shape.size) else ""
     return Result(
         op=f"attention {kernel}",
         shape=str(shape),
@@ -84,25 +90,35 @@ def result(shape: Shape, kernel: Kernel, how: Launch, spent: tuple[float, float,
         value=spent[0],
         spread=spent[1:],
         runs=RUNS,
-        notes=f"{speed:,.0f} TFLOP/s of its own products" + (", in the table" if in_table else ""),
+        notes=f"{speed:,.0f} TFLOP/s of its own products{ours}",
     )
 
 
 def compile_job(job: Job) -> str:
-    """Why a candidate does not run; "" if it does, and is in Triton's cache now."""
-    shape = Shape("two", (512, 512), HEADS, job[1], torch.bfloat16)
+    """Why a candidate does not run or is wrong; "" if neither, and it is in Triton's cache now."""
+    kernel, size, how = job
+    shape = Shape("two", (512, 512), HEADS, size, torch.bfloat16)
+    return fault(call_of(kernel, shape), how, in_table(kernel, size))
+
+
+def fault(call: Call, how: Launch, known: Launch | None) -> str:
+    """Why a launch does not run, or how far it is from what the known one computes; "" if fine."""
+    assert known is not None
+    wanted = call(known)
     try:
-        call_of(job, shape)()
+        got = call(how)
         torch.cuda.synchronize()
     except Exception as problem:  # resources, or the compiler gave up: the next one is tried
         return f"{type(problem).__name__}: {problem}".partition("\n")[0][:100]
-    return ""
+    offs = [float((x - y).norm() / y.norm()) for x, y in zip(got, wanted, strict=True)]
+    if all(off <= TOLERANCE for off in offs):  # no NaN is
+        return ""
+    return f"WRONG: off by {', '.join(f'{off:.1e}' for off in offs)} from {astuple(known)}"
 
 
-def call_of(job: Job, shape: Shape) -> Callable[[], object]:
-    """One kernel as `hermes_kernels.varlen_attention` launches it, but by this launch."""
-    kernel, size, how = job
-    (heads, kv_heads), tokens = shape.heads, shape.tokens
+def call_of(kernel: Kernel, shape: Shape) -> Call:
+    """One kernel as `hermes_kernels.varlen_attention` launches it, by the launch it is given."""
+    (heads, kv_heads), tokens, size = shape.heads, shape.tokens, shape.size
     q, k, v, dout = (
         torch.randn(tokens, n, size, device="cuda", dtype=shape.dtype)
         for n in (heads, kv_heads, kv_heads, heads)
@@ -111,31 +127,31 @@ def call_of(job: Job, shape: Shape) -> Callable[[], object]:
     forward = (q, k, v, at.starts, at.query_order, size**-0.5)
     out, lse = varlen_attention.forward(*forward)
     rest = (q, k, v, dout, lse, varlen_attention.delta_of(out, dout, lse))
-    calls: dict[str, Callable[[], object]] = {
+    calls: dict[Kernel, Callable[[], tuple[Tensor, ...]]] = {
         "forward": lambda: varlen_attention.forward(*forward),
-        "dq": lambda: varlen_attention.dq_of(*rest, at.starts, at.query_order, size**-0.5),
+        "dq": lambda: (varlen_attention.dq_of(*rest, at.starts, at.query_order, size**-0.5),),
         "dkdv": lambda: varlen_attention.dkdv_of(*rest, at.ends, at.key_order, size**-0.5),
     }
 
-    def call() -> object:
+    def call(how: Launch) -> list[Tensor]:
         key = (launch.architecture(q.device), kernel, size)
         known, launch.TABLE[key] = launch.TABLE[key], how
         try:
-            return calls[kernel]()
+            return list(calls[kernel]())
         finally:
             launch.TABLE[key] = known
 
     return call
 
 
-def milliseconds(call: Callable[[], object]) -> tuple[float, float, float]:
+def milliseconds(call: Call, how: Launch) -> tuple[float, float, float]:
     """Median, fastest and slowest by the device's clock."""
     spent = []
     for turn in range(RUNS + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(CYCLES_BEFORE)
         start.record()  # type: ignore[no-untyped-call]
-        call()
+        call(how)
         end.record()  # type: ignore[no-untyped-call]
         end.synchronize()
         if turn >= 2:

@@ -29,15 +29,15 @@ class Launch:
     keys: int  # tokens of a key tile
     warps: int
     stages: int
-    specialize: bool = False  # warps that only load, beside those that compute
 
 
-# No entry was timed: none of these kernels has run on a GPU. For 90 and 100 each is the largest
-# tile that the machine code shows to fit: shared memory, tensor memory, registers, nothing spilled
-# (`python -m bench attention --static`); where warps can be specialised they are, as
-# FlashAttention-3 and 4 do with the same tiles. 80 stands for every other GPU, only compiled.
-# "pairs" is the forward of `forward_sm100`. Its stages, and those of "dq_sm100" and "dkdv_sm100",
-# are blocks of 128 tokens, as many as shared memory has room for.
+# Triton's of 90 are the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton
+# 3.6.0). Of 100 nothing was timed: each has rows of 128, as fewer take the tensor cores as long,
+# and the largest tile that two programs of a multiprocessor have room for, as Hopper's fastest, so
+# that one multiplies while the other exponentiates; where none has, the largest that fits, by the
+# machine code (`python -m bench attention --static`). 80 stands for every other GPU, only compiled.
+# "pairs" is the forward of `forward_sm100`. Stages of kernels in Gluon are blocks, as many as
+# shared memory has room for.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (90, "forward", 64): Launch(64, 128, 4, 2),
     (90, "forward", 128): Launch(64, 128, 4, 1),
@@ -54,25 +54,25 @@ TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (90, "dq_sm90", 128): Launch(128, 64, 4, 3),
     (90, "dkdv_sm90", 64): Launch(64, 128, 4, 4),
     (90, "dkdv_sm90", 128): Launch(64, 128, 4, 3),
-    (100, "forward", 64): Launch(128, 128, 8, 2, specialize=True),
-    (100, "forward", 128): Launch(128, 128, 8, 2, specialize=True),
+    (100, "forward", 64): Launch(128, 64, 8, 2),
+    (100, "forward", 128): Launch(128, 128, 8, 2),
     (100, "forward", 256): Launch(128, 64, 8, 2),
     (100, "pairs", 64): Launch(128, 128, 4, 8),
     (100, "pairs", 128): Launch(128, 128, 4, 5),
-    (100, "dq", 64): Launch(128, 64, 8, 2, specialize=True),
-    (100, "dq", 128): Launch(128, 64, 8, 2, specialize=True),
-    (100, "dq", 256): Launch(64, 64, 4, 2),
-    (100, "dkdv", 64): Launch(128, 64, 8, 2, specialize=True),
-    (100, "dkdv", 128): Launch(128, 64, 8, 2, specialize=True),
-    (100, "dkdv", 256): Launch(64, 64, 4, 1),
+    (100, "dq", 64): Launch(128, 64, 8, 2),
+    (100, "dq", 128): Launch(128, 128, 8, 2),
+    (100, "dq", 256): Launch(128, 32, 8, 2),
+    (100, "dkdv", 64): Launch(64, 128, 8, 2),
+    (100, "dkdv", 128): Launch(64, 128, 8, 2),
+    (100, "dkdv", 256): Launch(64, 64, 8, 1),
     (100, "dq_sm100", 64): Launch(128, 128, 4, 8),
     (100, "dq_sm100", 128): Launch(128, 128, 4, 5),
     (100, "dkdv_sm100", 64): Launch(128, 128, 4, 9),
     (100, "dkdv_sm100", 128): Launch(128, 128, 4, 5),
-    (80, "forward", 64): Launch(128, 64, 8, 2),
-    (80, "forward", 128): Launch(64, 64, 4, 2),
-    (80, "dq", 64): Launch(128, 64, 8, 2),
-    (80, "dq", 128): Launch(64, 64, 4, 2),
+    (80, "forward", 64): Launch(128, 32, 8, 2),
+    (80, "forward", 128): Launch(64, 32, 8, 2),
+    (80, "dq", 64): Launch(128, 32, 8, 2),
+    (80, "dq", 128): Launch(64, 32, 4, 2),
     (80, "dkdv", 64): Launch(32, 64, 4, 2),
     (80, "dkdv", 128): Launch(32, 64, 8, 1),
 }

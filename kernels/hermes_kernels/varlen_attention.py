@@ -19,19 +19,19 @@ rounded as FlashAttention rounds those of single heads, are added afterwards. No
 inputs give equal bits. A masked weight is exactly 0, so other segments change no bit either, as
 long as a segment keeps its place modulo TILE.
 
-Every kernel is one loop over descriptor loads, with the segment bounds loaded through a descriptor
-too: the only form that Triton 3.6 and 3.7 warp-specialise on Hopper. There a tile is split between
-two groups of warps, so what belongs to the tile comes through descriptors made in the kernel, which
-the compiler can split; what the loop walks over comes through the host's, which cost nothing. Those
-of outputs are made after the loop: before it they cost registers. A head size that is no power of
-two is padded with zeros by the caller.
+Every kernel is one loop over descriptor loads, all by the host's descriptors, which take no memory
+on the device. No warps have roles of their own: those that Triton 3.6.0 made of these kernels
+(`warp_specialize=True`) computed something else on an H100. Where roles matter the kernels are in
+Gluon. A head size that is no power of two is padded with zeros by the caller.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); the tiling and its cost are counted in
-docs/numbers.md. Twin: `reference.varlen_attention`. `forward_sm100` and `backward_sm100` are
-others, for Blackwell.
+docs/numbers.md. Twin: `reference.varlen_attention`. `forward_sm90` and `backward_sm90` are others,
+for Hopper, `forward_sm100` and `backward_sm100` for Blackwell.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import triton
@@ -58,34 +58,20 @@ def _tile(order, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _heads(x, T, HEADS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr):
-    """Descriptor of a contiguous [T, HEADS, H] tensor in boxes [ROWS, H] of one head."""
-    return tl.make_tensor_descriptor(x, [T, HEADS * H], [HEADS * H, 1], [ROWS, H])
-
-
-@triton.jit
-def _vector(x, LENGTH, ROWS: tl.constexpr):
-    return tl.make_tensor_descriptor(x, [LENGTH], [1], [ROWS])
-
-
-@triton.jit
 def forward_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, lse_ptr, starts, order, scale, T, U,
-    N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, order, scale, T, U,
+    G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """out and lse (natural logarithm) of one query tile of one head. Grid (N, U / M)."""
     row, head = _tile(order, M), tl.program_id(0)
     t = row + tl.arange(0, M)
     first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
-    start = _vector(starts, T, M).load([row])  # [M]
-    q = _heads(q_ptr, T, N, H, M).load([row, head * H])
+    start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
+    q = q_desc.load([row, head * H])
     acc = tl.zeros((M, H), tl.float32)
     total = tl.zeros((M,), tl.float32)
     top = tl.zeros((M,), tl.float32) + LEAST
-    # From 0 on: on sm_100 the warps that scale acc have no register left for another first key.
-    for i in tl.range(0, row + M - first, J, warp_specialize=SPECIALIZE):
-        n = first + i
+    for n in range(first, row + M, J):
         k = k_desc.load([n, head // G * H])
         s = tl.dot(q, k.T)  # [M, J]
         j = n + tl.arange(0, J)
@@ -99,8 +85,7 @@ def forward_kernel(
         v = v_desc.load([n, head // G * H])
         acc = tl.dot(p.to(v.dtype), v, acc)
         top = new_top
-    out = (acc / total[:, None]).to(q.dtype)
-    _heads(out_ptr, T, N, H, M).store([row, head * H], out)
+    out_desc.store([row, head * H], (acc / total[:, None]).to(q.dtype))
     tl.store(lse_ptr + head.to(tl.int64) * U + t, (top + tl.math.log2(total)) * LN2)
 
 
@@ -121,39 +106,34 @@ def delta_kernel(
 
 @triton.jit
 def dq_kernel(
-    q_ptr, k_desc, v_desc, dout_ptr, dq_ptr, lse_ptr, delta_ptr, starts, order, scale, T, U,
-    N: tl.constexpr, G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse_ptr, delta_ptr, starts, order, scale, T, U,
+    G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile of one head. Grid (N, U / M)."""
     row, head = _tile(order, M), tl.program_id(0)
     t = row + tl.arange(0, M)
     first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
-    start = _vector(starts, T, M).load([row])  # [M]
-    lse = _vector(lse_ptr + head.to(tl.int64) * U, U, M).load([row]) * LOG2E  # [M]
-    delta = _vector(delta_ptr + head.to(tl.int64) * U, U, M).load([row])  # [M]
-    q = _heads(q_ptr, T, N, H, M).load([row, head * H])
-    dout = _heads(dout_ptr, T, N, H, M).load([row, head * H])
+    start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
+    lse = tl.load(lse_ptr + head.to(tl.int64) * U + t) * LOG2E  # [M]
+    delta = tl.load(delta_ptr + head.to(tl.int64) * U + t)  # [M]
+    q, dout = q_desc.load([row, head * H]), dout_desc.load([row, head * H])
     dq = tl.zeros((M, H), tl.float32)
-    for n in tl.range(first, row + M, J, warp_specialize=SPECIALIZE):
+    for n in range(first, row + M, J):
         k, v = k_desc.load([n, head // G * H]), v_desc.load([n, head // G * H])
-        # Before s: else Triton 3.6 gives ds to warps of their own on sm_100, which spill.
-        dp = tl.dot(dout, v.T)  # [M, J]
-        s = tl.dot(q, k.T) * (scale * LOG2E) - lse[:, None]
+        s = tl.dot(q, k.T) * (scale * LOG2E) - lse[:, None]  # [M, J]
         j = n + tl.arange(0, J)
         seen = (j[None, :] <= t[:, None]) & (j[None, :] >= start[:, None])
         p = tl.math.exp2(tl.where(seen, s, MASKED))
-        ds = p * (dp - delta[:, None])
+        ds = p * (tl.dot(dout, v.T) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
-    _heads(dq_ptr, T, N, H, M).store([row, head * H], (dq * scale).to(q.dtype))
+    dq_desc.store([row, head * H], (dq * scale).to(q.dtype))
 
 
 @triton.jit
 def dkdv_kernel(
-    q_desc, k_ptr, v_ptr, dout_desc, dk_ptr, dv_ptr, lse_desc, delta_desc, ends, order,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse_desc, delta_desc, ends, order,
     scale, T, U,
-    K: tl.constexpr, G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr,
-    J: tl.constexpr, SPECIALIZE: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile and key head, over one of S parts of its G query heads.
 
@@ -162,15 +142,14 @@ def dkdv_kernel(
     row, part = _tile(order, J), tl.program_id(0)
     head = part // S
     j = row + tl.arange(0, J)
-    end = _vector(ends, T, J).load([row])  # [J]
+    end = tl.load(ends + tl.minimum(j, T - 1))  # [J]
     last = tl.load(ends + tl.minimum(row + J, T) - 1)  # one past the last query that sees the tile
     blocks = tl.maximum(tl.cdiv(last - row, M), 0)
-    k = _heads(k_ptr, T, K, H, J).load([row, head * H])
-    v = _heads(v_ptr, T, K, H, J).load([row, head * H])
+    k, v = k_desc.load([row, head * H]), v_desc.load([row, head * H])
     dk = tl.zeros((J, H), tl.float32)
     dv = tl.zeros((J, H), tl.float32)
-    for i in tl.range(0, G // S * blocks, warp_specialize=SPECIALIZE):
-        query_head, n = part * (G // S) + i // blocks, row + i % blocks * M
+    query_head, n = part * (G // S), row
+    for _ in range(G // S * blocks):
         q, dout = q_desc.load([n, query_head * H]), dout_desc.load([n, query_head * H])
         lse = lse_desc.load([query_head * U + n]) * LOG2E  # [M]
         delta = delta_desc.load([query_head * U + n])
@@ -181,8 +160,11 @@ def dkdv_kernel(
         dv = tl.dot(p.to(dout.dtype), dout, dv)
         ds = p * (tl.dot(v, dout.T) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
-    _heads(dv_ptr, T, K * S, H, J).store([row, part * H], dv.to(v.dtype))
-    _heads(dk_ptr, T, K * S, H, J).store([row, part * H], (dk * scale).to(k.dtype))
+        n += M
+        query_head = tl.where(n < last, query_head, query_head + 1)
+        n = tl.where(n < last, n, row)
+    dv_desc.store([row, part * H], dv.to(v.dtype))
+    dk_desc.store([row, part * H], (dk * scale).to(k.dtype))
 
 
 def forward(
@@ -199,11 +181,12 @@ def forward(
     room = room_for(heads, tokens, order.numel())
     out, lse = torch.empty_like(q_TNH), q_TNH.new_empty(heads, room, dtype=torch.float32)
     how = launch_of(architecture(q_TNH.device), "forward", size)
+    q_box, out_box = (_boxes(x, how.queries) for x in (q_TNH, out))
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
-    with _on(q_TNH.device):
+    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
         forward_kernel[heads, room // how.queries](
-            q_TNH, *boxes, out, lse, starts_T, order, scale, tokens, room,
-            heads, heads // k_TKH.shape[1], size, how.queries, how.keys, how.specialize,
+            q_box, *boxes, out_box, lse, starts_T, order, scale, tokens, room,
+            heads // k_TKH.shape[1], size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return out, lse
@@ -230,7 +213,7 @@ def delta_of(out_TNH: Tensor, dout_TNH: Tensor, lse_NU: Tensor) -> Tensor:
     tokens, heads, size = out_TNH.shape
     delta_NU = torch.empty_like(lse_NU)
     how = launch_of(architecture(out_TNH.device), "delta", size)
-    with _on(out_TNH.device):
+    with torch.cuda.device(out_TNH.device) if out_TNH.is_cuda else nullcontext():
         delta_kernel[heads, lse_NU.shape[1] // how.queries](
             out_TNH, dout_TNH, delta_NU, tokens, lse_NU.shape[1], heads, size, how.queries,
             num_warps=how.warps,
@@ -246,11 +229,12 @@ def dq_of(
     (tokens, heads, size), room = q_TNH.shape, lse_NU.shape[1]
     dq_TNH = torch.empty_like(q_TNH)
     how = launch_of(architecture(q_TNH.device), "dq", size)
+    q_box, dout_box, dq_box = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH, dq_TNH))
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
-    with _on(q_TNH.device):
+    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
         dq_kernel[heads, room // how.queries](
-            q_TNH, *boxes, dout_TNH, dq_TNH, lse_NU, delta_NU, starts_T, order, scale, tokens,
-            room, heads, heads // k_TKH.shape[1], size, how.queries, how.keys, how.specialize,
+            q_box, *boxes, dout_box, dq_box, lse_NU, delta_NU, starts_T, order, scale, tokens,
+            room, heads // k_TKH.shape[1], size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return dq_TNH
@@ -267,12 +251,13 @@ def dkdv_of(
     parts = parts_of(kv_heads, group)
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
     how = launch_of(architecture(q_TNH.device), "dkdv", size)
-    q_boxes, dout_boxes = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH))
+    q_box, dout_box = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH))
+    boxes = [_boxes(x, how.keys) for x in (k_TKH, v_TKH, dk, dv)]
     vectors = (TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (lse_NU, delta_NU))
-    with _on(q_TNH.device):
+    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
         dkdv_kernel[kv_heads * parts, room // how.keys](
-            q_boxes, k_TKH, v_TKH, dout_boxes, dk, dv, *vectors, ends_T, order, scale, tokens,
-            room, kv_heads, group, parts, size, how.queries, how.keys, how.specialize,
+            q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, ends_T, order, scale, tokens, room,
+            group, parts, size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     if parts > 1:
@@ -282,13 +267,3 @@ def dkdv_of(
 
 def _boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x_TNH.flatten(1), [rows, x_TNH.shape[2]])
-
-
-def _on(device: torch.device) -> torch.device | torch.cuda.device:
-    """The device current, as Triton wants it, and memory for the descriptors kernels make."""
-    if device.type != "cuda":
-        return device  # the interpreter's
-    triton.set_allocator(
-        lambda size, _alignment, _stream: torch.empty(size, device=device, dtype=torch.int8)
-    )
-    return torch.cuda.device(device)

@@ -51,6 +51,10 @@ def test_other_roles_issue_too_and_exponentials_are_never_faster_than_their_unit
     assert replace(turn, exponentials=128).cycles(CHIPS[0], 0.5) == 128 * 8 * 2
 
 
+def test_a_kernel_that_was_measured_has_an_overlap_of_its_own() -> None:
+    assert replace(TURN, overlap=1.5).cycles(CHIPS[0], 0.5) == 1324
+
+
 def test_two_heads_share_a_turn_and_borders_cost_their_masks() -> None:
     chip = CHIPS[0]
     two = Shape("", (256,), (2, 1), 64, torch.bfloat16)

@@ -84,7 +84,6 @@ def test_code_that_fits_has_no_faults() -> None:
     [
         ({"shared_bytes": 240_000}, "240000 bytes of shared memory"),
         ({"registers": 255}, "255 registers x 384 threads"),
-        ({"warps": 4}, "warps are not specialised"),
         ({"sass": LOOP.replace("HGMMA", "HMMA")}, "no HGMMA"),
         ({"sass": LOOP.replace("UTMALDG.2D", "LDG")}, "no TMA loads"),
         ({"sass": LOOP.replace("MUFU.EX2 R8, R2", "STL [R1], R8")}, "1 spill instructions"),
@@ -110,6 +109,12 @@ def test_warps_that_do_not_meet_before_they_arrive_are_a_fault() -> None:
     code = replace(CODE, target=100, sass=PAIRS, ptx=ptx)
     entry = Entry(100, "pairs", 128, TABLE[100, "pairs", 128], code)
     assert "1 arrivals before all warps have met" in entry.faults()
+
+
+def test_a_kernel_in_gluon_whose_warps_have_no_roles_is_a_fault() -> None:
+    code = replace(CODE, target=100, sass=PAIRS, warps=4)
+    entry = Entry(100, "pairs", 128, TABLE[100, "pairs", 128], code)
+    assert "warps are not specialised" in entry.faults()
 
 
 def test_a_longer_loop_breaks_the_budget() -> None:

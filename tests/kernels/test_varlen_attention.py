@@ -175,9 +175,10 @@ def test_addresses_past_two_to_the_31_elements_are_right(monkeypatch: pytest.Mon
     starts, lse = (torch.from_numpy(np.zeros(rows, kind)) for kind in (np.int32, np.float32))
     q[-TILE:] = torch.randn(TILE, 1, size, generator=torch.Generator().manual_seed(0))
     starts[-TILE:] = rows - TILE
-    box, last = kernels._boxes(q, TILE), torch.tensor([rows // TILE - 1], dtype=torch.int32)
+    box, out_box = (kernels._boxes(x, TILE) for x in (q, out))
+    last = torch.tensor([rows // TILE - 1], dtype=torch.int32)
     kernels.forward_kernel[1, 1](
-        q, box, box, out, lse, starts, last, 0.1, rows, rows, 1, 1, size, TILE, TILE, False
+        box, box, box, out_box, lse, starts, last, 0.1, rows, rows, 1, size, TILE, TILE
     )
     small, at = q[-TILE:].clone(), where([TILE])
     wanted, _ = kernels.forward(small, small, small, at.starts, at.query_order, 0.1)
