@@ -99,7 +99,6 @@ def _step(
     slot, lap, masked: gl.constexpr, dk, dv, k, v, q, dout, lse, delta, q_ready, q_free, dout_ready,
     dout_free, j, end, n, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    STAGES: gl.constexpr = q.shape[0]
     M: gl.constexpr = q.shape[1]
     columns: gl.constexpr = gl.SliceLayout(0, zeros.type.layout)
     mbarrier.wait(q_ready.index(slot), lap)
