@@ -5,6 +5,9 @@ Shapes: T packed tokens, N query heads, K key heads, H head size, U = T rounded 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -342,3 +345,39 @@ def test_a_wrong_border_is_seen_in_what_comes_of_it(
     assert error(find(known)) < 5e-3
     worse = error(find(known, sources=broken(sources, wanted, instead)))
     assert not worse < 2e-2
+
+
+def test_the_host_binds_its_arguments_and_compiles_them() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=110)
+
+
+def bind_and_compile() -> None:
+    """`forward` and `backward` as on an H100, up to each launch."""
+    from hermes_kernels import backward_sm90, dkdv_sm90, dq_sm90, forward_sm90, varlen_attention
+    from twins.blackwell import compile_launches
+
+    modules = {
+        "forward": forward_sm90, "delta": varlen_attention, "dq": dq_sm90, "dkdv": dkdv_sm90
+    }  # fmt: skip
+    launched = [
+        compile_launches(module, f"{name}_kernel", target=90) for name, module in modules.items()
+    ]
+    for tokens, heads in ((300, (16, 8)), (1, (5, 1))):
+        at = segments(np.array([0, tokens]))
+        q, k, v, dout = inputs(tokens, *heads, 128)
+        out, lse = forward_sm90.forward(q, k, v, at.starts, at.query_order, 0.1)
+        places = (at.starts, at.ends, at.query_order, at.key_order)
+        gradients = backward_sm90.backward(dout, q, k, v, out, lse, *places, 0.1)
+        assert [x.shape for x in (out, *gradients)] == [q.shape, q.shape, k.shape, v.shape]
+    grids = [[grid for grid, _ in one] for one in launched]
+    assert grids == [[(16, 3), (5, 1)], [(16, 12), (5, 4)], [(16, 3), (5, 1)], [(8, 3), (5, 1)]]
+    assert [[made.num_warps for _, made in one] for one in launched] == [[12] * 2, [4] * 2] + [
+        [12] * 2
+    ] * 2
+    assert all(made.shared <= 232_448 for one in launched for _, made in one)
+
+
+if __name__ == "__main__":
+    bind_and_compile()
