@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import hermes_kernels
@@ -168,6 +170,14 @@ def check(
 )
 def test_every_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
     check(inputs(sum(lengths), 2, 1, 64), lengths, 0.125, seed=sum(lengths))
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=4), st.sampled_from([(2, 1), (1, 1)]))
+@settings(max_examples=10, deadline=None)
+def test_any_packing_in_any_order_of_events_is_right(
+    lengths: list[int], heads: tuple[int, int]
+) -> None:
+    check(inputs(sum(lengths), *heads, 64), lengths, 0.125, seed=sum(lengths))
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2), (5, 1)])
