@@ -1,9 +1,8 @@
 """The attention kernels as machine code, for every entry of their table: what can be proven here.
 
 That each compiles, fits and multiplies on the tensor cores by the widest instruction, loads by TMA,
-is specialised where the table says so, spills nothing and keeps its budget; on sm_90, that products
-in Gluon wait for no more than the source says. A rate is predicted from the same loops: what was
-measured stands elsewhere.
+is specialised where the table says so, spills nothing and keeps its budget. A rate is predicted
+from the same loops, and is a prediction: none of these kernels has run on a GPU.
 
 Triton must not interpret in this process. For another Triton, put it first on PYTHONPATH.
 """

@@ -112,6 +112,13 @@ def test_warps_that_do_not_meet_before_they_arrive_are_a_fault() -> None:
     assert "1 arrivals before all warps have met" in entry.faults()
 
 
+def test_a_longer_loop_breaks_the_budget() -> None:
+    more = "        /*0015*/                   FADD R1, R1, R1 ;\n" * 800
+    longer = LOOP.replace("        /*0020*/", more + "        /*0020*/")
+    (fault,) = replace(ENTRY, code=replace(CODE, sass=longer)).faults()
+    assert fault == "800 float instructions a turn, budget 428"
+
+
 def test_products_that_each_wait_for_the_one_before_are_a_fault() -> None:
     wait = "        /*0015*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
     faults = {}
@@ -128,10 +135,3 @@ def test_a_turn_on_hopper_is_that_of_both_groups() -> None:
     turn = turn_of(Entry(90, "dkdv_sm90", 128, TABLE[90, "dkdv_sm90", 128], CODE))
     assert (turn.queries, turn.keys, turn.warps) == (64, 128, 8)
     assert turn.flops == 8 * 64 * 128**2
-
-
-def test_a_longer_loop_breaks_the_budget() -> None:
-    more = "        /*0015*/                   FADD R1, R1, R1 ;\n" * 800
-    longer = LOOP.replace("        /*0020*/", more + "        /*0020*/")
-    (fault,) = replace(ENTRY, code=replace(CODE, sass=longer)).faults()
-    assert fault == "800 float instructions a turn, budget 428"
