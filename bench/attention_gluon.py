@@ -1,7 +1,10 @@
-"""The attention kernels in Gluon: compiled for sm_100, and a rate predicted for their backward."""
+"""The attention kernels in Gluon: compiled for sm_90 and sm_100, and a rate predicted for their
+backward.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,19 +15,33 @@ from bench.attention import Shape
 from bench.attention_model import (
     BACKWARD_CALIBRATION,
     CHIPS,
+    Chip,
     Turn,
     backward_tflops,
     fit,
     our_backward_tflops,
 )
 from bench.machine_code import MachineCode, compile_kernel
-from hermes_kernels import forward_sm100, halves_sm100
+from hermes_kernels import (
+    dkdv_sm90,
+    dq_sm90,
+    forward_sm90,
+    forward_sm100,
+    groups_sm90,
+    halves_sm100,
+)
 from hermes_kernels.dkdv_sm100 import dkdv_kernel
 from hermes_kernels.dq_sm100 import dq_kernel
 from hermes_kernels.launch import TILE, Kernel, Launch, parts_of
 
 TYPES = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
-KERNELS = {"pairs": forward_sm100.pair_kernel, "dq_sm100": dq_kernel, "dkdv_sm100": dkdv_kernel}
+HOPPER = {"forward_sm90": forward_sm90, "dq_sm90": dq_sm90, "dkdv_sm90": dkdv_sm90}
+KERNELS = {
+    "pairs": forward_sm100.pair_kernel, "dq_sm100": dq_kernel, "dkdv_sm100": dkdv_kernel,
+    "forward_sm90": forward_sm90.forward_kernel, "dq_sm90": dq_sm90.dq_kernel,
+    "dkdv_sm90": dkdv_sm90.dkdv_kernel,
+}  # fmt: skip
+HALF = 64  # tokens of a box that a group of warps multiplies or stores, on sm_90
 
 
 def compile_gluon(
@@ -37,23 +54,34 @@ def compile_gluon(
     dtype: str = "bf16",
 ) -> MachineCode:
     """One of `KERNELS`, for so many query heads to each key head."""
-    function, home = KERNELS[kernel], forward_sm100 if kernel == "pairs" else halves_sm100
+    function, hopper = KERNELS[kernel], kernel in HOPPER
+    home = groups_sm90 if hopper else forward_sm100 if kernel == "pairs" else halves_sm100
+    rows = HALF if hopper else TILE
     constants = {"G": group, "S": parts_of(kv_heads, group), "STAGES": launch.stages}
     kinds = {"scale": "fp32", "T": "i32", "U": "i32", "order": "*i32", "starts": "*i32"}
     kinds |= {"ends": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-    vector = _boxes("fp32", [TILE])
+    vector, block = _boxes("fp32", [rows]), _boxes(dtype, [rows, size])
     kinds |= {"lse_desc": vector, "delta_desc": vector}
-    block = _boxes(dtype, [TILE, size])
+    if kernel == "forward_sm90":
+        kinds |= dict.fromkeys(("k_desc", "v_desc"), _boxes(dtype, [launch.keys, size]))
     names = function.arg_names
     return compile_kernel(
         function,
         {name: kinds.get(name, block) for name in names if name not in constants},
         {name: value for name, value in constants.items() if name in names},
-        100,
+        90 if hopper else 100,
         divisible=("T", "U"),
         num_warps=home.WARPS,
         maxnreg=home.REGISTERS,
     )
+
+
+def waits(kernel: Kernel) -> int:
+    """How often a turn of a kernel of `HOPPER` waits for products, by its source.
+
+    The compiler adds waits around each product where it cannot let it go on by itself.
+    """
+    return inspect.getsource(HOPPER[kernel]._step.fn).count("warpgroup_mma_wait(")
 
 
 def _boxes(dtype: str, block: list[int]) -> str:
@@ -62,13 +90,14 @@ def _boxes(dtype: str, block: list[int]) -> str:
 
 
 def border_share(shape: Shape, turn: Turn) -> float:
-    """Share of the turns over key tiles that are at a border, where `dkdv_sm100` masks."""
+    """Share of the turns over key tiles that are at a border, where Gluon's dkdv masks."""
     lengths = np.array(shape.lengths)
     ends = np.repeat(np.cumsum(lengths), lengths)
     tiles = np.arange(0, shape.tokens, turn.keys)
     last = ends[np.minimum(tiles + turn.keys, shape.tokens) - 1]
     blocks = np.ceil((last - tiles) / turn.queries)
-    inner = np.maximum((ends[tiles] - tiles) // turn.queries, 1) - 1
+    diagonal = turn.keys // turn.queries
+    inner = np.maximum((ends[tiles] - tiles) // turn.queries, diagonal) - diagonal
     return float(1 - inner.sum() / blocks.sum())
 
 
@@ -76,12 +105,18 @@ def predict_gluon(
     turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape]
 ) -> Iterator[str]:
     """Predictions for the backward at each shape, beside the one in Triton."""
-    chip = next(c for c in CHIPS if c.target == 100)
-    back = next(k for k in BACKWARD_CALIBRATION if k.target == 100)
-    like = shapes[0]
+    for chip in CHIPS:
+        yield from _predict_for(chip, turns, shapes)
+
+
+def _predict_for(
+    chip: Chip, turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape]
+) -> Iterator[str]:
+    target, like = chip.target, shapes[0]
+    back = next(k for k in BACKWARD_CALIBRATION if k.target == target)
     dense = Shape("dense", (8192,), like.heads, like.size, like.dtype)
     overlap = fit(chip, back, dense, backward_tflops)
-    dq, dkdv = (turns[100, f"{name}_sm100", 128] for name in ("dq", "dkdv"))
+    dq, dkdv = (turns[target, f"{name}_sm{target}", 128] for name in ("dq", "dkdv"))
     yield f"\n{chip.name}, PREDICTED, not measured: gluon's backward, beside triton's"
     for name, turn in (("dq", dq), ("dkdv", dkdv)):
         yield (
@@ -92,7 +127,7 @@ def predict_gluon(
         masking = round(border_share(shape, dkdv) * dkdv.masking)
         ours = replace(dkdv, instructions=dkdv.instructions + masking)
         rate = our_backward_tflops(dq, ours, chip, overlap, shape)
-        plain = (turns[100, name, 128] for name in ("dq", "dkdv"))
+        plain = (turns[target, name, 128] for name in ("dq", "dkdv"))
         other = our_backward_tflops(*plain, chip, overlap, shape)
         best = backward_tflops(back.turn, chip, overlap, shape)
         yield (

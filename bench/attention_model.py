@@ -30,6 +30,7 @@ from bench.attention import Shape
 from hermes_kernels.launch import parts_of
 
 BACKWARD = 2.5  # FLOPs of a backward for each of its forward
+GLUON = {90: "forward_sm90", 100: "pairs"}  # its forward, by architecture
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,9 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
             f"\n{chip.name}, PREDICTED, not measured; calibrated on {known.source}: share of issue "
             f"slots not hidden {overlap:.2f}; the model's error on packed rows {error:+.0%}"
         )
-        if pairs := turns.get((chip.target, "pairs", 128)):
-            yield resources("pairs, two tiles against a block", pairs, chip, 1)
-            yield resources("FlashAttention-4", known.turn, chip, 2)
+        if gluons := turns.get((chip.target, GLUON[chip.target], 128)):
+            yield resources("gluon, a turn", gluons, chip, 1)
+            yield resources("FlashAttention's code for as much", known.turn, chip, gluons.heads)
         back = next(k for k in BACKWARD_CALIBRATION if k.target == chip.target)
         back_overlap = fit(chip, back, dense, backward_tflops)
         yield f"backward: on {back.source}: {back_overlap:.2f}; {tried(back, chip, dense, packed)}"
@@ -260,8 +261,8 @@ def predict(turns: Mapping[tuple[int, str, int], Turn], shapes: Sequence[Shape])
             theirs = tflops(known.turn, chip, overlap, shape)
             best = backward_tflops(back.turn, chip, back_overlap, shape)
             gluon = ""
-            if pairs:
-                other = tflops(pairs, chip, overlap, shape)
+            if gluons:
+                other = tflops(gluons, chip, overlap, shape)
                 gluon = f", gluon's {other:,.0f}, {other / theirs:.2f}"
             yield (
                 f"{shape!s:58} FlashAttention's forward {theirs:5,.0f} TFLOP/s predicted{gluon}; "

@@ -19,8 +19,8 @@ from typing import Any
 import triton
 
 from bench.attention import gpu_shapes
+from bench.attention_gluon import HOPPER, compile_gluon, predict_gluon, waits
 from bench.attention_gluon import KERNELS as GLUON
-from bench.attention_gluon import compile_gluon, predict_gluon
 from bench.attention_model import Turn, predict
 from bench.attention_triton import predict_triton, with_swept_overlaps
 from bench.harness import Result
@@ -90,8 +90,8 @@ class Entry:
 
     @property
     def others(self) -> int:
-        """Instructions that all roles but the softmax issue in a turn, on sm_100."""
-        if self.target != 100 or not self._in_gluon:
+        """Instructions that all roles but the softmax issue in a turn."""
+        if not self._in_gluon:
             return 0
         return sum(
             body.total() * (self.launch.warps if body["FMUL"] + body["FMUL2"] else 1)
@@ -127,11 +127,15 @@ class Entry:
     def faults(self) -> list[str]:
         """What is wrong; empty where nothing is."""
         code, matrix, early = self.code, MATRIX[self.target], self.code.early_arrivals()
+        pauses = max((body["WARPGROUP.DEPBAR.LE"] for body in code.hot_loops()), default=0)
         checks = {
             f"no {matrix}": code.count(matrix) == 0,
             "no TMA loads": code.count("UTMALDG") == 0,
             "warps are not specialised": self._in_gluon and code.warps <= self.launch.warps,
             "no loop that exponentiates": not self.loop,
+            f"{pauses} waits for products a turn": (
+                self.kernel in HOPPER and pauses > waits(self.kernel)
+            ),
             f"{early} arrivals before all warps have met": self._in_gluon and early > 0,
         }
         wrong = [text for text, so in checks.items() if so]
@@ -253,7 +257,7 @@ def turn_of(entry: Entry) -> Turn:
     """One turn of the softmax loop, as `attention_model` wants it."""
     how, heads = entry.launch, 2 if entry.kernel == "pairs" else 1
     twice = entry.kernel in GLUON  # there the warps asked for stand twice, as two groups
-    products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel.removesuffix("_sm100")]
+    products = {"forward": 2, "pairs": 2, "dq": 3, "dkdv": 4}[entry.kernel.split("_")[0]]
     return Turn(
         queries=how.queries,
         keys=how.keys,

@@ -88,14 +88,19 @@ def _load(
 
 
 @gluon.jit
+def _next(slot, lap, STAGES: gl.constexpr):
+    """The place in a ring after this one, and its lap's parity."""
+    last = slot == STAGES - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, lap ^ 1, lap)
+
+
+@gluon.jit
 def _step(
-    i, masked: gl.constexpr, dk, dv, k, v, q, dout, lse, delta, q_ready, q_free, dout_ready,
+    slot, lap, masked: gl.constexpr, dk, dv, k, v, q, dout, lse, delta, q_ready, q_free, dout_ready,
     dout_free, j, end, n, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    STAGES: gl.constexpr = q.shape[0]
     M: gl.constexpr = q.shape[1]
     columns: gl.constexpr = gl.SliceLayout(0, zeros.type.layout)
-    slot, lap = i % STAGES, i // STAGES & 1
     mbarrier.wait(q_ready.index(slot), lap)
     s = warpgroup_mma(k, q.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(dout_ready.index(slot), lap)
@@ -104,8 +109,8 @@ def _step(
     s = warpgroup_mma_wait(1, [s])
     x = s * (scale * LOG2E) - top[None, :]
     if masked:
-        c = gl.arange(0, M, columns)
-        seen = (c[None, :] >= (j - n)[:, None]) & (c[None, :] < (end - n)[:, None])
+        c = n + gl.arange(0, M, columns)
+        seen = (c[None, :] >= j[:, None]) & (c[None, :] < end[:, None])
         x = gl.where(seen, x, float("-inf"))
     p = gl.exp2(x)
     dv = warpgroup_mma(
@@ -127,7 +132,8 @@ def _dkdv(
     dout_ready, dout_free, ends, scale, row, part, heads, diagonal: gl.constexpr, borders, inner,
     T,
 ):  # fmt: skip
-    """Half x of the tile."""
+    """Half x of the tile. Keys are counted from its beginning: row is not kept beside the sums."""
+    STAGES: gl.constexpr = q.shape[0]
     M: gl.constexpr = q.shape[1]
     HALF: gl.constexpr = k.shape[1]
     H: gl.constexpr = k.shape[2]
@@ -135,28 +141,33 @@ def _dkdv(
     in_dk: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
     in_p: gl.constexpr = gl.DotOperandLayout(0, in_dk, 2)
     begin = row + x * HALF
-    j = begin + gl.arange(0, HALF, gl.SliceLayout(1, in_s))
-    end = gl.load(ends + gl.minimum(j, T - 1))
+    j = x * HALF + gl.arange(0, HALF, gl.SliceLayout(1, in_s))
+    end = gl.load(ends + gl.minimum(row + j, T - 1)) - row
     zeros = gl.full([HALF, M], 0.0, gl.float32, in_s)
     dk = gl.full([HALF, H], 0.0, gl.float32, in_dk)
     dv = gl.full([HALF, H], 0.0, gl.float32, in_dk)
     mbarrier.wait(kv_ready.index(x), 0)
-    for i in range(heads * borders):
-        _, down = _turn(i, heads, diagonal, borders, inner, M)
+    slot, lap, at = 0, 0, 0
+    for _ in range(heads * borders):
+        down = gl.where(at < diagonal, at, at + inner) * M
+        at = gl.where(at + 1 < borders, at + 1, 0)
         dk, dv = _step(
-            i, True, dk, dv, k.index(x), v.index(x), q, dout, lse, delta, q_ready, q_free,
-            dout_ready, dout_free, j, end, row + down, scale, zeros, in_p,
+            slot, lap, True, dk, dv, k.index(x), v.index(x), q, dout, lse, delta, q_ready, q_free,
+            dout_ready, dout_free, j, end, down, scale, zeros, in_p,
         )  # fmt: skip
-    for i in range(heads * borders, heads * (borders + inner)):
+        slot, lap = _next(slot, lap, STAGES)
+    for _ in range(heads * inner):
         dk, dv = _step(
-            i, False, dk, dv, k.index(x), v.index(x), q, dout, lse, delta, q_ready, q_free,
-            dout_ready, dout_free, j, end, row, scale, zeros, in_p,
+            slot, lap, False, dk, dv, k.index(x), v.index(x), q, dout, lse, delta, q_ready, q_free,
+            dout_ready, dout_free, j, end, 0, scale, zeros, in_p,
         )  # fmt: skip
+        slot, lap = _next(slot, lap, STAGES)
     k.index(x).store((dk * scale).to(k.dtype))
     v.index(x).store(dv.to(v.dtype))
     fence_async_shared()
+    # Rows of their own, if equal: what the stores share would be kept in a register and spilled.
     tma.async_copy_shared_to_global(dk_desc, [begin, part * H], k.index(x))
-    tma.async_copy_shared_to_global(dv_desc, [begin, part * H], v.index(x))
+    tma.async_copy_shared_to_global(dv_desc, [gl.minimum(begin, T), part * H], v.index(x))
     tma.store_wait(0)
 
 

@@ -122,3 +122,21 @@ def test_a_longer_loop_breaks_the_budget() -> None:
     longer = LOOP.replace("        /*0020*/", more + "        /*0020*/")
     (fault,) = replace(ENTRY, code=replace(CODE, sass=longer)).faults()
     assert fault == "800 float instructions a turn, budget 428"
+
+
+def test_products_that_each_wait_for_the_one_before_are_a_fault() -> None:
+    wait = "        /*0015*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    faults = {}
+    for count in (2, 3):
+        sass = LOOP.replace("        /*0020*/", wait * count + "        /*0020*/")
+        entry = Entry(
+            90, "forward_sm90", 128, TABLE[90, "forward_sm90", 128], replace(CODE, sass=sass)
+        )
+        faults[count] = entry.faults()
+    assert faults == {2: [], 3: ["3 waits for products a turn"]}
+
+
+def test_a_turn_on_hopper_is_that_of_both_groups() -> None:
+    turn = turn_of(Entry(90, "dkdv_sm90", 128, TABLE[90, "dkdv_sm90", 128], CODE))
+    assert (turn.queries, turn.keys, turn.warps) == (64, 128, 8)
+    assert turn.flops == 8 * 64 * 128**2

@@ -308,8 +308,7 @@ def test_the_host_binds_its_arguments_and_compiles_both() -> None:
 
 
 def bind_and_compile() -> None:
-    """The operation with "gluon" as on a B200, up to each launch."""
-    from hermes_core.attention import _backward_op
+    """`backward` as on a B200, up to each launch."""
     from hermes_kernels import backward_sm100
     from twins.blackwell import compile_launches
 
@@ -319,7 +318,7 @@ def bind_and_compile() -> None:
         q, k, v, dout = inputs(tokens, *heads, 128)
         lse = torch.zeros(heads[0], at.query_order.numel() * TILE)
         places = (at.starts, at.ends, at.query_order, at.key_order)
-        gradients = _backward_op(dout, q, k, v, q, lse, *places, 0.1, "gluon")
+        gradients = backward_sm100.backward(dout, q, k, v, q, lse, *places, 0.1)
         assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
     grids, built = zip(*launched, strict=True)
     assert grids == ((16, 12), (16, 3), (8, 3), (5, 4), (5, 1), (5, 1))

@@ -1,4 +1,6 @@
-"""A B200 in Triton's place of one: kernels are bound and compiled for it, and not launched."""
+"""A B200, or H100, in Triton's place of one: kernels are bound and compiled for it, and not
+launched.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,12 @@ class Launcher:
         )
 
 
-def compile_launches(module: ModuleType, *kernels: str) -> list[Launch]:
+def compile_launches(module: ModuleType, *kernels: str, target: int = 100) -> list[Launch]:
     """From now on, what ``module`` launches of these; all but the driver is Triton's own."""
     properties = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232_448})
     driver = SimpleNamespace(
         utils=properties, get_current_device=lambda: 0, get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 100, 32),
+        get_current_target=lambda: GPUTarget("cuda", target, 32),
     )  # fmt: skip
     triton.runtime.driver.set_active(driver)
     launches: list[Launch] = []

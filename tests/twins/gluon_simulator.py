@@ -325,7 +325,7 @@ class Language:
 
 def run(
     sources: Mapping[str, str], kernel: str, arguments: Mapping[str, Any], grid: Sequence[int],
-    seed: int,
+    seed: int, language: type[Language] = Language,
 ) -> None:  # fmt: skip
     """Run each program of ``grid`` of the kernel so named.
 
@@ -333,13 +333,14 @@ def run(
         sources: the text of each module by its name; the last has the kernel, and may import from
             those before.
         seed: of the order in which roles, copies and products go on.
+        language: that of the GPU, Blackwell's or `twins.hopper.Hopper`.
 
     Raises:
         Fault: a race, a deadlock, a barrier or memory misused; the message says which.
     """
     codes = {name: compile(text, name, "exec") for name, text in sources.items()}
     for i, place in enumerate(np.ndindex(*grid)):
-        known = Language(Machine(seed + 7919 * i), place).namespaces()
+        known = language(Machine(seed + 7919 * i), place).namespaces()
 
         def bring(name: str, *rest: Any, known: dict[str, Any] = known) -> Any:
             return known.get(name) or builtins.__import__(name, *rest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,10 @@ class Tensor:
     def shape(self) -> list[int]:
         return list(self.data.shape)
 
+    @property
+    def type(self) -> Any:
+        return SimpleNamespace(layout=None)
+
     def to(self, dtype: DType, bitcast: bool = False) -> Tensor:
         if bitcast:
             return Tensor(self.data.view(dtype.storage), dtype)
@@ -70,7 +75,7 @@ def number(x: Any, like: DType) -> NDArray[Any]:
 
 
 def reckon(operation: Callable[..., Any], *operands: Any) -> Tensor:
-    like = next(x.dtype for x in operands if isinstance(x, Tensor))
+    like = next((x.dtype for x in operands if isinstance(x, Tensor)), I32)
     values = [number(x, like) for x in operands]
     if any(v.dtype.kind == "f" for v in values):
         values = [v.astype(np.float32) if v.dtype.kind == "i" else v for v in values]
