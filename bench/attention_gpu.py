@@ -18,9 +18,11 @@ from bench.attention import Shape, inputs, sees
 from bench.attention_gpu_peers import (
     FLEX,
     FORWARD_ALONE,
+    LATE,
     Call,
     bounds,
     compiled_mask,
+    flash_calls,
     flashes,
     peers,
     told,
@@ -49,24 +51,41 @@ def run(shapes: Sequence[Shape]) -> Iterator[Result | str]:
     yield "times are the device's, from a queue that the host has filled before"
     here, absent = flashes()
     yield from absent
+    late = {name: run for name, run in here.items() if name in LATE}
+    device, known = torch.device("cuda"), list[Times]()
     for shape in shapes:
-        yield from at_shape(shape, torch.device("cuda"), rate, here)
+        known.append({})
+        prompt = {name: run for name, run in here.items() if name not in LATE}
+        yield from at_shape(shape, device, rate, prompt, known[-1])
+    for shape, times in zip(shapes if late else (), known, strict=False):
+        yield f"\n{shape}"
+        sets = [inputs(shape, str(device)) for _ in range(SETS)]
+        yield from others(shape, flash_calls(shape, device, late), sets, rate, times)
 
 
 def at_shape(
-    shape: Shape, device: torch.device, rate: float, flashes: dict[str, Any]
+    shape: Shape, device: torch.device, rate: float, flashes: dict[str, Any], times: Times
 ) -> Iterator[Result | str]:
     """Each that is right, ours first; stops where ours is wrong, goes on where a peer is."""
     yield f"\n{shape}"
     sets = [inputs(shape, str(device)) for _ in range(SETS)]
     wanted = truth(shape, sets[0])
     torch.cuda.empty_cache()
-    times: Times = {}
     for name, call in ours(shape, device).items():
         if wrong := error(call, sets[0], wanted):  # what ours raises ends the run, with its trace
             raise SystemExit(f"{name}: {wrong} at {shape}")
         yield from timed(shape, name, call, sets, rate, times)
-    for name, load in peers(shape, device, flashes).items():
+    yield from others(shape, peers(shape, device, flashes), sets, rate, times)
+    yield from once_a_batch(shape, device, times)
+
+
+def others(
+    shape: Shape, loads: dict[str, Callable[[], Call]], sets: list[list[Tensor]], rate: float,
+    times: Times,
+) -> Iterator[Result | str]:  # fmt: skip
+    """Each peer that can be had and is right."""
+    wanted = truth(shape, sets[0])
+    for name, load in loads.items():
         torch.cuda.empty_cache()
         try:
             call = load()
@@ -79,7 +98,6 @@ def at_shape(
                 yield from timed(shape, form, attempt, sets, rate, times)
                 break
             yield f"{form}: skipped: {wrong}"
-    yield from once_a_batch(shape, device, times)
 
 
 def ours(shape: Shape, device: torch.device) -> dict[str, Call]:

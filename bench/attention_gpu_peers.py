@@ -29,6 +29,7 @@ FLASH = {
     "FlashAttention-2": "flash_attn",
 }
 FORWARD_ALONE = {"FlashAttention-3 of fa3-fwd"}  # its wheel holds no backward kernels
+LATE = {"FlashAttention-4"}  # after all others: its first call never came back on an H100
 
 
 def flashes() -> tuple[dict[str, Any], list[str]]:
@@ -48,10 +49,18 @@ def peers(
 ) -> dict[str, Callable[[], Call]]:
     """What makes each peer's call, by the peer's name."""
     found: dict[str, Callable[[], Call]] = {}
-    for name, run in flashes.items():
-        found[name] = functools.partial(flash, run, shape, device, deterministic=False)
     for name, make in (("PyTorch varlen_attn", torch_varlen), ("cuDNN", cudnn), (FLEX, flex)):
         found[name] = functools.partial(make, shape, device)
+    return found | flash_calls(shape, device, flashes)
+
+
+def flash_calls(
+    shape: Shape, device: torch.device, flashes: dict[str, Any]
+) -> dict[str, Callable[[], Call]]:
+    """The same of each flash-attn, and of its deterministic form if it has one."""
+    found: dict[str, Callable[[], Call]] = {}
+    for name, run in flashes.items():
+        found[name] = functools.partial(flash, run, shape, device, deterministic=False)
     for name, run in flashes.items():
         if name not in FORWARD_ALONE:
             found[f"{name}, deterministic"] = functools.partial(

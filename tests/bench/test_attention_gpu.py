@@ -108,7 +108,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def told(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Result | str]:
     made = {name: functools.partial(lambda call: call, call) for name, call in given.items()}
     monkeypatch.setattr(attention_gpu, "peers", lambda *_: made)
-    return at_shape(SHAPE, CPU, 1.0, {})
+    return at_shape(SHAPE, CPU, 1.0, {}, {})
 
 
 def test_what_a_peer_raises_stops_neither_the_others_nor_the_run(
