@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -23,6 +24,7 @@ OWNERS = {
 GLUON: dict[int, Kernel] = {90: "forward_sm90", 100: "pairs"}  # its forward, by architecture
 # Asked for here, once: torch.compile before torch 2.12 cannot trace the question.
 HAS_TRITON = find_spec("triton") is not None
+GLUON_SINCE = (3, 6)  # of Triton; before, its warps were specialised by other words
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
@@ -61,6 +63,17 @@ AUTO: dict[tuple[str, Operation, int], Choice] = {
     ),
     ("cpu", "loss", 0): Choice(("torch", "reference"), "python -m bench loss"),
 }
+
+
+def _triton_version() -> tuple[int, ...]:
+    """Major and minor; a build that does not say is taken to be new."""
+    try:
+        return tuple(int(part) for part in version("triton").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return GLUON_SINCE
+
+
+TRITON_VERSION = _triton_version()
 
 
 class BackendError(RuntimeError):
@@ -103,6 +116,8 @@ def _obstacle_of_kernels(backend: str, device: torch.device, size: int) -> str:
     kernel = "forward" if backend == "triton" else GLUON.get(target)
     if kernel is None:
         return "Gluon's kernels are made for sm_90 and sm_100, which this GPU is not"
+    if backend == "gluon" and TRITON_VERSION < GLUON_SINCE:
+        return "Gluon's kernels need triton 3.6"
     if (target, kernel, size) in TABLE:
         return ""
     return f"no tiles for head size {size} on this GPU"

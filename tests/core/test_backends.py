@@ -116,3 +116,20 @@ def test_the_newest_flash_attn_is_found_and_not_loaded(
 def test_a_varlen_attn_that_takes_no_scale_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hermes_core.attention_peers.VARLEN", frozenset())
     assert "from torch 2.11 on" in obstacle("attention", "torch", CUDA, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("on")
+def test_an_older_triton_has_no_gluon_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "TRITON_VERSION", (3, 5))
+    assert obstacle("attention", "gluon", CUDA, torch.bfloat16) == "Gluon's kernels need triton 3.6"
+    assert choose("attention", "auto", CUDA, torch.bfloat16) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("said", "known"), [("3.5.1", (3, 5)), ("3.10.0+git1", (3, 10)), ("main", (3, 6))]
+)
+def test_triton_tells_its_version(
+    monkeypatch: pytest.MonkeyPatch, said: str, known: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(backends, "version", lambda package: said)
+    assert backends._triton_version() == known
