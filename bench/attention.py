@@ -99,12 +99,19 @@ def run(only: str = "") -> Iterator[Result | str]:
     if torch.cuda.is_available():
         from bench.attention_gpu import run as run_gpu
 
-        yield from run_gpu([shape for shape in gpu_shapes() if only in str(shape)])
+        yield from run_gpu(chosen(gpu_shapes(), only))
         return
     yield f"no CUDA device: CPU shapes, {torch.get_num_threads()} threads, CPU time of all threads"
-    for shape in cpu_shapes():
-        if only in str(shape):
-            yield from on_cpu(shape)
+    for shape in chosen(cpu_shapes(), only):
+        yield from on_cpu(shape)
+
+
+def chosen(shapes: list[Shape], only: str) -> list[Shape]:
+    """Those that have this in their name."""
+    found = [shape for shape in shapes if only in str(shape)]
+    if not found:
+        raise SystemExit(f"no shape has {only!r} in its name: {'; '.join(map(str, shapes))}")
+    return found
 
 
 def on_cpu(shape: Shape) -> Iterator[Result | str]:

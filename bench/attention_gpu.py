@@ -60,7 +60,8 @@ def run(shapes: Sequence[Shape]) -> Iterator[Result | str]:
     for shape, times in zip(shapes if late else (), known, strict=False):
         yield f"\n{shape}"
         sets = [inputs(shape, str(device)) for _ in range(SETS)]
-        yield from others(shape, flash_calls(shape, device, late), sets, rate, times)
+        loads, wanted = flash_calls(shape, device, late), truth(shape, sets[0])
+        yield from others(shape, loads, sets, wanted, rate, times)
 
 
 def at_shape(
@@ -75,16 +76,15 @@ def at_shape(
         if wrong := error(call, sets[0], wanted):  # what ours raises ends the run, with its trace
             raise SystemExit(f"{name}: {wrong} at {shape}")
         yield from timed(shape, name, call, sets, rate, times)
-    yield from others(shape, peers(shape, device, flashes), sets, rate, times)
+    yield from others(shape, peers(shape, device, flashes), sets, wanted, rate, times)
     yield from once_a_batch(shape, device, times)
 
 
 def others(
-    shape: Shape, loads: dict[str, Callable[[], Call]], sets: list[list[Tensor]], rate: float,
-    times: Times,
+    shape: Shape, loads: dict[str, Callable[[], Call]], sets: list[list[Tensor]],
+    wanted: list[Tensor], rate: float, times: Times,
 ) -> Iterator[Result | str]:  # fmt: skip
     """Each peer that can be had and is right."""
-    wanted = truth(shape, sets[0])
     for name, load in loads.items():
         torch.cuda.empty_cache()
         try:

@@ -27,10 +27,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bench.attention import Shape
+from hermes_core.backends import GLUON
 from hermes_kernels.launch import parts_of
 
 BACKWARD = 2.5  # FLOPs of a backward for each of its forward
-GLUON = {90: "forward_sm90", 100: "pairs"}  # its forward, by architecture
 
 
 @dataclass(frozen=True)

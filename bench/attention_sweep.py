@@ -58,7 +58,8 @@ def run() -> Iterator[Result | str]:
         raise SystemExit("--sweep times launches, and there is no CUDA device; see --static")
     kinds = [(k, size) for size in TILES for k in PRODUCTS if in_table(k, size)]
     jobs = [(*kind, how) for kind in kinds for how in candidates(*kind)]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), max_tasks_per_child=1) as pool:
+    at_once, context = min(16, os.cpu_count() or 1), get_context("spawn")
+    with ProcessPoolExecutor(at_once, context, max_tasks_per_child=1) as pool:
         refused = dict(zip(jobs, pool.map(compile_job, jobs), strict=True))
     for mean, (kernel, size) in itertools.product((4096, 1024), kinds):
         shape = Shape(f"mean {mean:,}", lognormal(mean, 16_384), HEADS, size, torch.bfloat16)

@@ -227,7 +227,7 @@ def gate(
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
     shape: tuple[int, int, int] = (200, 1_001, 64),
 ) -> None:  # fmt: skip
-    """Stop unless every loss and gradient is near float64's, ours no further off than eager's."""
+    """Stop unless every gradient is near float64's, ours no further off than eager's."""
     for dtype in dtypes:
         given = problem(*shape, 0.6, dtype, device)
         hidden, weight, labels, kept = given
@@ -237,7 +237,7 @@ def gate(
         for peer in (Peer("hermes_core", ours, True), *everyone):
             found = errors(peer.call, given, right)
             slack = 1.0 if peer.call is ours else 4.0  # Liger adds up in bf16
-            if any(error > slack * most for error, most in zip(found, bound, strict=True)):
+            if not all(error <= slack * most for error, most in zip(found, bound, strict=True)):
                 raise SystemExit(
                     f"{peer.name} is wrong in {dtype}: errors {found}, at most {bound}"
                 )

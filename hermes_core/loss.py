@@ -57,9 +57,9 @@ def linear_cross_entropy(
     """Cross-entropy over kept tokens, divided by ``denominator``.
 
     Positions that are not kept are left out before the matrix product, forward and backward;
-    their gradient is exactly zero. The gradients are made in the forward pass, chunk by chunk:
-    no [M, V] tensor ever exists, and only one backward pass is possible. With no kept token the
-    total is 0 and still connected.
+    their gradient is exactly zero. The gradients are made in the forward pass, chunk by chunk, so
+    that the logits of one chunk are all that exist, and only one backward pass is possible. With no
+    kept token the total is 0 and still connected.
 
     Args:
         hidden_TD, weight_VD: one floating dtype and device. Statistics and the weight's gradient

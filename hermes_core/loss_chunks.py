@@ -21,7 +21,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from hermes_core import loss_rows
-from hermes_core.backends import HAS_TRITON
 from hermes_core.loss_weight import product, room, weight_gradient
 
 # On a CPU a larger chunk gains nothing in fp32. In bf16 it does: tokens before the last chunk may
@@ -272,13 +271,16 @@ def _linear_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Set up the backward pass of an operator that ends in one `wants` for each gradient."""
+    """Set up the backward pass of an operator.
+
+    Its last arguments are the backend, the shard, the group, and a `wants` for each gradient.
+    """
     gradients = output[2:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     wants = inputs[-len(gradients) :]
     ctx.gradients = [x.detach() if w else None for x, w in zip(gradients, wants, strict=True)]
-    ctx.inputs = len(inputs)
+    ctx.inputs, ctx.backend = len(inputs), inputs[-len(gradients) - 3]
 
 
 def scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -287,16 +289,16 @@ def scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
         raise RuntimeError("the loss makes one backward pass only; run forward again")
     gradients: list[Tensor | None] = ctx.gradients
     ctx.gradients = None
-    scaled = [None if x is None else _scaled(x, grad) for x in gradients]
+    scaled = [None if x is None else _scaled(x, grad, ctx.backend) for x in gradients]
     return *scaled, *[None] * (ctx.inputs - len(scaled))
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     if type(gradient) is not Tensor:  # traced: the compiler decides what is done in place
         return gradient * factor.to(gradient.dtype)
     if factor.device.type == "cpu" and float(factor) == 1:
         return gradient
-    if gradient.is_cuda and gradient.is_contiguous() and HAS_TRITON:
+    if backend == "triton" and gradient.is_cuda and gradient.is_contiguous():
         from hermes_kernels import cross_entropy
 
         cross_entropy.scale_(gradient, factor)  # costs nothing where the factor is 1

@@ -104,7 +104,7 @@ def _step(
     i, masked: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
     t, start, n, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Asks for the scores of block i, and for the output of the block before, while which the
+    """Asks for the scores of block i, and for the output of the block before, during which the
     weights of block i are made."""
     STAGES: gl.constexpr = k.shape[0]
     slot, before = i % STAGES, (i - 1) % STAGES

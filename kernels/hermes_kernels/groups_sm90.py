@@ -1,7 +1,7 @@
 """What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, boxes.
 
 A program has three parts: two groups of four warps that multiply, half of its tile each, and a warp
-that loads. A group is given most of the registers that the loading warp's has no use for.
+that loads. A group is given most of the registers that the loading warp has no use for.
 """
 
 from __future__ import annotations

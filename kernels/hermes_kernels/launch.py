@@ -32,10 +32,9 @@ class Launch:
 
 
 # Triton's of 90 are the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton
-# 3.6.0). Of 100 nothing was timed: each has rows of 128, as fewer take the tensor cores as long,
-# and the largest tile that two programs of a multiprocessor have room for, as Hopper's fastest, so
-# that one multiplies while the other exponentiates; where none has, the largest that fits, by the
-# machine code (`python -m bench attention --static`). 80 stands for every other GPU, only compiled.
+# 3.6.0). Of 100 nothing was timed: rows of 128 where they fit, as fewer take the tensor cores as
+# long, and tiles of which a multiprocessor holds two where that was found, by the machine code
+# (`python -m bench attention --static`). 80 stands for every other GPU, only compiled.
 # "pairs" is the forward of `forward_sm100`. Stages of kernels in Gluon are blocks, as many as
 # shared memory has room for.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {
@@ -82,6 +81,8 @@ def architecture(device: torch.device) -> int:
     """The row of the table for ``device``: 100 or 90, or 80 for whatever has no entry."""
     if device.type != "cuda":
         return 90  # the interpreter runs what a Hopper would
+    if torch.version.hip is not None:  # whose numbers mean other GPUs
+        return 80
     major, minor = torch.cuda.get_device_capability(device)
     return {(9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 80)
 

@@ -65,12 +65,13 @@ def test_every_peer_passes_the_gate() -> None:
     loss.gate([peer for peer in loss.peers() if "compile" not in peer.name])
 
 
-def test_a_wrong_peer_is_given_no_time() -> None:
-    def half(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
-        return loss.eager(hidden, weight[:1_001], labels, 2 * kept)
+@pytest.mark.parametrize("factor", [0.5, torch.nan])
+def test_a_wrong_peer_is_given_no_time(factor: float) -> None:
+    def wrong(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
+        return factor * loss.eager(hidden, weight, labels, kept)
 
-    with pytest.raises(SystemExit, match=r"half is wrong in torch\.float32"):
-        loss.gate([loss.Peer("half", half, compacts=False)])
+    with pytest.raises(SystemExit, match=r"peer is wrong in torch\.float32"):
+        loss.gate([loss.Peer("peer", wrong, compacts=False)])
 
 
 def test_a_peer_that_raises_is_told_in_one_line_and_given_no_time(

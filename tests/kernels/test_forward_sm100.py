@@ -230,6 +230,7 @@ def test_a_broken_kernel_is_found_out(wanted: str, instead: str, told: str) -> N
 
 
 def test_blackwell_runs_it_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "architecture", lambda device: 100)
     gpu, half = torch.device("cuda"), torch.bfloat16
     assert choose("attention", "gluon", gpu, half, size=96) == "gluon"

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hermes_core.attention import Backend, varlen_attention
-from hermes_core.backends import obstacle
+from hermes_core.backends import choose, obstacle
 from hermes_core.segments import Segments, segments, segments_of_positions
 from hermes_kernels import reference
+from hermes_kernels.launch import architecture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -210,6 +211,9 @@ def test_recomputed_activations_give_the_same_gradients(backend: Backend) -> Non
 
 
 def test_auto_takes_ours_and_log_sum_exp_is_right() -> None:
+    gpu = torch.device("cuda")
+    if architecture(gpu) == 90:
+        assert choose("attention", "auto", gpu, torch.bfloat16) == "gluon"
     inputs, at = qkv(sum(SMALL), 4, 2), where(SMALL)
     out, lse = varlen_attention(*inputs, at, return_lse=True)
     wide = [x.detach().double() for x in inputs[:2]]
