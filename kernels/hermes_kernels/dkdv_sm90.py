@@ -99,6 +99,7 @@ def _step(
     slot, lap, masked: gl.constexpr, dk, dv, k, v, q, dout, lse, delta, q_ready, q_free, dout_ready,
     dout_free, j, end, n, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
+    """dv and dk with what a block of queries adds to them."""
     M: gl.constexpr = q.shape[1]
     columns: gl.constexpr = gl.SliceLayout(0, zeros.type.layout)
     mbarrier.wait(q_ready.index(slot), lap)
@@ -246,5 +247,6 @@ def dkdv_of(
 
 
 def _vectors(x_NU: Tensor) -> TensorDescriptor:
+    """A contiguous [N, U] in boxes of one block's tokens."""
     layout = gl.NVMMASharedLayout.get_default_for([64], TYPES[x_NU.dtype])
     return TensorDescriptor.from_tensor(x_NU.view(-1), [64], layout)

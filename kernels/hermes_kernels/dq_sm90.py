@@ -89,6 +89,7 @@ def _step(
 
 @gluon.jit
 def _weights(s, masked: gl.constexpr, t, start, n, scale, lse):
+    """P of a block of keys from n on, out of its scores."""
     J: gl.constexpr = s.shape[1]
     x = s * scale - lse[:, None]
     if masked:

@@ -125,6 +125,7 @@ def _step(
 
 @gluon.jit
 def _shrunk(acc, shrink):
+    """Each row of the output times its factor."""
     return acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
 
 
