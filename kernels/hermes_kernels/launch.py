@@ -31,6 +31,9 @@ class Launch:
     stages: int
 
 
+GRID = 65_535  # programs that CUDA has in the second dimension of a grid
+DELTA = Launch(32, 0, 4, 1)  # bound by memory: small enough to keep a tile in registers
+
 # Triton's of 90 are the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton
 # 3.6.0). Of 100 nothing was timed: rows of 128 where they fit, as fewer take the tensor cores as
 # long, and tiles of which a multiprocessor holds two where that was found, by the machine code
@@ -99,7 +102,7 @@ def parts_of(kv_heads: int, group: int) -> int:
 def launch_of(architecture: int, kernel: Kernel, size: int) -> Launch:
     """The entry for a kernel and a head size that `padded_size` gave."""
     if kernel == "delta":
-        return Launch(32, 0, 4, 1)  # bound by memory: small enough to keep a tile in registers
+        return DELTA
     return TABLE[architecture, kernel, size]
 
 
@@ -115,9 +118,14 @@ def room_for(heads: int, tokens: int, tiles: int) -> int:
     """U, the room that so many tiles have for tokens, checked.
 
     Raises:
-        ValueError: statistics of all heads are one vector, whose places are int32.
+        ValueError: statistics of all heads are one vector, whose places are int32; and a grid has
+            no place for so many of the smallest tiles.
     """
     room = tiles * TILE
     if heads * room >= 2**31:
         raise ValueError(f"{heads} heads x {tokens} tokens pass 2^31; use fewer rows a batch")
+    if room > GRID * DELTA.queries:
+        raise ValueError(
+            f"{tokens} tokens, at most {GRID * DELTA.queries} a batch; use fewer rows a batch"
+        )
     return room

@@ -10,7 +10,7 @@ import torch
 
 from hermes_core import attention_peers, backends
 from hermes_core.backends import AUTO, BACKENDS, BackendError, choose, explain, obstacle
-from hermes_kernels.launch import TABLE, padded_size
+from hermes_kernels.launch import TABLE, TILE, padded_size, room_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -139,3 +139,16 @@ def test_gluon_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "Triton interprets" in obstacle("attention", "gluon", CUDA, torch.bfloat16)
     assert choose("attention", "auto", CUDA, torch.bfloat16) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "words"),
+    [
+        (64, 2**25, "64 heads x 33554432 tokens pass 2\\^31"),
+        (1, 2_097_121, "2097121 tokens, at most 2097120 a batch"),
+    ],
+)
+def test_a_batch_too_large_for_a_launch_is_refused(heads: int, tokens: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        room_for(heads, tokens, -(-tokens // TILE))
+    assert room_for(1, 1_000_000, -(-1_000_000 // TILE)) >= 1_000_000
