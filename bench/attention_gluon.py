@@ -41,7 +41,6 @@ KERNELS = {
     "forward_sm90": forward_sm90.forward_kernel, "dq_sm90": dq_sm90.dq_kernel,
     "dkdv_sm90": dkdv_sm90.dkdv_kernel,
 }  # fmt: skip
-HALF = 64  # tokens of a box that a group of warps multiplies or stores, on sm_90
 
 
 def compile_gluon(
@@ -56,7 +55,7 @@ def compile_gluon(
     """One of `KERNELS`, for so many query heads to each key head."""
     function, hopper = KERNELS[kernel], kernel in HOPPER
     home = groups_sm90 if hopper else forward_sm100 if kernel == "pairs" else halves_sm100
-    rows = HALF if hopper else TILE
+    rows = groups_sm90.ROWS if hopper else TILE
     constants = {"G": group, "S": parts_of(kv_heads, group), "STAGES": launch.stages}
     kinds = {"scale": "fp32", "T": "i32", "U": "i32", "order": "*i32", "starts": "*i32"}
     kinds |= {"ends": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}

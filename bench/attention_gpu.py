@@ -51,12 +51,11 @@ def run(shapes: Sequence[Shape]) -> Iterator[Result | str]:
     yield "times are the device's, from a queue that the host has filled before"
     here, absent = flashes()
     yield from absent
-    late = {name: run for name, run in here.items() if name in LATE}
+    late = {name: here.pop(name) for name in LATE & here.keys()}
     device, known = torch.device("cuda"), list[Times]()
     for shape in shapes:
         known.append({})
-        prompt = {name: run for name, run in here.items() if name not in LATE}
-        yield from at_shape(shape, device, rate, prompt, known[-1])
+        yield from at_shape(shape, device, rate, here, known[-1])
     for shape, times in zip(shapes if late else (), known, strict=False):
         yield f"\n{shape}"
         sets = [inputs(shape, str(device)) for _ in range(SETS)]

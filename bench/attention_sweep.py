@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -20,13 +22,13 @@ import torch
 from torch import Tensor
 
 from bench.attention import Shape, lognormal
+from bench.attention_gpu import milliseconds
 from bench.harness import Result
 from bench.machine_code import SHARED_BYTES
 from hermes_core.segments import segments
 from hermes_kernels import launch, varlen_attention
 from hermes_kernels.launch import Kernel, Launch
 
-RUNS, CYCLES_BEFORE = 15, 400_000  # a pause of the device in which the host queues what is timed
 PRODUCTS: dict[Kernel, int] = {"forward": 2, "dq": 3, "dkdv": 4}
 HEADS = (64, 8)
 TOLERANCE = 1e-2  # between two launches of a kernel in bf16, as a share of the norm
@@ -69,8 +71,8 @@ def run() -> Iterator[Result | str]:
             if why := refused[kernel, size, how] or fault(call, how, in_table(kernel, size)):
                 yield f"{astuple(how)}: {why}"
             else:
-                found.append((milliseconds(call, how), how))
-        for spent, how in sorted(found, key=lambda pair: pair[0]):
+                found.append((milliseconds(partial(partial, call, how)), how))
+        for spent, how in sorted(found, key=lambda pair: statistics.median(pair[0])):
             yield result(shape, kernel, how, spent)
 
 
@@ -79,8 +81,9 @@ def in_table(kernel: Kernel, size: int) -> Launch | None:
     return launch.TABLE.get((launch.architecture(torch.device("cuda")), kernel, size))
 
 
-def result(shape: Shape, kernel: Kernel, how: Launch, spent: tuple[float, float, float]) -> Result:
-    speed = shape.flops * PRODUCTS[kernel] / 2 / spent[0] / 1e9
+def result(shape: Shape, kernel: Kernel, how: Launch, spent: list[float]) -> Result:
+    middle = statistics.median(spent)
+    speed = shape.flops * PRODUCTS[kernel] / 2 / middle / 1e9
     ours = ", in the table" if how == in_table(kernel, shape.size) else ""
     return Result(
         op=f"attention {kernel}",
@@ -88,9 +91,9 @@ def result(shape: Shape, kernel: Kernel, how: Launch, spent: tuple[float, float,
         dtype="bfloat16",
         backend=f"{kernel} {astuple(how)}",
         unit="ms",
-        value=spent[0],
-        spread=spent[1:],
-        runs=RUNS,
+        value=middle,
+        spread=(min(spent), max(spent)),
+        runs=len(spent),
         notes=f"{speed:,.0f} TFLOP/s of its own products{ours}",
     )
 
@@ -143,19 +146,3 @@ def call_of(kernel: Kernel, shape: Shape) -> Call:
             launch.TABLE[key] = known
 
     return call
-
-
-def milliseconds(call: Call, how: Launch) -> tuple[float, float, float]:
-    """Median, fastest and slowest by the device's clock."""
-    spent = []
-    for turn in range(RUNS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(CYCLES_BEFORE)
-        start.record()  # type: ignore[no-untyped-call]
-        call(how)
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()
-        if turn >= 2:
-            spent.append(float(start.elapsed_time(end)))
-    spent.sort()
-    return spent[len(spent) // 2], spent[0], spent[-1]

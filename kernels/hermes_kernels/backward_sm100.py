@@ -10,7 +10,6 @@ Shapes: T packed tokens, N query heads, K key heads, H head size, U = T rounded 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from hermes_kernels.dkdv_sm100 import dkdv_kernel
 from hermes_kernels.dq_sm100 import dq_kernel
 from hermes_kernels.forward_sm100 import _boxes
 from hermes_kernels.halves_sm100 import REGISTERS, WARPS
-from hermes_kernels.launch import TILE, launch_of, parts_of
-from hermes_kernels.varlen_attention import delta_kernel
+from hermes_kernels.launch import TILE, launch_of, on, parts_of, sum_of_parts
+from hermes_kernels.varlen_attention import delta_of
 
 
 def backward(
@@ -34,15 +33,11 @@ def backward(
     kv_heads, room = k_TKH.shape[1], lse_NU.shape[1]
     group = heads // kv_heads
     parts = parts_of(kv_heads, group)
-    delta, lse = torch.empty_like(lse_NU), lse_NU * -math.log2(math.e)
+    delta, lse = delta_of(out_TNH, dout_TNH, lse_NU), lse_NU * -math.log2(math.e)
     dq = torch.empty_like(q_TNH)
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
     boxes = [_boxes(x) for x in (q_TNH, k_TKH, v_TKH, dout_TNH)]
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
-        how = launch_of(100, "delta", size)
-        delta_kernel[heads, room // how.queries](
-            out_TNH, dout_TNH, delta, tokens, room, heads, size, how.queries, num_warps=how.warps
-        )
+    with on(q_TNH):
         dq_kernel[heads, query_order.numel()](
             *boxes, _boxes(dq), lse, delta, starts_T, query_order, scale, tokens, room,
             group, launch_of(100, "dq_sm100", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
@@ -52,9 +47,7 @@ def backward(
             scale, tokens, room, group, parts, launch_of(100, "dkdv_sm100", size).stages,
             num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
-    if parts > 1:
-        dk, dv = (x.unflatten(1, (kv_heads, parts)).sum(2) for x in (dk, dv))
-    return dq, dk, dv
+    return dq, sum_of_parts(dk, parts), sum_of_parts(dv, parts)
 
 
 def _vectors(x_NU: Tensor) -> TensorDescriptor:

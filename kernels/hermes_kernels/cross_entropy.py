@@ -22,13 +22,14 @@ Shapes: C rows of the chunk, V vocabulary (this rank's share of it), B = BLOCK c
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hermes_kernels.launch import on
 
 # Columns at a time, and warps: two 128-bit loads of bf16 for each thread, few enough registers for
 # four programs on a multiprocessor. 16,384 columns with 32 warps were 8 % faster on an H100, but
@@ -236,7 +237,7 @@ def scale_(values: Tensor, factor: Tensor) -> None:
     if values.numel() == 0:
         return
     programs = min(PROGRAMS, triton.cdiv(values.numel(), BLOCK))
-    with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
+    with on(values):
         scale_kernel[(programs,)](values, factor, values.numel(), BLOCK=BLOCK, num_warps=WARPS)
 
 
@@ -245,7 +246,7 @@ def _launch(
 ) -> None:
     """One program for each row, on the logits' device, whichever is the current one."""
     rows, columns = logits_CV.shape
-    with torch.cuda.device(logits_CV.device) if logits_CV.is_cuda else nullcontext():
+    with on(logits_CV):
         kernel[(rows,)](
             logits_CV, *vectors, size=columns, stride=logits_CV.stride(0), **numbers,
             SOFTCAP=float(softcap), BLOCK=min(BLOCK, 1 << (columns - 1).bit_length()),

@@ -11,9 +11,6 @@ TILE, M queries of a block and J keys of half a tile.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,12 +28,13 @@ from hermes_kernels.groups_sm90 import (
     LOAD_REGISTERS,
     LOG2E,
     REGISTERS,
+    ROWS,
     TYPES,
     WARPS,
     barriers,
     boxes,
 )
-from hermes_kernels.launch import launch_of, parts_of
+from hermes_kernels.launch import launch_of, on, parts_of, sum_of_parts
 
 
 @gluon.jit
@@ -234,19 +232,17 @@ def dkdv_of(
     group = heads // kv_heads
     parts = parts_of(kv_heads, group)
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
-    given_boxes = (boxes(x, 64) for x in (q_TNH, k_TKH, v_TKH, dout_TNH))
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+    given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH))
+    with on(q_TNH):
         dkdv_kernel[kv_heads * parts, order.numel()](
-            *given_boxes, _vectors(lse_NU), _vectors(delta_NU), boxes(dk, 64), boxes(dv, 64),
+            *given, _vectors(lse_NU), _vectors(delta_NU), boxes(dk, ROWS), boxes(dv, ROWS),
             ends_T, order, scale, tokens, lse_NU.shape[1], group, parts,
             launch_of(90, "dkdv_sm90", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
-    if parts > 1:
-        dk, dv = (x.unflatten(1, (kv_heads, parts)).sum(2) for x in (dk, dv))
-    return dk, dv
+    return sum_of_parts(dk, parts), sum_of_parts(dv, parts)
 
 
 def _vectors(x_NU: Tensor) -> TensorDescriptor:
     """A contiguous [N, U] in boxes of one block's tokens."""
-    layout = gl.NVMMASharedLayout.get_default_for([64], TYPES[x_NU.dtype])
-    return TensorDescriptor.from_tensor(x_NU.view(-1), [64], layout)
+    layout = gl.NVMMASharedLayout.get_default_for([ROWS], TYPES[x_NU.dtype])
+    return TensorDescriptor.from_tensor(x_NU.view(-1), [ROWS], layout)

@@ -10,8 +10,6 @@ TILE, M queries of half a tile and J keys of a block.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -29,13 +27,14 @@ from hermes_kernels.groups_sm90 import (
     LOAD_REGISTERS,
     LOG2E,
     REGISTERS,
+    ROWS,
     WARPS,
     barriers,
     boxes,
     fetch,
     made,
 )
-from hermes_kernels.launch import launch_of
+from hermes_kernels.launch import launch_of, on
 
 
 @gluon.jit
@@ -202,12 +201,11 @@ def dq_of(
     """As `varlen_attention.dq_of`, for head sizes of 64 and 128, on a GPU of sm_90."""
     tokens, heads, size = q_TNH.shape
     dq = torch.empty_like(q_TNH)
-    given = ((q_TNH, 64), (k_TKH, 64), (v_TKH, 64), (dout_TNH, 64), (dq, 64))
-    given_boxes = (boxes(x, rows) for x, rows in given)
+    given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH, dq))
     stages = launch_of(90, "dq_sm90", size).stages
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+    with on(q_TNH):
         dq_kernel[heads, order.numel()](
-            *given_boxes, lse_NU, delta_NU, starts_T, order, scale, tokens, lse_NU.shape[1],
+            *given, lse_NU, delta_NU, starts_T, order, scale, tokens, lse_NU.shape[1],
             heads // k_TKH.shape[1], stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return dq

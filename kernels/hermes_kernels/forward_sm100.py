@@ -29,8 +29,6 @@ M, M queries of a tile and J keys of a block.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -46,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 from triton.experimental.gluon.nvidia.blackwell import TensorDescriptor
 
-from hermes_kernels.launch import TILE, launch_of, room_for
+from hermes_kernels.launch import TILE, launch_of, on, room_for
 from hermes_kernels.softmax_sm100 import block_key, pairs, row_a_thread, softmax, weights_in
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -264,7 +262,7 @@ def forward(
     out = torch.empty_like(q_TNH)
     lse = q_TNH.new_empty(heads, room_for(heads, tokens, order.numel()), dtype=torch.float32)
     boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out))
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+    with on(q_TNH):
         pair_kernel[kv_heads * -(-group // 2), order.numel()](
             *boxes, lse, starts_T, order, scale, tokens, lse.shape[1],
             group, launch_of(100, "pairs", size).stages, num_warps=WARPS, maxnreg=REGISTERS,

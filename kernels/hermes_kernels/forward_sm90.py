@@ -14,8 +14,6 @@ M, M queries of a tile and J keys of a block.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -33,12 +31,13 @@ from hermes_kernels.groups_sm90 import (
     LOAD_REGISTERS,
     LOG2E,
     REGISTERS,
+    ROWS,
     WARPS,
     barriers,
     boxes,
     fetch,
 )
-from hermes_kernels.launch import TILE, launch_of, room_for
+from hermes_kernels.launch import TILE, launch_of, on, room_for
 
 LN2 = gl.constexpr(0.6931471805599453)
 # A first maximum that is finite, so that a block masked whole adds exp2(-inf) = 0 and no NaN.
@@ -227,10 +226,10 @@ def forward(
     out = torch.empty_like(q_TNH)
     lse = q_TNH.new_empty(heads, room_for(heads, tokens, order.numel()), dtype=torch.float32)
     q_boxes, k_boxes, v_boxes, out_boxes = (
-        boxes(x, rows) for x, rows in ((q_TNH, 64), (k_TKH, TILE), (v_TKH, TILE), (out, 64))
+        boxes(x, rows) for x, rows in ((q_TNH, ROWS), (k_TKH, TILE), (v_TKH, TILE), (out, ROWS))
     )
     stages = launch_of(90, "forward_sm90", size).stages
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+    with on(q_TNH):
         forward_kernel[heads, order.numel()](
             q_boxes, k_boxes, v_boxes, out_boxes, lse, starts_T, order, scale, tokens,
             lse.shape[1], heads // kv_heads, stages, num_warps=WARPS, maxnreg=REGISTERS,

@@ -17,6 +17,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 # Of the first group, and registers of a thread: all have these at the start, and give or take when
 # the parts begin.
 WARPS = 4
+ROWS = 64  # tokens of a box that a group multiplies or stores
 REGISTERS = 168
 GROUP_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)

@@ -6,10 +6,12 @@ it comes from. Loads no Triton.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Kernel = Literal[
     "forward", "delta", "dq", "dkdv",
@@ -90,6 +92,11 @@ def architecture(device: torch.device) -> int:
     return {(9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 80)
 
 
+def on(x: Tensor) -> AbstractContextManager[object]:
+    """The device of ``x`` current, as Triton wants it; nothing where it is interpreted."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def parts_of(kv_heads: int, group: int) -> int:
     """Into how many parts dkdv cuts the query heads of a key head: the fewest by which at least
     `PROGRAMS` work on a tile. With one key head, as tensor parallelism leaves, a row of 16,384 has
@@ -97,6 +104,11 @@ def parts_of(kv_heads: int, group: int) -> int:
     """
     known = (parts for parts in range(1, group + 1) if group % parts == 0)
     return next((parts for parts in known if kv_heads * parts >= PROGRAMS), group)
+
+
+def sum_of_parts(x_TPH: Tensor, parts: int) -> Tensor:
+    """[T, K, H] of each key head, of [T, K * parts, H]."""
+    return x_TPH if parts == 1 else x_TPH.unflatten(1, (-1, parts)).sum(2)
 
 
 def launch_of(architecture: int, kernel: Kernel, size: int) -> Launch:

@@ -31,15 +31,21 @@ for Hopper, `forward_sm100` and `backward_sm100` for Blackwell.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hermes_kernels.launch import TILE, architecture, launch_of, parts_of, room_for
+from hermes_kernels.launch import (
+    TILE,
+    architecture,
+    launch_of,
+    on,
+    parts_of,
+    room_for,
+    sum_of_parts,
+)
 
 ORDERED = tl.constexpr(TILE)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -183,7 +189,7 @@ def forward(
     how = launch_of(architecture(q_TNH.device), "forward", size)
     q_box, out_box = (_boxes(x, how.queries) for x in (q_TNH, out))
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+    with on(q_TNH):
         forward_kernel[heads, room // how.queries](
             q_box, *boxes, out_box, lse, starts_T, order, scale, tokens, room,
             heads // k_TKH.shape[1], size, how.queries, how.keys,
@@ -213,7 +219,7 @@ def delta_of(out_TNH: Tensor, dout_TNH: Tensor, lse_NU: Tensor) -> Tensor:
     tokens, heads, size = out_TNH.shape
     delta_NU = torch.empty_like(lse_NU)
     how = launch_of(architecture(out_TNH.device), "delta", size)
-    with torch.cuda.device(out_TNH.device) if out_TNH.is_cuda else nullcontext():
+    with on(out_TNH):
         delta_kernel[heads, lse_NU.shape[1] // how.queries](
             out_TNH, dout_TNH, delta_NU, tokens, lse_NU.shape[1], heads, size, how.queries,
             num_warps=how.warps,
@@ -231,7 +237,7 @@ def dq_of(
     how = launch_of(architecture(q_TNH.device), "dq", size)
     q_box, dout_box, dq_box = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH, dq_TNH))
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+    with on(q_TNH):
         dq_kernel[heads, room // how.queries](
             q_box, *boxes, dout_box, dq_box, lse_NU, delta_NU, starts_T, order, scale, tokens,
             room, heads // k_TKH.shape[1], size, how.queries, how.keys,
@@ -254,15 +260,13 @@ def dkdv_of(
     q_box, dout_box = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH))
     boxes = [_boxes(x, how.keys) for x in (k_TKH, v_TKH, dk, dv)]
     vectors = (TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (lse_NU, delta_NU))
-    with torch.cuda.device(q_TNH.device) if q_TNH.is_cuda else nullcontext():
+    with on(q_TNH):
         dkdv_kernel[kv_heads * parts, room // how.keys](
             q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, ends_T, order, scale, tokens, room,
             group, parts, size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
-    if parts > 1:
-        dk, dv = (x.unflatten(1, (kv_heads, parts)).sum(2) for x in (dk, dv))
-    return dk, dv
+    return sum_of_parts(dk, parts), sum_of_parts(dv, parts)
 
 
 def _boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
