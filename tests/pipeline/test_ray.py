@@ -43,11 +43,12 @@ def nodes() -> Iterator[Nodes]:
 def work(nodes: Nodes, opening: Opening, items: list[Any], **options: Any) -> tuple[Any, list[str]]:
     """What workers make of the items, errors as values; and what was told."""
     told: list[str] = []
+    in_flight = options.pop("in_flight", 4)
     settings = options.pop("cluster", Cluster(nodes.address, workers=2))
     fixed: dict[str, Any] = {"deadline_s": 30.0, "environment": {}, "tell": told.append}
 
     async def run() -> list[Any]:
-        turns = asyncio.Semaphore(4)
+        turns = asyncio.Semaphore(in_flight)
         async with on_ray(opening, settings, **fixed | options) as made:
 
             async def in_turn(item: Any) -> Any:
@@ -105,25 +106,29 @@ def test_a_worker_that_dies_breaks_or_is_silent_is_replaced(nodes: Nodes, tmp_pa
         assert len(lost) == 1
 
 
-def test_an_item_that_kills_every_worker_is_given_up(
+def test_an_item_that_kills_every_worker_is_given_up_and_none_that_was_beside_it(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "FIRST_PAUSE_S", 0.1)
-    monkeypatch.setattr(cluster, "MOST_LOST", 2)
+    monkeypatch.setattr(cluster, "MOST_LOST", 3)
 
     @asynccontextmanager
-    async def opening(workers: int) -> AsyncIterator[Callable[[str], Awaitable[str]]]:
-        async def made(item: str) -> str:
+    async def opening(workers: int) -> AsyncIterator[Callable[[Any], Awaitable[Any]]]:
+        async def made(item: Any) -> Any:
             if item == "poison":
-                raise WorkerBroken("out of memory")
+                await asyncio.sleep(0.3)
+                os._exit(1)
+            await asyncio.sleep(0.6)  # still there when the worker dies
             return item
 
         yield made
 
-    (poison, well), _ = work(nodes, opening, ["poison", "well"])
+    items = [*range(6), "poison", *range(6, 12)]
+    found, _ = work(nodes, opening, items, in_flight=13)
+    poison = found.pop(6)
     assert isinstance(poison, ItemLost)
-    assert str(poison) == "2 workers were lost under it, the last: out of memory"
-    assert well == "well"
+    assert str(poison).startswith("3 workers were lost under it, the last: ")
+    assert found == list(range(12))
 
 
 def test_workers_that_cannot_get_ready_are_a_users_error(nodes: Nodes) -> None:

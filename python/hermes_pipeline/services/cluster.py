@@ -20,7 +20,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, TypeVar
 
 from hermes_pipeline.config import Range
@@ -36,7 +36,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before a worker is started in a lo
 PATIENCE_S = 180.0  # without any worker, and without one that is getting ready
 PROBE_S = 60.0  # for a first connection
 CLOSE_S, CONNECT_S = 20.0, 10.0
-MOST_LOST = 5  # workers under one item: then it is the item
+MOST_LOST = 5  # workers under one item, the last with nothing beside it: then it is the item
 SHOWN = 1000  # characters of what went wrong
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 MOST_IN_FLIGHT = 100_000  # of one worker: who gives it items keeps the bound
@@ -143,6 +143,10 @@ class _Live:
     actor: Any
     lost: asyncio.Event
     in_flight: int = 0
+    suspects: list[int] = field(default_factory=list)  # the most in flight that each may be among
+
+    def has_room(self, company: int) -> bool:
+        return self.in_flight < min([company, *self.suspects])
 
 
 class _Pool(Generic[Item, Made]):
@@ -161,6 +165,7 @@ class _Pool(Generic[Item, Made]):
         self._environment, self._tell = environment, tell
         self._live: list[_Live] = []
         self._changed = asyncio.Event()
+        self._suspects = 0  # items that wait for a worker with little in flight
         self._getting_ready = 0  # workers that have found room
         self._failed = 0  # workers that could not get ready
         self._has_worked = False  # has any got ready?
@@ -175,13 +180,20 @@ class _Pool(Generic[Item, Made]):
     async def work(self, item: Item) -> Made:
         """What a worker makes of an item, however many workers are lost on the way.
 
+        All that was in flight on a lost worker is suspect, and each loss leaves a suspect a quarter
+        of the company it had, until it is alone: one item that breaks workers takes no other along.
+
         Raises:
             UserError: there is no worker, and has been none for long.
             ItemLost: `MOST_LOST` workers were lost under it.
         """
-        for _ in range(MOST_LOST):
-            worker = await self._choose()
+        for left in reversed(range(MOST_LOST)):
+            suspect = left < MOST_LOST - 1
+            company = 4**left if suspect else MOST_IN_FLIGHT
+            worker = await self._choose(company)
             worker.in_flight += 1
+            if suspect:
+                worker.suspects.append(company)
             try:
                 async with asyncio.timeout(self._deadline_s):
                     made, error = await worker.actor.run.remote(item)
@@ -192,6 +204,9 @@ class _Pool(Generic[Item, Made]):
                 continue
             finally:
                 worker.in_flight -= 1
+                if suspect:
+                    worker.suspects.remove(company)
+                self._changed.set()
             if error is not None:
                 raise error
             return made  # type: ignore[no-any-return]
@@ -209,7 +224,24 @@ class _Pool(Generic[Item, Made]):
                 await actor.close.remote()
         self._end(actor)
 
-    async def _choose(self) -> _Live:
+    async def _choose(self, company: int) -> _Live:
+        """The worker with the fewest items, at most ``company`` with this one; suspects first."""
+        suspect = company < MOST_IN_FLIGHT
+        self._suspects += suspect
+        try:
+            while True:
+                await self._be_live()
+                roomy = [worker for worker in self._live if worker.has_room(company)]
+                if roomy and (suspect or not self._suspects):
+                    return min(roomy, key=lambda worker: worker.in_flight)
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            self._suspects -= suspect
+            self._changed.set()
+
+    async def _be_live(self) -> None:
+        """Wait for a worker."""
         while not self._live:
             hopeless = not self._has_worked and not self._getting_ready
             if hopeless and self._failed >= len(self._places):
@@ -224,7 +256,6 @@ class _Pool(Generic[Item, Made]):
                     f"no worker on Ray for {PATIENCE_S:.0f} s: {_line(self._problem)}; free there: "
                     f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
                 ) from None
-        return min(self._live, key=lambda worker: worker.in_flight)
 
     async def _fill(self) -> None:
         """Keep one place filled."""
