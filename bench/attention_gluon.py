@@ -57,10 +57,11 @@ def compile_gluon(
     home = groups_sm90 if hopper else forward_sm100 if kernel == "pairs" else halves_sm100
     rows = groups_sm90.ROWS if hopper else TILE
     constants = {"G": group, "S": parts_of(kv_heads, group), "STAGES": launch.stages}
-    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "order": "*i32", "starts": "*i32"}
-    kinds |= {"ends": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "lse_ptr": "*fp32"}
+    kinds |= dict.fromkeys(("order", "starts", "ends", "block_of", "blocks"), "*i32")
+    kinds |= dict.fromkeys(("exponents_ptr", "deltas_ptr"), "*fp32")
     vector, block = _boxes("fp32", [rows]), _boxes(dtype, [rows, size])
-    kinds |= {"lse_desc": vector, "delta_desc": vector}
+    kinds |= dict.fromkeys(("exponents_desc", "deltas_desc"), vector)
     if kernel == "forward_sm90":
         kinds |= dict.fromkeys(("k_desc", "v_desc"), _boxes(dtype, [launch.keys, size]))
     names = function.arg_names

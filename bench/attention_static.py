@@ -162,9 +162,10 @@ def compile_entry(
     constants = {
         "G": 8, "S": parts_of(kv_heads, 8), "H": size, "M": launch.queries, "J": launch.keys,
     }  # fmt: skip
-    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "order": "*i32", "starts": "*i32"}
-    kinds |= {"ends": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-    kinds |= {"lse_desc": vector, "delta_desc": vector}
+    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "lse_ptr": "*fp32"}
+    kinds |= dict.fromkeys(("order", "starts", "ends", "block_of", "blocks"), "*i32")
+    kinds |= dict.fromkeys(("exponents_ptr", "deltas_ptr"), "*fp32")
+    kinds |= dict.fromkeys(("exponents_desc", "deltas_desc"), vector)
     kinds |= dict.fromkeys(("q_desc", "dout_desc", "out_desc", "dq_desc"), queries)
     kinds |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), keys)
     return compile_kernel(
@@ -189,14 +190,15 @@ def gluon_faults() -> list[str]:
     return wrong
 
 
-def delta_faults() -> list[str]:
+def statistics_faults() -> list[str]:
     """What is wrong with the one kernel that multiplies no matrices, and is in no table."""
-    pointers = {"out_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32"}
+    given = dict.fromkeys(("out_ptr", "dout_ptr"), "*bf16")
+    pointers = given | dict.fromkeys(("lse_ptr", "exponents_ptr", "deltas_ptr"), "*fp32")
     wrong = []
     for target, size in sorted({(target, size) for target, _, size in TABLE if target in TARGETS}):
-        how = launch_of(target, "delta", size)
+        how = launch_of(target, "statistics", size)
         code = compile_kernel(
-            kernels.delta_kernel,
+            kernels.statistics_kernel,
             pointers | {"T": "i32", "U": "i32"},
             {"N": 64, "H": size, "M": how.queries},
             target,
@@ -204,7 +206,7 @@ def delta_faults() -> list[str]:
             num_warps=how.warps,
         )
         faults = code.faults() + ([] if code.count("LDG.E.128") else ["no 128-bit loads"])
-        wrong += [f"sm_{target} delta {size}: {fault}" for fault in faults]
+        wrong += [f"sm_{target} statistics {size}: {fault}" for fault in faults]
     return wrong
 
 
@@ -228,7 +230,7 @@ def run() -> Iterator[Result | str]:
         wrong += [f"{entry.name}: {fault}" for fault in faults]
         yield line(entry) + (f"  FAULT: {'; '.join(faults)}" if faults else "")
         turns[entry.target, entry.kernel, entry.size] = turn_of(entry)
-    wrong += delta_faults() + part_faults() + gluon_faults()
+    wrong += statistics_faults() + part_faults() + gluon_faults()
     if wrong:
         raise SystemExit("\n".join(wrong))
     yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA and spills nothing"

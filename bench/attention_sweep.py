@@ -128,13 +128,13 @@ def call_of(kernel: Kernel, shape: Shape) -> Call:
         for n in (heads, kv_heads, kv_heads, heads)
     )
     at = segments(np.concatenate([[0], np.cumsum(shape.lengths)]), device="cuda")
-    forward = (q, k, v, at.starts, at.query_order, size**-0.5)
+    forward = (q, k, v, at.places, size**-0.5)
     out, lse = varlen_attention.forward(*forward)
     rest = (q, k, v, dout, lse, varlen_attention.delta_of(out, dout, lse))
     calls: dict[Kernel, Callable[[], tuple[Tensor, ...]]] = {
         "forward": lambda: varlen_attention.forward(*forward),
-        "dq": lambda: (varlen_attention.dq_of(*rest, at.starts, at.query_order, size**-0.5),),
-        "dkdv": lambda: varlen_attention.dkdv_of(*rest, at.ends, at.key_order, size**-0.5),
+        "dq": lambda: (varlen_attention.dq_of(*rest, at.places, size**-0.5),),
+        "dkdv": lambda: varlen_attention.dkdv_of(*rest, at.places, size**-0.5),
     }
 
     def call(how: Launch) -> list[Tensor]:

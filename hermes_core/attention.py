@@ -19,6 +19,7 @@ from hermes_core.backends import choose
 from hermes_core.segments import Segments
 from hermes_kernels import reference
 from hermes_kernels.launch import TILE, architecture, padded_size
+from hermes_kernels.places import Places
 
 Backend = Literal["auto", "triton", "gluon", "flash", "torch", "cpu", "reference"]
 
@@ -153,9 +154,9 @@ def _check(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, segments: Segments) -> N
         raise ValueError(f"q has {heads} heads, not a multiple of the {k_TKH.shape[1]} of k and v")
     if segments.tokens != tokens:
         raise ValueError(f"cu_seqlens ends at {segments.tokens} but q has {tokens} tokens")
-    if segments.starts.device != q_TNH.device:
+    if segments.places.starts.device != q_TNH.device:
         raise ValueError(
-            f"segments are on {segments.starts.device} but q is on {q_TNH.device}; "
+            f"segments are on {segments.places.starts.device} but q is on {q_TNH.device}; "
             "make them with device=q.device"
         )
 
@@ -166,15 +167,14 @@ def _run_op(
     size = q.shape[-1]
     if name in ("triton", "gluon") and (room := padded_size(size) - size):
         q, k, v = (pad(x, (0, room)) for x in (q, k, v))
-    places = (segments.starts, segments.ends, segments.query_order, segments.key_order)
-    out, lse = _op(q.contiguous(), k.contiguous(), v.contiguous(), *places, scale, name)
+    out, lse = _op(q.contiguous(), k.contiguous(), v.contiguous(), *segments.places, scale, name)
     return out[..., :size], lse
 
 
 @torch.library.custom_op("hermes::varlen_attention", mutates_args=())
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, query_order: Tensor,
-    key_order: Tensor, scale: float, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, block_of: Tensor,
+    blocks: Tensor, query_order: Tensor, key_order: Tensor, scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Opaque to torch.compile, which so sees shapes that follow from T alone."""
     if q.numel() == 0:
@@ -183,7 +183,8 @@ def _op(
         lse = _room_for_lse(q, query_order)
         return attention_cpu.forward(q, k, v, starts, lse, scale), lse
     forward = _kernels(backend, "forward", q.device)
-    return forward(q, k, v, starts, query_order, scale)  # type: ignore[no-any-return]
+    places = Places(starts, ends, block_of, blocks, query_order, key_order)
+    return forward(q, k, v, places, scale)  # type: ignore[no-any-return]
 
 
 def _kernels(backend: str, direction: str, device: torch.device) -> Callable[..., Any]:
@@ -196,8 +197,9 @@ def _kernels(backend: str, direction: str, device: torch.device) -> Callable[...
 
 
 @_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, query_order: Tensor,
-      key_order: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, block_of: Tensor,
+      blocks: Tensor, query_order: Tensor, key_order: Tensor, scale: float, backend: str,
+      ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), _room_for_lse(q, query_order)
 
 
@@ -209,20 +211,22 @@ def _room_for_lse(q: Tensor, query_order: Tensor) -> Tensor:
 @torch.library.custom_op("hermes::varlen_attention_backward", mutates_args=())
 def _backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor,
-    ends: Tensor, query_order: Tensor, key_order: Tensor, scale: float, backend: str,
+    ends: Tensor, block_of: Tensor, blocks: Tensor, query_order: Tensor, key_order: Tensor,
+    scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if q.numel() == 0:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if backend == "cpu":
         return attention_cpu.backward(grad, q, k, v, out, lse, starts, scale)
     backward = _kernels(backend, "backward", q.device)
-    places = (starts, ends, query_order, key_order)
-    return backward(grad, q, k, v, out, lse, *places, scale)  # type: ignore[no-any-return]
+    places = Places(starts, ends, block_of, blocks, query_order, key_order)
+    return backward(grad, q, k, v, out, lse, places, scale)  # type: ignore[no-any-return]
 
 
 @_backward_op.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor,
-      ends: Tensor, query_order: Tensor, key_order: Tensor, scale: float, backend: str,
+      ends: Tensor, block_of: Tensor, blocks: Tensor, query_order: Tensor, key_order: Tensor,
+      scale: float, backend: str,
       ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -234,12 +238,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, starts, ends, query_order, key_order, out, lse = ctx.saved_tensors
-    grads = _backward_op(
-        grad.contiguous(), q, k, v, out, lse, starts, ends, query_order, key_order,
-        ctx.scale, ctx.backend,
-    )  # fmt: skip
-    return *grads, None, None, None, None, None, None
+    q, k, v, *places, out, lse = ctx.saved_tensors
+    grads = _backward_op(grad.contiguous(), q, k, v, out, lse, *places, ctx.scale, ctx.backend)
+    return *grads, *(None for _ in (*places, ctx.scale, ctx.backend))
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

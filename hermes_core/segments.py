@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hermes_kernels.launch import TILE
+from hermes_kernels.places import Places
 
 INT32_MAX = 2**31 - 1
 
@@ -22,16 +23,13 @@ INT32_MAX = 2**31 - 1
 class Segments:
     """Segments of a flat batch, as every backend wants them; shapes follow from T alone."""
 
-    starts: Tensor = field(repr=False)  # [T] int32, first token of each token's segment
-    ends: Tensor = field(repr=False)  # [T] int32, one past its last
-    query_order: Tensor = field(repr=False)  # [ceil(T / TILE)] int32, longest reach first
-    key_order: Tensor = field(repr=False)  # the same of key tiles
+    places: Places = field(repr=False)
     known_lengths: NDArray[np.int64] | None = field(default=None, repr=False)  # see `lengths`
 
     @property
     def tokens(self) -> int:
         """T."""
-        return self.starts.shape[0]
+        return self.places.starts.shape[0]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -39,7 +37,7 @@ class Segments:
 
         Waits for the device, unless the segments were made from a ``cu_seqlens`` on the host.
         """
-        return lengths_of(self.starts) if self.known_lengths is None else self.known_lengths
+        return lengths_of(self.places.starts) if self.known_lengths is None else self.known_lengths
 
     @cached_property
     def max_length(self) -> int:
@@ -51,13 +49,12 @@ class Segments:
         """[S + 1] int32 on the device, bounds of the segments that hold a token; waits as `lengths`
         does."""
         bounds = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
-        return torch.from_numpy(bounds).to(self.starts.device, non_blocking=True)
+        return torch.from_numpy(bounds).to(self.places.starts.device, non_blocking=True)
 
     def to(self, device: torch.device | str) -> Segments:
         """The same segments for tensors on ``device``."""
-        names = ("starts", "ends", "query_order", "key_order")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved)
+        moved = (x.to(device, non_blocking=True) for x in self.places)
+        return replace(self, places=Places(*moved))
 
 
 def segments(
@@ -146,17 +143,26 @@ def _of(cu_seqlens: Tensor, tokens: int, known: NDArray[np.int64] | None) -> Seg
 
 
 def _ordered(starts: Tensor, ends: Tensor, known: NDArray[np.int64] | None) -> Segments:
-    """With the orders of tiles: a query tile reaches back to its first token's start, a key tile
-    on to its last token's end."""
+    """With blocks, and the orders of tiles: a query tile walks from its first token's start to its
+    own last token, a key tile from its first token to its last token's end."""
     tokens = starts.shape[0]
-    tile_starts = torch.arange(0, tokens, TILE, dtype=torch.int32, device=starts.device)
-    tile_ends = (tile_starts + TILE).clamp(max=tokens)
-    reach_back = tile_ends - starts[::TILE]
-    reach_on = ends[(tile_ends - 1).long()] - tile_starts
-    query_order, key_order = (
-        reach.argsort(descending=True, stable=True).int() for reach in (reach_back, reach_on)
-    )
-    return Segments(starts.int(), ends.int(), query_order, key_order, known)
+    t = torch.arange(tokens + 1, dtype=torch.int32, device=starts.device)
+    begins = _begins(starts, ends, t[:tokens])
+    block_of = begins.cumsum(0) - 1
+    blocks = torch.searchsorted(block_of, t)
+    firsts = t[:tokens:TILE].long()
+    lasts = (firsts + TILE).clamp(max=tokens) - 1
+    walk_back = block_of[lasts] - block_of[starts[firsts].long()]
+    walk_on = block_of[ends[lasts].long() - 1] - block_of[firsts]
+    orders = (walk.argsort(descending=True, stable=True) for walk in (walk_back, walk_on))
+    return Segments(Places(*(x.int() for x in (starts, ends, block_of, blocks, *orders))), known)
+
+
+def _begins(starts: Tensor, ends: Tensor, t: Tensor) -> Tensor:
+    """[T] bool, whether a block begins at each token."""
+    alone = ends - starts == 1
+    follows = torch.nn.functional.pad(alone[:-1], (1, 0), value=False) & alone
+    return ((t - starts) % TILE == 0) & ~(follows & (t % TILE != 0))
 
 
 def lengths_of(starts_T: Tensor) -> NDArray[np.int64]:

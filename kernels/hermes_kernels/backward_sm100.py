@@ -21,12 +21,13 @@ from hermes_kernels.dq_sm100 import dq_kernel
 from hermes_kernels.forward_sm100 import _boxes
 from hermes_kernels.halves_sm100 import REGISTERS, WARPS
 from hermes_kernels.launch import TILE, launch_of, on, parts_of, sum_of_parts
+from hermes_kernels.places import Places
 from hermes_kernels.varlen_attention import delta_of
 
 
 def backward(
     dout_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NU: Tensor,
-    starts_T: Tensor, ends_T: Tensor, query_order: Tensor, key_order: Tensor, scale: float,
+    places: Places, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `varlen_attention.backward`, for head sizes of 64 and 128, on a GPU of sm_100."""
     tokens, heads, size = q_TNH.shape
@@ -38,13 +39,13 @@ def backward(
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
     boxes = [_boxes(x) for x in (q_TNH, k_TKH, v_TKH, dout_TNH)]
     with on(q_TNH):
-        dq_kernel[heads, query_order.numel()](
-            *boxes, _boxes(dq), lse, delta, starts_T, query_order, scale, tokens, room,
-            group, launch_of(100, "dq_sm100", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
+        dq_kernel[heads, places.query_order.numel()](
+            *boxes, _boxes(dq), lse, delta, places.starts, places.query_order, scale, tokens,
+            room, group, launch_of(100, "dq_sm100", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
-        dkdv_kernel[kv_heads * parts, key_order.numel()](
-            *boxes, _vectors(lse), _vectors(delta), _boxes(dk), _boxes(dv), ends_T, key_order,
-            scale, tokens, room, group, parts, launch_of(100, "dkdv_sm100", size).stages,
+        dkdv_kernel[kv_heads * parts, places.key_order.numel()](
+            *boxes, _vectors(lse), _vectors(delta), _boxes(dk), _boxes(dv), places.ends,
+            places.key_order, scale, tokens, room, group, parts, launch_of(100, "dkdv_sm100", size).stages,
             num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return dq, sum_of_parts(dk, parts), sum_of_parts(dv, parts)

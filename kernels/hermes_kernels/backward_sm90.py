@@ -9,15 +9,16 @@ from torch import Tensor
 
 from hermes_kernels.dkdv_sm90 import dkdv_of
 from hermes_kernels.dq_sm90 import dq_of
+from hermes_kernels.places import Places
 from hermes_kernels.varlen_attention import delta_of
 
 
 def backward(
     dout_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NU: Tensor,
-    starts_T: Tensor, ends_T: Tensor, query_order: Tensor, key_order: Tensor, scale: float,
+    places: Places, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `varlen_attention.backward`, for head sizes of 64 and 128, on a GPU of sm_90."""
     delta_NU = delta_of(out_TNH, dout_TNH, lse_NU)
     rest = (q_TNH, k_TKH, v_TKH, dout_TNH, lse_NU, delta_NU)
-    dq_TNH = dq_of(*rest, starts_T, query_order, scale)
-    return dq_TNH, *dkdv_of(*rest, ends_T, key_order, scale)
+    dq_TNH = dq_of(*rest, places, scale)
+    return dq_TNH, *dkdv_of(*rest, places, scale)

@@ -35,6 +35,7 @@ from hermes_kernels.groups_sm90 import (
     boxes,
 )
 from hermes_kernels.launch import launch_of, on, parts_of, sum_of_parts
+from hermes_kernels.places import Places
 
 
 @gluon.jit
@@ -224,7 +225,7 @@ def dkdv_kernel(
 
 def dkdv_of(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
-    delta_NU: Tensor, ends_T: Tensor, order: Tensor, scale: float,
+    delta_NU: Tensor, places: Places, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `varlen_attention.dkdv_of`, for head sizes of 64 and 128, on a GPU of sm_90."""
     tokens, heads, size = q_TNH.shape
@@ -234,9 +235,9 @@ def dkdv_of(
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
     given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH))
     with on(q_TNH):
-        dkdv_kernel[kv_heads * parts, order.numel()](
+        dkdv_kernel[kv_heads * parts, places.key_order.numel()](
             *given, _vectors(lse_NU), _vectors(delta_NU), boxes(dk, ROWS), boxes(dv, ROWS),
-            ends_T, order, scale, tokens, lse_NU.shape[1], group, parts,
+            places.ends, places.key_order, scale, tokens, lse_NU.shape[1], group, parts,
             launch_of(90, "dkdv_sm90", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return sum_of_parts(dk, parts), sum_of_parts(dv, parts)

@@ -35,6 +35,7 @@ from hermes_kernels.groups_sm90 import (
     made,
 )
 from hermes_kernels.launch import launch_of, on
+from hermes_kernels.places import Places
 
 
 @gluon.jit
@@ -196,7 +197,7 @@ def dq_kernel(
 
 def dq_of(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
-    delta_NU: Tensor, starts_T: Tensor, order: Tensor, scale: float,
+    delta_NU: Tensor, places: Places, scale: float,
 ) -> Tensor:  # fmt: skip
     """As `varlen_attention.dq_of`, for head sizes of 64 and 128, on a GPU of sm_90."""
     tokens, heads, size = q_TNH.shape
@@ -204,8 +205,8 @@ def dq_of(
     given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH, dq))
     stages = launch_of(90, "dq_sm90", size).stages
     with on(q_TNH):
-        dq_kernel[heads, order.numel()](
-            *given, lse_NU, delta_NU, starts_T, order, scale, tokens, lse_NU.shape[1],
-            heads // k_TKH.shape[1], stages, num_warps=WARPS, maxnreg=REGISTERS,
+        dq_kernel[heads, places.query_order.numel()](
+            *given, lse_NU, delta_NU, places.starts, places.query_order, scale, tokens,
+            lse_NU.shape[1], heads // k_TKH.shape[1], stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return dq

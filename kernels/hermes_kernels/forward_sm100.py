@@ -45,6 +45,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 from triton.experimental.gluon.nvidia.blackwell import TensorDescriptor
 
 from hermes_kernels.launch import TILE, launch_of, on, room_for
+from hermes_kernels.places import Places
 from hermes_kernels.softmax_sm100 import block_key, pairs, row_a_thread, softmax, weights_in
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -253,18 +254,20 @@ def pair_kernel(
 
 
 def forward(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_T: Tensor, order: Tensor, scale: float
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, places: Places, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As `varlen_attention.forward`, for head sizes of 64 and 128, on a GPU of sm_100."""
     tokens, heads, size = q_TNH.shape
     kv_heads = k_TKH.shape[1]
     group = heads // kv_heads
     out = torch.empty_like(q_TNH)
-    lse = q_TNH.new_empty(heads, room_for(heads, tokens, order.numel()), dtype=torch.float32)
+    lse = q_TNH.new_empty(
+        heads, room_for(heads, tokens, places.query_order.numel()), dtype=torch.float32
+    )
     boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out))
     with on(q_TNH):
-        pair_kernel[kv_heads * -(-group // 2), order.numel()](
-            *boxes, lse, starts_T, order, scale, tokens, lse.shape[1],
+        pair_kernel[kv_heads * -(-group // 2), places.query_order.numel()](
+            *boxes, lse, places.starts, places.query_order, scale, tokens, lse.shape[1],
             group, launch_of(100, "pairs", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

@@ -38,6 +38,7 @@ from hermes_kernels.groups_sm90 import (
     fetch,
 )
 from hermes_kernels.launch import TILE, launch_of, on, room_for
+from hermes_kernels.places import Places
 
 LN2 = gl.constexpr(0.6931471805599453)
 # A first maximum that is finite, so that a block masked whole adds exp2(-inf) = 0 and no NaN.
@@ -218,20 +219,22 @@ def forward_kernel(
 
 
 def forward(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_T: Tensor, order: Tensor, scale: float
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, places: Places, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As `varlen_attention.forward`, for head sizes of 64 and 128, on a GPU of sm_90."""
     tokens, heads, size = q_TNH.shape
     kv_heads = k_TKH.shape[1]
     out = torch.empty_like(q_TNH)
-    lse = q_TNH.new_empty(heads, room_for(heads, tokens, order.numel()), dtype=torch.float32)
+    lse = q_TNH.new_empty(
+        heads, room_for(heads, tokens, places.query_order.numel()), dtype=torch.float32
+    )
     q_boxes, k_boxes, v_boxes, out_boxes = (
         boxes(x, rows) for x, rows in ((q_TNH, ROWS), (k_TKH, TILE), (v_TKH, TILE), (out, ROWS))
     )
     stages = launch_of(90, "forward_sm90", size).stages
     with on(q_TNH):
-        forward_kernel[heads, order.numel()](
-            q_boxes, k_boxes, v_boxes, out_boxes, lse, starts_T, order, scale, tokens,
+        forward_kernel[heads, places.query_order.numel()](
+            q_boxes, k_boxes, v_boxes, out_boxes, lse, places.starts, places.query_order, scale, tokens,
             lse.shape[1], heads // kv_heads, stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 Kernel = Literal[
-    "forward", "delta", "dq", "dkdv",
+    "forward", "statistics", "dq", "dkdv",
     "forward_sm90", "dq_sm90", "dkdv_sm90",
     "pairs", "dq_sm100", "dkdv_sm100",
 ]  # fmt: skip
 
 TILE = 128  # the tiles that are ranked by length; every tile size divides it
+# Copies of each head's statistics, from token 0, 1, 2 and 3 on: a walk's boxes begin anywhere, and
+# the places that TMA takes them from lie 16 bytes apart.
+SHIFTED = 4
 PROGRAMS = 8  # of a key tile, if there are query heads for it; the bits follow from heads alone
 
 
@@ -34,7 +37,7 @@ class Launch:
 
 
 GRID = 65_535  # programs that CUDA has in the second dimension of a grid
-DELTA = Launch(32, 0, 4, 1)  # bound by memory: small enough to keep a tile in registers
+STATISTICS = Launch(32, 0, 4, 1)  # bound by memory: small enough to keep a tile in registers
 
 # Triton's of 90 are the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton
 # 3.6.0). Of 100 nothing was timed: rows of 128 where they fit, as fewer take the tensor cores as
@@ -113,8 +116,8 @@ def sum_of_parts(x_TPH: Tensor, parts: int) -> Tensor:
 
 def launch_of(architecture: int, kernel: Kernel, size: int) -> Launch:
     """The entry for a kernel and a head size that `padded_size` gave."""
-    if kernel == "delta":
-        return DELTA
+    if kernel == "statistics":
+        return STATISTICS
     return TABLE[architecture, kernel, size]
 
 
@@ -130,14 +133,14 @@ def room_for(heads: int, tokens: int, tiles: int) -> int:
     """U, the room that so many tiles have for tokens, checked.
 
     Raises:
-        ValueError: statistics of all heads are one vector, whose places are int32; and a grid has
-            no place for so many of the smallest tiles.
+        ValueError: statistics of all heads, `SHIFTED` times, are one vector, whose places are
+            int32; and a grid has no place for so many of the smallest tiles.
     """
     room = tiles * TILE
-    if heads * room >= 2**31:
-        raise ValueError(f"{heads} heads x {tokens} tokens pass 2^31; use fewer rows a batch")
-    if room > GRID * DELTA.queries:
+    if heads * room >= 2**29:
+        raise ValueError(f"{heads} heads x {tokens} tokens pass 2^29; use fewer rows a batch")
+    if room > GRID * STATISTICS.queries:
         raise ValueError(
-            f"{tokens} tokens, at most {GRID * DELTA.queries} a batch; use fewer rows a batch"
+            f"{tokens} tokens, at most {GRID * STATISTICS.queries} a batch; use fewer rows a batch"
         )
     return room

@@ -4,20 +4,23 @@ Shapes: T packed tokens, N query heads, K key heads, G = N / K, H head size, U =
 TILE, M queries and J keys of a tile.
 
 Tiles are aligned to the flat batch, not to segments: query tile i holds tokens i*M to (i+1)*M,
-whatever segments cross it, and walks over the keys from the first token that its first query sees
-to its own last. So the grid follows from shapes alone, loads and stores are whole boxes (TMA), and
-what a packing costs beyond its own area is a few masked corners. With scores s = scale * q @ k:
+whatever segments cross it. So the grid follows from shapes alone, and loads and stores are whole
+boxes (TMA). What a tile walks over is cut into blocks from each segment's own start
+(`places.Places`), in rising order: the keys from the first token that its first query sees to its
+own last, a part of J at a time, or the queries from the first that sees its first key to the end of
+its last key's segment. Sums are so added in one order wherever a segment stands; what a packing
+costs beyond its own area is a few masked corners. With scores s = scale * q @ k:
 
     forward    p = exp(s - lse)                          out = p @ v
-    delta      delta = rowsum(out * dout)
+    statistics delta = rowsum(out * dout)
     dq         ds = p * (dout @ v' - delta)              dq = scale * ds @ k
     dkdv       dv = p' @ dout                            dk = scale * ds' @ q
 
 Each output has one writer: the G query heads of a key head are summed by the program of that key
 head, in order. Where key heads are few, S programs have a part of the query heads each; their sums,
 rounded as FlashAttention rounds those of single heads, are added afterwards. No atomics, so equal
-inputs give equal bits. A masked weight is exactly 0, so other segments change no bit either, as
-long as a segment keeps its place modulo TILE.
+inputs give equal bits. A masked weight is exactly 0, so neither what stands beside a segment nor
+where it stands changes any of its bits.
 
 Every kernel is one loop over descriptor loads, all by the host's descriptors, which take no memory
 on the device. No warps have roles of their own: those that Triton 3.6.0 made of these kernels
@@ -38,6 +41,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hermes_kernels.launch import (
+    SHIFTED,
     TILE,
     architecture,
     launch_of,
@@ -46,8 +50,10 @@ from hermes_kernels.launch import (
     room_for,
     sum_of_parts,
 )
+from hermes_kernels.places import Places
 
 ORDERED = tl.constexpr(TILE)
+SHIFTS = tl.constexpr(SHIFTED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(float("-inf"))
@@ -64,24 +70,42 @@ def _tile(order, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _part_of(token, block_of, blocks, J: tl.constexpr):
+    """The part of J tokens that a token is in, of all parts of all blocks."""
+    block = tl.load(block_of + token)
+    return block * (ORDERED // J) + (token - tl.load(blocks + block)) // J
+
+
+@triton.jit
+def _part(i, blocks, J: tl.constexpr):
+    """Where a part begins, and one past the last token that counts: the rest is another's."""
+    parts: tl.constexpr = ORDERED // J
+    block = i // parts
+    begin = tl.load(blocks + block) + (i - block * parts) * J
+    return begin, tl.load(blocks + block + 1)
+
+
+@triton.jit
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, order, scale, T, U,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, block_of, blocks, order, scale, T, U,
     G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """out and lse (natural logarithm) of one query tile of one head. Grid (N, U / M)."""
     row, head = _tile(order, M), tl.program_id(0)
-    t = row + tl.arange(0, M)
-    first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
+    t, c = row + tl.arange(0, M), tl.arange(0, J)
     start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
+    first = _part_of(tl.load(starts + tl.minimum(row, T - 1)), block_of, blocks, J)
+    last = _part_of(tl.minimum(row + M, T) - 1, block_of, blocks, J)
     q = q_desc.load([row, head * H])
     acc = tl.zeros((M, H), tl.float32)
     total = tl.zeros((M,), tl.float32)
     top = tl.zeros((M,), tl.float32) + LEAST
-    for n in range(first, row + M, J):
+    for i in range(first, last + 1):
+        n, end = _part(i, blocks, J)
         k = k_desc.load([n, head // G * H])
         s = tl.dot(q, k.T)  # [M, J]
-        j = n + tl.arange(0, J)
-        seen = (j[None, :] <= t[:, None]) & (j[None, :] >= start[:, None])
+        low, high = start - n, tl.minimum(t, end - 1) - n
+        seen = (c[None, :] <= high[:, None]) & (c[None, :] >= low[:, None])
         s = tl.where(seen, s, MASKED)
         new_top = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
         p = tl.math.exp2(s * (scale * LOG2E) - new_top[:, None])
@@ -96,39 +120,50 @@ def forward_kernel(
 
 
 @triton.jit
-def delta_kernel(
-    out_ptr, dout_ptr, delta_ptr, T, U, N: tl.constexpr, H: tl.constexpr,
+def statistics_kernel(
+    out_ptr, dout_ptr, lse_ptr, exponents_ptr, deltas_ptr, T, U, N: tl.constexpr, H: tl.constexpr,
     M: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(out * dout) of one tile of one head. Grid (N, U / M)."""
-    head, row = tl.program_id(0), tl.program_id(1) * M
+    """-log2(e) * lse and rowsum(out * dout) of one tile of one head. Grid (N, U / M).
+
+    Outputs are [N, SHIFTED, U], the c-th of a head from token c on, with zeros after the last.
+    """
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1) * M
     t, h = row + tl.arange(0, M), tl.arange(0, H)
     at = (t.to(tl.int64) * (N * H) + head * H)[:, None] + h[None, :]  # [M, H]
     inside = (t < T)[:, None]
     out = tl.load(out_ptr + at, mask=inside, other=0.0).to(tl.float32)
     dout = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + head.to(tl.int64) * U + t, tl.sum(out * dout, 1))
+    delta = tl.sum(out * dout, 1)
+    exponent = tl.load(lse_ptr + head * U + t) * -LOG2E
+    for c in tl.static_range(SHIFTS):
+        place = (head * SHIFTS + c) * U + tl.where(t < c, U - 1 - t, t - c)
+        tl.store(exponents_ptr + place, tl.where(t < c, 0.0, exponent))
+        tl.store(deltas_ptr + place, tl.where(t < c, 0.0, delta))
 
 
 @triton.jit
 def dq_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse_ptr, delta_ptr, starts, order, scale, T, U,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, exponents_ptr, deltas_ptr, starts, block_of,
+    blocks, order, scale, T, U,
     G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile of one head. Grid (N, U / M)."""
     row, head = _tile(order, M), tl.program_id(0)
-    t = row + tl.arange(0, M)
-    first = tl.load(starts + tl.minimum(row, T - 1)) // J * J
+    t, c = row + tl.arange(0, M), tl.arange(0, J)
     start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
-    lse = tl.load(lse_ptr + head.to(tl.int64) * U + t) * LOG2E  # [M]
-    delta = tl.load(delta_ptr + head.to(tl.int64) * U + t)  # [M]
+    first = _part_of(tl.load(starts + tl.minimum(row, T - 1)), block_of, blocks, J)
+    last = _part_of(tl.minimum(row + M, T) - 1, block_of, blocks, J)
+    place = head.to(tl.int64) * SHIFTS * U + t
+    exponent, delta = tl.load(exponents_ptr + place), tl.load(deltas_ptr + place)  # [M]
     q, dout = q_desc.load([row, head * H]), dout_desc.load([row, head * H])
     dq = tl.zeros((M, H), tl.float32)
-    for n in range(first, row + M, J):
+    for i in range(first, last + 1):
+        n, end = _part(i, blocks, J)
         k, v = k_desc.load([n, head // G * H]), v_desc.load([n, head // G * H])
-        s = tl.dot(q, k.T) * (scale * LOG2E) - lse[:, None]  # [M, J]
-        j = n + tl.arange(0, J)
-        seen = (j[None, :] <= t[:, None]) & (j[None, :] >= start[:, None])
+        s = tl.dot(q, k.T) * (scale * LOG2E) + exponent[:, None]  # [M, J]
+        low, high = start - n, tl.minimum(t, end - 1) - n
+        seen = (c[None, :] <= high[:, None]) & (c[None, :] >= low[:, None])
         p = tl.math.exp2(tl.where(seen, s, MASKED))
         ds = p * (tl.dot(dout, v.T) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq)
@@ -137,8 +172,8 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse_desc, delta_desc, ends, order,
-    scale, T, U,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, exponents_desc, deltas_desc, ends,
+    block_of, blocks, order, scale, T, U,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile and key head, over one of S parts of its G query heads.
@@ -147,52 +182,53 @@ def dkdv_kernel(
     """
     row, part = _tile(order, J), tl.program_id(0)
     head = part // S
-    j = row + tl.arange(0, J)
+    j, c = row + tl.arange(0, J), tl.arange(0, M)
     end = tl.load(ends + tl.minimum(j, T - 1))  # [J]
-    last = tl.load(ends + tl.minimum(row + J, T) - 1)  # one past the last query that sees the tile
-    blocks = tl.maximum(tl.cdiv(last - row, M), 0)
+    first = _part_of(tl.minimum(row, T - 1), block_of, blocks, M)
+    last = _part_of(tl.load(ends + tl.minimum(row + J, T) - 1) - 1, block_of, blocks, M)
     k, v = k_desc.load([row, head * H]), v_desc.load([row, head * H])
     dk = tl.zeros((J, H), tl.float32)
     dv = tl.zeros((J, H), tl.float32)
-    query_head, n = part * (G // S), row
-    for _ in range(G // S * blocks):
+    query_head, i = part * (G // S), first
+    for _ in range(G // S * (last - first + 1)):
+        n, stop = _part(i, blocks, M)
         q, dout = q_desc.load([n, query_head * H]), dout_desc.load([n, query_head * H])
-        lse = lse_desc.load([query_head * U + n]) * LOG2E  # [M]
-        delta = delta_desc.load([query_head * U + n])
-        t = n + tl.arange(0, M)
-        seen = (j[:, None] <= t[None, :]) & (t[None, :] < end[:, None])
-        s = tl.dot(k, q.T) * (scale * LOG2E) - lse[None, :]  # [J, M]
+        shift = n % SHIFTS
+        place = (query_head * SHIFTS + shift) * U + n - shift
+        exponent, delta = exponents_desc.load([place]), deltas_desc.load([place])  # [M]
+        low, high = j - n, tl.minimum(end, stop) - n
+        seen = (c[None, :] >= low[:, None]) & (c[None, :] < high[:, None])
+        s = tl.dot(k, q.T) * (scale * LOG2E) + exponent[None, :]  # [J, M]
         p = tl.math.exp2(tl.where(seen, s, MASKED))
         dv = tl.dot(p.to(dout.dtype), dout, dv)
         ds = p * (tl.dot(v, dout.T) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
-        n += M
-        query_head = tl.where(n < last, query_head, query_head + 1)
-        n = tl.where(n < last, n, row)
+        query_head = tl.where(i < last, query_head, query_head + 1)
+        i = tl.where(i < last, i + 1, first)
     dv_desc.store([row, part * H], dv.to(v.dtype))
     dk_desc.store([row, part * H], (dk * scale).to(k.dtype))
 
 
 def forward(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_T: Tensor, order: Tensor, scale: float
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, places: Places, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [T, N, H] and log-sum-exp of the scaled scores [N, U], fp32, natural logarithm.
 
     Args:
         q_TNH, k_TKH, v_TKH: contiguous, bf16 or fp16; H a power of two of at least 16.
-        starts_T: int32, the first token of each token's segment.
-        order: [U / TILE] int32, the query tiles, the one that is to start first first.
+        places: where the segments lie; on the same device.
     """
     tokens, heads, size = q_TNH.shape
-    room = room_for(heads, tokens, order.numel())
+    room = room_for(heads, tokens, places.query_order.numel())
     out, lse = torch.empty_like(q_TNH), q_TNH.new_empty(heads, room, dtype=torch.float32)
     how = launch_of(architecture(q_TNH.device), "forward", size)
     q_box, out_box = (_boxes(x, how.queries) for x in (q_TNH, out))
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
     with on(q_TNH):
         forward_kernel[heads, room // how.queries](
-            q_box, *boxes, out_box, lse, starts_T, order, scale, tokens, room,
-            heads // k_TKH.shape[1], size, how.queries, how.keys,
+            q_box, *boxes, out_box, lse, places.starts, places.block_of, places.blocks,
+            places.query_order, scale, tokens, room, heads // k_TKH.shape[1], size,
+            how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return out, lse
@@ -200,58 +236,53 @@ def forward(
 
 def backward(
     dout_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NU: Tensor,
-    starts_T: Tensor, ends_T: Tensor, query_order: Tensor, key_order: Tensor, scale: float,
+    places: Places, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv; arguments as in `forward`, which gave ``out_TNH`` and ``lse_NU``.
-
-    Args:
-        ends_T: int32, one past the last token of each token's segment.
-        key_order: [U / TILE] int32, the key tiles, the one that is to start first first.
-    """
-    delta_NU = delta_of(out_TNH, dout_TNH, lse_NU)
-    rest = (dout_TNH, lse_NU, delta_NU)
-    dq_TNH = dq_of(q_TNH, k_TKH, v_TKH, *rest, starts_T, query_order, scale)
-    return dq_TNH, *dkdv_of(q_TNH, k_TKH, v_TKH, *rest, ends_T, key_order, scale)
+    """dq, dk and dv; arguments as in `forward`, which gave ``out_TNH`` and ``lse_NU``."""
+    rest = (dout_TNH, *statistics_of(out_TNH, dout_TNH, lse_NU), places, scale)
+    return dq_of(q_TNH, k_TKH, v_TKH, *rest), *dkdv_of(q_TNH, k_TKH, v_TKH, *rest)
 
 
-def delta_of(out_TNH: Tensor, dout_TNH: Tensor, lse_NU: Tensor) -> Tensor:
-    """rowsum(out * dout) of each token and head, as ``lse_NU`` is laid out."""
+def statistics_of(out_TNH: Tensor, dout_TNH: Tensor, lse_NU: Tensor) -> tuple[Tensor, Tensor]:
+    """-log2(e) * lse and rowsum(out * dout), each [N, `SHIFTED`, U]."""
     tokens, heads, size = out_TNH.shape
-    delta_NU = torch.empty_like(lse_NU)
-    how = launch_of(architecture(out_TNH.device), "delta", size)
+    room = lse_NU.shape[1]
+    exponents, deltas = (lse_NU.new_empty(heads, SHIFTED, room) for _ in range(2))
+    how = launch_of(architecture(out_TNH.device), "statistics", size)
     with on(out_TNH):
-        delta_kernel[heads, lse_NU.shape[1] // how.queries](
-            out_TNH, dout_TNH, delta_NU, tokens, lse_NU.shape[1], heads, size, how.queries,
+        statistics_kernel[heads, room // how.queries](
+            out_TNH, dout_TNH, lse_NU, exponents, deltas, tokens, room, heads, size, how.queries,
             num_warps=how.warps,
         )  # fmt: skip
-    return delta_NU
+    return exponents, deltas
 
 
 def dq_of(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
-    delta_NU: Tensor, starts_T: Tensor, order: Tensor, scale: float,
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, exponents_NSU: Tensor,
+    deltas_NSU: Tensor, places: Places, scale: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of q; arguments as in `backward`."""
-    (tokens, heads, size), room = q_TNH.shape, lse_NU.shape[1]
+    (tokens, heads, size), room = q_TNH.shape, exponents_NSU.shape[2]
     dq_TNH = torch.empty_like(q_TNH)
     how = launch_of(architecture(q_TNH.device), "dq", size)
     q_box, dout_box, dq_box = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH, dq_TNH))
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
     with on(q_TNH):
         dq_kernel[heads, room // how.queries](
-            q_box, *boxes, dout_box, dq_box, lse_NU, delta_NU, starts_T, order, scale, tokens,
-            room, heads // k_TKH.shape[1], size, how.queries, how.keys,
+            q_box, *boxes, dout_box, dq_box, exponents_NSU, deltas_NSU, places.starts,
+            places.block_of, places.blocks, places.query_order, scale, tokens, room,
+            heads // k_TKH.shape[1], size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return dq_TNH
 
 
 def dkdv_of(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
-    delta_NU: Tensor, ends_T: Tensor, order: Tensor, scale: float,
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, exponents_NSU: Tensor,
+    deltas_NSU: Tensor, places: Places, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of k and v; arguments as in `backward`."""
-    (tokens, heads, size), room = q_TNH.shape, lse_NU.shape[1]
+    (tokens, heads, size), room = q_TNH.shape, exponents_NSU.shape[2]
     kv_heads = k_TKH.shape[1]
     group = heads // kv_heads
     parts = parts_of(kv_heads, group)
@@ -259,11 +290,14 @@ def dkdv_of(
     how = launch_of(architecture(q_TNH.device), "dkdv", size)
     q_box, dout_box = (_boxes(x, how.queries) for x in (q_TNH, dout_TNH))
     boxes = [_boxes(x, how.keys) for x in (k_TKH, v_TKH, dk, dv)]
-    vectors = (TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (lse_NU, delta_NU))
+    vectors = (
+        TensorDescriptor.from_tensor(x.view(-1), [how.queries]) for x in (exponents_NSU, deltas_NSU)
+    )
     with on(q_TNH):
         dkdv_kernel[kv_heads * parts, room // how.keys](
-            q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, ends_T, order, scale, tokens, room,
-            group, parts, size, how.queries, how.keys,
+            q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, places.ends, places.block_of,
+            places.blocks, places.key_order, scale, tokens, room, group, parts, size,
+            how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return sum_of_parts(dk, parts), sum_of_parts(dv, parts)

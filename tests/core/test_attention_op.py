@@ -43,8 +43,7 @@ def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 @both
 def test_opcheck_finds_nothing(backend: Backend, dtype: torch.dtype) -> None:
     at = where([50, 1, 79])
-    places = (at.starts, at.ends, at.query_order, at.key_order)
-    torch.library.opcheck(_op, (*qkv(130, dtype), *places, 0.125, backend))
+    torch.library.opcheck(_op, (*qkv(130, dtype), *at.places, 0.125, backend))
 
 
 @both

@@ -54,7 +54,7 @@ class Given:
     def __init__(self, tensors: list[Tensor], at: Segments, lengths: list[int], scale: float):
         q, k, _, dout = tensors
         self.tokens, self.heads, self.size = q.shape
-        self.kv_heads, self.room = k.shape[1], at.query_order.numel() * TILE
+        self.kv_heads, self.room = k.shape[1], at.places.query_order.numel() * TILE
         self.group = self.heads // self.kv_heads
         self.dtype = TYPES[str(q.dtype).removeprefix("torch.")]
         names = ("q_desc", "k_desc", "v_desc", "dout_desc")
@@ -62,7 +62,7 @@ class Given:
             name: Box(x.float().flatten(1).numpy(), [TILE, self.size], self.dtype)
             for name, x in zip(names, tensors, strict=True)
         } | {
-            "starts": Pointer(at.starts.numpy()), "ends": Pointer(at.ends.numpy()),
+            "starts": Pointer(at.places.starts.numpy()), "ends": Pointer(at.places.ends.numpy()),
             "scale": Scalar(np.asarray(scale, np.float32), F32),
             "T": Scalar(np.asarray(self.tokens, np.int32), I32),
             "U": Scalar(np.asarray(self.room, np.int32), I32),
@@ -94,11 +94,11 @@ def of_keys(
     )
     arguments = known.arguments | {
         "lse_desc": Box(known.lse, [TILE], F32), "delta_desc": Box(known.delta, [TILE], F32),
-        "dk_desc": dk, "dv_desc": dv, "order": Pointer(at.key_order.numpy()),
+        "dk_desc": dk, "dv_desc": dv, "order": Pointer(at.places.key_order.numpy()),
         "S": parts, "STAGES": stages or TABLE[100, "dkdv_sm100", known.size].stages,
     }  # fmt: skip
     del arguments["starts"]
-    grid = (known.kv_heads * parts, at.key_order.numel())
+    grid = (known.kv_heads * parts, at.places.key_order.numel())
     run(sources, "dkdv_kernel", arguments, grid, seed)
     assert all((times == 1).all() for times in written)
     shape = (known.tokens, known.kv_heads, parts, known.size)
@@ -116,11 +116,11 @@ def of_queries(
     arguments = known.arguments | {
         "lse_ptr": Pointer(known.lse), "delta_ptr": Pointer(known.delta),
         "dq_desc": Box(found, [TILE, known.size], known.dtype, written),
-        "order": Pointer(at.query_order.numpy()),
+        "order": Pointer(at.places.query_order.numpy()),
         "STAGES": stages or TABLE[100, "dq_sm100", known.size].stages,
     }  # fmt: skip
     del arguments["ends"]
-    run(sources, "dq_kernel", arguments, (known.heads, at.query_order.numel()), seed)
+    run(sources, "dq_kernel", arguments, (known.heads, at.places.query_order.numel()), seed)
     assert (written == 1).all()
     return torch.from_numpy(found).view(tensors[0].shape)
 
@@ -317,9 +317,8 @@ def bind_and_compile() -> None:
     for tokens, heads in ((300, (16, 8)), (1, (5, 1))):
         at = where([tokens])
         q, k, v, dout = inputs(tokens, *heads, 128)
-        lse = torch.zeros(heads[0], at.query_order.numel() * TILE)
-        places = (at.starts, at.ends, at.query_order, at.key_order)
-        gradients = backward_sm100.backward(dout, q, k, v, q, lse, *places, 0.1)
+        lse = torch.zeros(heads[0], at.places.query_order.numel() * TILE)
+        gradients = backward_sm100.backward(dout, q, k, v, q, lse, at.places, 0.1)
         assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
     grids, built = zip(*deltas, *launched, strict=True)
     assert grids == ((16, 12), (5, 4), (16, 3), (8, 3), (5, 1), (5, 1))

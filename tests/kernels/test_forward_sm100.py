@@ -59,7 +59,7 @@ def attend(
     """Output [T, N, H] and log-sum-exp [N, U] as the kernel leaves them."""
     q, k, _ = tensors
     tokens, heads, size = q.shape
-    group, room = heads // k.shape[1], at.query_order.numel() * TILE
+    group, room = heads // k.shape[1], at.places.query_order.numel() * TILE
     kind = TYPES[str(q.dtype).removeprefix("torch.")]
     boxes = [Box(x.float().flatten(1).numpy(), [TILE, size], kind) for x in tensors]
     out = np.full((tokens, heads * size), np.nan, np.float32)
@@ -68,13 +68,13 @@ def attend(
     arguments = {
         "q_desc": boxes[0], "k_desc": boxes[1], "v_desc": boxes[2],
         "out_desc": Box(out, [TILE, size], kind, written), "lse_ptr": Pointer(lse),
-        "starts": Pointer(at.starts.numpy()), "order": Pointer(at.query_order.numpy()),
+        "starts": Pointer(at.places.starts.numpy()), "order": Pointer(at.places.query_order.numpy()),
         "scale": Scalar(np.asarray(scale, np.float32), F32),
         "T": Scalar(np.asarray(tokens, np.int32), I32),
         "U": Scalar(np.asarray(room, np.int32), I32),
         "G": group, "STAGES": stages or TABLE[100, "pairs", size].stages,
     }  # fmt: skip
-    grid = (k.shape[1] * -(-group // 2), at.query_order.numel())
+    grid = (k.shape[1] * -(-group // 2), at.places.query_order.numel())
     run(sources, "pair_kernel", arguments, grid, seed)
     assert (written == 1).all()
     return torch.from_numpy(out).view(q.shape), torch.from_numpy(lse).view(heads, room)
@@ -256,7 +256,7 @@ def bind_and_compile() -> None:
     for tokens, heads in ((300, 8), (1, 5)):
         at = where([tokens])
         q, k, v = inputs(tokens, (heads, 1), 128)
-        forward_sm100.forward(q, k, v, at.starts, at.query_order, 0.1)
+        forward_sm100.forward(q, k, v, at.places, 0.1)
     grids, built = zip(*launched, strict=True)
     assert grids == ((4, 3), (3, 1))
     assert all(one.num_warps == 16 and one.shared <= 232_448 for one in built)

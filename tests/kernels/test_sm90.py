@@ -53,7 +53,7 @@ class Given:
         self.tensors, self.lengths, self.scale = tensors, lengths, scale
         self.at: Segments = segments(np.concatenate([[0], np.cumsum(lengths)]))
         self.tokens, self.heads, self.size = tensors[0].shape
-        self.kv_heads, self.room = tensors[1].shape[1], self.at.query_order.numel() * TILE
+        self.kv_heads, self.room = tensors[1].shape[1], self.at.places.query_order.numel() * TILE
         self.dtype = TYPES[str(tensors[0].dtype).removeprefix("torch.")]
 
     def boxes(self, *rows: int) -> list[Box]:
@@ -83,7 +83,7 @@ class Given:
         self, kernel: Kernel, sources: Mapping[str, str], own: Mapping[str, Any], heads: int,
         *, seed: int, stages: int | None,
     ) -> None:  # fmt: skip
-        order = self.at.key_order if kernel == "dkdv_sm90" else self.at.query_order
+        order = self.at.places.key_order if kernel == "dkdv_sm90" else self.at.places.query_order
         shared = {
             "order": Pointer(order.numpy()), "scale": Scalar(np.asarray(self.scale, "f4"), F32),
             "T": Scalar(np.asarray(self.tokens, np.int32), I32),
@@ -102,7 +102,7 @@ def attend(
     q, k, v = known.boxes(ROWS, TILE, TILE)
     out, lse = known.output(known.heads), np.full(known.heads * known.room, np.nan, np.float32)
     own = {"q_desc": q, "k_desc": k, "v_desc": v, "out_desc": out, "lse_ptr": Pointer(lse)}
-    own["starts"] = Pointer(known.at.starts.numpy())
+    own["starts"] = Pointer(known.at.places.starts.numpy())
     known.run("forward_sm90", sources, own, known.heads, seed=seed, stages=stages)
     found = once(out).view(known.tensors[0].shape)
     return [found, torch.from_numpy(lse).view(known.heads, known.room)]
@@ -117,7 +117,7 @@ def of_queries(
     lse, delta = map(Pointer, known.statistics())
     dq = known.output(known.heads)
     own |= {"dq_desc": dq, "lse_ptr": lse, "delta_ptr": delta}
-    own["starts"] = Pointer(known.at.starts.numpy())
+    own["starts"] = Pointer(known.at.places.starts.numpy())
     known.run("dq_sm90", sources, own, known.heads, seed=seed, stages=stages)
     return [once(dq).view(known.tensors[0].shape)]
 
@@ -133,7 +133,7 @@ def of_keys(
     heads = known.kv_heads * parts
     dk, dv = known.output(heads), known.output(heads)
     own |= {"lse_desc": lse, "delta_desc": delta, "dk_desc": dk, "dv_desc": dv, "S": parts}
-    own["ends"] = Pointer(known.at.ends.numpy())
+    own["ends"] = Pointer(known.at.places.ends.numpy())
     known.run("dkdv_sm90", sources, own, heads, seed=seed, stages=stages)
     shape = (known.tokens, known.kv_heads, parts, known.size)
     return [once(x).view(shape).sum(2) for x in (dk, dv)]
@@ -369,7 +369,7 @@ def bind_and_compile() -> None:
     from twins.blackwell import compile_launches
 
     modules = {
-        "forward": forward_sm90, "delta": varlen_attention, "dq": dq_sm90, "dkdv": dkdv_sm90
+        "forward": forward_sm90, "statistics": varlen_attention, "dq": dq_sm90, "dkdv": dkdv_sm90
     }  # fmt: skip
     launched = [
         compile_launches(module, f"{name}_kernel", target=90) for name, module in modules.items()
@@ -377,9 +377,8 @@ def bind_and_compile() -> None:
     for tokens, heads in ((300, (16, 8)), (1, (5, 1))):
         at = segments(np.array([0, tokens]))
         q, k, v, dout = inputs(tokens, *heads, 128)
-        out, lse = forward_sm90.forward(q, k, v, at.starts, at.query_order, 0.1)
-        places = (at.starts, at.ends, at.query_order, at.key_order)
-        gradients = backward_sm90.backward(dout, q, k, v, out, lse, *places, 0.1)
+        out, lse = forward_sm90.forward(q, k, v, at.places, 0.1)
+        gradients = backward_sm90.backward(dout, q, k, v, out, lse, at.places, 0.1)
         assert [x.shape for x in (out, *gradients)] == [q.shape, q.shape, k.shape, v.shape]
     grids = [[grid for grid, _ in one] for one in launched]
     assert grids == [[(16, 3), (5, 1)], [(16, 12), (5, 4)], [(16, 3), (5, 1)], [(8, 3), (5, 1)]]

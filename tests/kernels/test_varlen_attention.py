@@ -19,6 +19,7 @@ from hermes_core.segments import Segments, segments
 from hermes_kernels import reference
 from hermes_kernels import varlen_attention as kernels
 from hermes_kernels.launch import TILE, parts_of
+from hermes_kernels.places import Places
 from twins.interpreter import make_honest
 from twins.torch_attention import inputs, torch_itself, truth
 
@@ -42,9 +43,8 @@ def where(lengths: list[int]) -> Segments:
 def run(tensors: list[Tensor], at: Segments, scale: float) -> list[Tensor]:
     """Output and gradients by the kernels."""
     q, k, v, grad = tensors
-    out, lse = kernels.forward(q, k, v, at.starts, at.query_order, scale)
-    orders = (at.query_order, at.key_order)
-    return [out, *kernels.backward(grad, q, k, v, out, lse, at.starts, at.ends, *orders, scale)]
+    out, lse = kernels.forward(q, k, v, at.places, scale)
+    return [out, *kernels.backward(grad, q, k, v, out, lse, at.places, scale)]
 
 
 def check(tensors: list[Tensor], lengths: list[int]) -> None:
@@ -119,7 +119,7 @@ def test_the_tiles_of_each_architecture(architecture: int, monkeypatch: pytest.M
 def test_log_sum_exp_equals_the_plain_twin() -> None:
     lengths, (q, k, v, _) = [100, 1, 60], inputs(161, 4, 2, 64, torch.float16)
     at = where(lengths)
-    _, lse = kernels.forward(q, k, v, at.starts, at.query_order, 0.3)
+    _, lse = kernels.forward(q, k, v, at.places, 0.3)
     wanted = reference.varlen_lse(q.double(), k.double(), lengths, 0.3)
     torch.testing.assert_close(lse[:, :161].double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -144,17 +144,24 @@ def test_what_stands_beside_a_segment_changes_no_bit() -> None:
         assert not torch.equal(one, other)
 
 
-def test_a_segment_moved_by_whole_tiles_keeps_its_bits() -> None:
-    tensors = inputs(TILE + 190, 4, 2, 64, torch.bfloat16)
-    alone = [x[TILE:] for x in tensors]
-    packed = run(tensors, where([TILE, 190]), 0.1)
-    for one, other in zip(packed, run(alone, where([190]), 0.1), strict=True):
-        assert torch.equal(one[TILE:], other)
+@pytest.mark.parametrize(
+    ("before", "length"),
+    [([1], 190), ([37], 2 * TILE), ([63, 2], 40), ([1] * 70, 1), ([TILE], 190), ([129, 5], 256)],
+    ids=lambda x: str(x) if isinstance(x, int) else f"after-{sum(x)}",
+)
+def test_a_segment_keeps_its_bits_wherever_it_stands(before: list[int], length: int) -> None:
+    place = sum(before)
+    tensors = inputs(place + length + 9, 4, 2, 64, torch.bfloat16)
+    alone = [x[place : place + length] for x in tensors]
+    packed = run(tensors, where([*before, length, 9]), 0.1)
+    for one, other in zip(packed, run(alone, where([length]), 0.1), strict=True):
+        assert torch.equal(one[place : place + length], other)
 
 
 def test_the_order_of_tiles_changes_no_bit() -> None:
     tensors, at = inputs(400, 2, 1, 64, torch.bfloat16), where([150, 250])
-    turned = Segments(at.starts, at.ends, at.query_order.flip(0), at.key_order.flip(0))
+    *rest, query_order, key_order = at.places
+    turned = Segments(Places(*rest, query_order.flip(0), key_order.flip(0)))
     for one, other in zip(run(tensors, at, 0.1), run(tensors, turned, 0.1), strict=True):
         assert torch.equal(one, other)
 
@@ -162,7 +169,7 @@ def test_the_order_of_tiles_changes_no_bit() -> None:
 def test_tokens_after_the_last_segment_attend_to_themselves() -> None:
     q, k, v, _ = inputs(200, 2, 2, 64, torch.bfloat16)
     at = segments(np.array([0, 150]), 200)
-    out, _ = kernels.forward(q, k, v, at.starts, at.query_order, 0.1)
+    out, _ = kernels.forward(q, k, v, at.places, 0.1)
     assert torch.equal(out[150:], v[150:])
 
 
@@ -175,11 +182,15 @@ def test_addresses_past_two_to_the_31_elements_are_right(monkeypatch: pytest.Mon
     starts, lse = (torch.from_numpy(np.zeros(rows, kind)) for kind in (np.int32, np.float32))
     q[-TILE:] = torch.randn(TILE, 1, size, generator=torch.Generator().manual_seed(0))
     starts[-TILE:] = rows - TILE
+    block_of = torch.from_numpy(np.zeros(rows, np.int32))
+    block_of[-TILE:] = 1
+    blocks = torch.tensor([0, rows - TILE, rows], dtype=torch.int32)
     box, out_box = (kernels._boxes(x, TILE) for x in (q, out))
     last = torch.tensor([rows // TILE - 1], dtype=torch.int32)
     kernels.forward_kernel[1, 1](
-        box, box, box, out_box, lse, starts, last, 0.1, rows, rows, 1, size, TILE, TILE
-    )
+        box, box, box, out_box, lse, starts, block_of, blocks, last, 0.1, rows, rows, 1, size,
+        TILE, TILE,
+    )  # fmt: skip
     small, at = q[-TILE:].clone(), where([TILE])
-    wanted, _ = kernels.forward(small, small, small, at.starts, at.query_order, 0.1)
+    wanted, _ = kernels.forward(small, small, small, at.places, 0.1)
     assert torch.equal(out[-TILE:], wanted)

@@ -41,14 +41,12 @@ def make_honest() -> None:
     """Change the interpreter of this process, once."""
     if Builder.create_dot.__name__ == "honest_dot":
         return
-    plain_dot, plain_cast, plain_convert = (
-        Builder.create_dot,
-        Builder.cast_impl,
-        Builder.create_fp_to_fp,
-    )
+    plain_cast, plain_convert = Builder.cast_impl, Builder.create_fp_to_fp
 
     def honest_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-        return plain_dot(self, widen(a), widen(b), d, *rest)
+        # In float64: in float32 the bits would follow from where in a tile a row stands.
+        product = np.matmul(widen(a).data, widen(b).data, dtype=np.float64)
+        return Handle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     def cast(self: Any, source: Any, target: Any) -> Any:
         source = widen(source)
