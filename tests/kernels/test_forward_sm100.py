@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(120)
 FOLDER = Path(hermes_kernels.__file__).parent
 SOURCES = {
     f"hermes_kernels.{name}": (FOLDER / f"{name}.py").read_text()
-    for name in ("softmax_sm100", "forward_sm100")
+    for name in ("walk", "softmax_sm100", "forward_sm100")
 }
 
 
@@ -68,12 +68,14 @@ def attend(
     arguments = {
         "q_desc": boxes[0], "k_desc": boxes[1], "v_desc": boxes[2],
         "out_desc": Box(out, [TILE, size], kind, written), "lse_ptr": Pointer(lse),
-        "starts": Pointer(at.places.starts.numpy()), "order": Pointer(at.places.query_order.numpy()),
+        "order": Pointer(at.places.query_order.numpy()),
         "scale": Scalar(np.asarray(scale, np.float32), F32),
         "T": Scalar(np.asarray(tokens, np.int32), I32),
         "U": Scalar(np.asarray(room, np.int32), I32),
         "G": group, "STAGES": stages or TABLE[100, "pairs", size].stages,
     }  # fmt: skip
+    for name in ("starts", "ends", "block_of", "blocks"):
+        arguments[name] = Pointer(getattr(at.places, name).numpy())
     grid = (k.shape[1] * -(-group // 2), at.places.query_order.numel())
     run(sources, "pair_kernel", arguments, grid, seed)
     assert (written == 1).all()
@@ -91,11 +93,14 @@ def torch_itself(tensors: list[Tensor], lengths: list[int], scale: float) -> Ten
     ])  # fmt: skip
 
 
-def check(tensors: list[Tensor], lengths: list[int], scale: float, *, seed: int = 0) -> None:
+def check(
+    tensors: list[Tensor], lengths: list[int], scale: float, *, seed: int = 0,
+    sources: Mapping[str, str] = SOURCES,
+) -> None:  # fmt: skip
     """Every value is written, and errs no more than 1.5 times what PyTorch errs."""
     wide = [x.double() for x in tensors]
     right = reference.varlen_attention(*wide, lengths, scale)
-    out, lse = attend(tensors, where(lengths), scale, seed=seed)
+    out, lse = attend(tensors, where(lengths), scale, seed=seed, sources=sources)
     allowed = (torch_itself(tensors, lengths, scale) - right).norm()
     assert (out - right).norm() <= 1.5 * allowed + 1e-6 * right.norm()
     wanted = reference.varlen_lse(*wide[:2], lengths, scale)
@@ -105,9 +110,12 @@ def check(tensors: list[Tensor], lengths: list[int], scale: float, *, seed: int 
 
 @pytest.mark.parametrize(
     "lengths",
-    [[1], [TILE - 1], [TILE, 1], [TILE + 1], [127, 1, 129, 128], [1] * 256, [640], [5, 250, 1, 3]],
+    [
+        [1], [TILE - 1], [TILE, 1], [TILE + 1], [127, 1, 129, 128], [1] * 256, [640],
+        [5, 250, 1, 3], [200, 55, 1, 1, 1, 100, 154, 20],
+    ],
     ids=lambda x: f"{len(x)}-of-{sum(x)}",
-)
+)  # fmt: skip
 @pytest.mark.parametrize("heads", [(2, 1), (1, 1)], ids=["two-heads", "two-tiles"])
 def test_every_packing_errs_no_more_than_pytorch(
     lengths: list[int], heads: tuple[int, int]
@@ -161,6 +169,30 @@ def test_what_stands_beside_a_segment_changes_no_bit() -> None:
     assert not torch.equal(before, after)
 
 
+def keeps_its_bits(
+    before: list[int], length: int, heads: tuple[int, int], sources: Mapping[str, str] = SOURCES
+) -> bool:
+    """Whether a segment behind others comes out as it does alone."""
+    place = sum(before)
+    tensors = inputs(place + length + 9, heads, 64)
+    mine = slice(place, place + length)
+    packed, lse = attend(tensors, where([*before, length, 9]), 0.5, sources=sources)
+    alone, lse_alone = attend([x[mine] for x in tensors], where([length]), 0.5, sources=sources)
+    return torch.equal(packed[mine], alone) and torch.equal(lse[:, mine], lse_alone[:, :length])
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (1, 1)], ids=["two-heads", "two-tiles"])
+@pytest.mark.parametrize(
+    ("before", "length"),
+    [([1], 190), ([37], 2 * TILE), ([63, 2], 40), ([1] * 70, 1), ([TILE], 190), ([129, 5], 256)],
+    ids=lambda x: str(x) if isinstance(x, int) else f"after-{sum(x)}",
+)
+def test_a_segment_keeps_its_bits_wherever_it_stands(
+    before: list[int], length: int, heads: tuple[int, int]
+) -> None:
+    assert keeps_its_bits(before, length, heads)
+
+
 def test_tokens_after_the_last_segment_attend_to_themselves() -> None:
     q, k, v = inputs(200, (2, 2), 64)
     out, _ = attend([q, k, v], where([150], 200), 0.1)
@@ -191,7 +223,7 @@ BROKEN = {
     "queries read too early": (
         "    mbarrier.wait(q_ready.index(1), 0)\n", "", TOO_EARLY),
     "last output read too early": (
-        "        mbarrier.wait(o_ready.index(x), (blocks & 1) ^ 1)\n", "", TOO_EARLY),
+        "        mbarrier.wait(o_ready.index(x), (count & 1) ^ 1)\n", "", TOO_EARLY),
     "keys overwritten": (
         "    mbarrier.wait(kv_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
     "values freed by the first tile": (
@@ -219,14 +251,60 @@ BROKEN = {
 }  # fmt: skip
 
 
+def replaced(*pairs: tuple[str, str]) -> dict[str, str]:
+    """The sources with each first text of a pair turned into the second."""
+    sources = SOURCES
+    for wanted, instead in pairs:
+        assert sum(text.count(wanted) for text in sources.values()) > 0
+        sources = {name: text.replace(wanted, instead) for name, text in sources.items()}
+    return sources
+
+
 @pytest.mark.parametrize(("wanted", "instead", "told"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_kernel_is_found_out(wanted: str, instead: str, told: str) -> None:
-    assert sum(text.count(wanted) for text in SOURCES.values()) > 0
-    broken = {name: text.replace(wanted, instead) for name, text in SOURCES.items()}
+    broken = replaced((wanted, instead))
     tensors, at = inputs(384, (2, 1), 64), where([300, 84])
     for seed in range(3):  # whatever the order of events
         with pytest.raises(Fault, match=told):
             attend(tensors, at, 4.0, seed=seed, sources=broken, stages=3)
+
+
+# Walks that go wrong, of which no fault tells: the output does.
+ASTRAY = {
+    "a part counted to the end of its box": ("gl.minimum(t, end - 1) - n", "t - n"),
+    "a segment's last part left out": ("row + M) - first, J)", "row + M) - first, J) - 1"),
+    "parts looked up one too far": ("j = rest + gl", "j = rest + 1 + gl"),
+    "the rest left out": ("count = own + more", "count = own"),
+    "one part too many without a mask": ("(begin + 1 - first) // J", "(begin + J - first) // J"),
+    "another segment's keys without a mask": ("gl.where(last_start == first, ", "gl.where(True, "),
+    "single tokens apart": ("block + 1, mask=alone", "block, mask=alone"),
+    "the second tile's own keys left out": ("T, M + down, J", "T, M, J"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", ASTRAY.values(), ids=ASTRAY)
+def test_a_walk_that_goes_astray_is_found_out(broken: tuple[str, str]) -> None:
+    tensors, lengths = inputs(532, (1, 1), 64), [200, 55, 1, 1, 1, 100, 154, 20]
+    with pytest.raises((AssertionError, Fault)):
+        check(tensors, lengths, 0.5, sources=replaced(broken))
+
+
+# Walks in other parts or another order: the output is right, its bits are not.
+MOVED = {
+    "parts from the batch's start": [("first = gl.load(starts + row)", "first = row * 0")],
+    "the diagonal first": [
+        ("n, _ = part(i,", "n, _ = part(gl.where(i == 0, count - 1, i - 1),"),
+        ("n, end = part(i,", "n, end = part(gl.where(i == 0, count - 1, i - 1),"),
+        ("gl.where(last_start == first, (begin + 1 - first) // J, 0)", "0"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("moved", MOVED.values(), ids=MOVED)
+def test_another_walk_gives_other_bits(moved: list[tuple[str, str]]) -> None:
+    tensors, lengths = inputs(337, (2, 1), 64), [37, 300]
+    check(tensors, lengths, 0.5, sources=replaced(*moved))
+    assert not keeps_its_bits([37], 300, (2, 1), replaced(*moved))
 
 
 def test_blackwell_runs_it_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
