@@ -69,13 +69,6 @@ def width(strip):
 
 
 @gluon.jit
-def block_key(i, row, down, first, J: gl.constexpr):
-    """First key of the i-th block: those of the diagonal, from the last, then from ``first``."""
-    diagonal = 1 + down // J
-    return gl.where(i < diagonal, row + down - i * J, first + (i - diagonal) * J)
-
-
-@gluon.jit
 def weights_in(s, dtype: gl.constexpr):
     """P: [M, J] of ``dtype`` in the first columns of S."""
     M: gl.constexpr = s.shape[0]
