@@ -60,7 +60,7 @@ from hermes_kernels.walk import on, part, statistics_of
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, kv, ring, vectors, kv_ready,
-    ready, free, vectors_ready, row, share, heads, first, after, own, rest, count, blocks, U,
+    ready, free, vectors_ready, row, share, heads, first, after, rest, count, blocks, U,
     S: gl.constexpr,
 ):  # fmt: skip
     """k and v, then q, dout, exponents and deltas of each turn."""
@@ -75,7 +75,7 @@ def _load(
         head = share * heads + h
         for j in range(count):
             i = h * count + j
-            n, _ = part(j, first, after, own, rest, blocks, M)
+            n, _ = part(j, first, after, rest, blocks, M)
             at, place = [n, head * H], [statistics_of(n, head, U)]
             _fetch(q_desc, at, ring, ready, free, 2 * i)
             _fetch(dout_desc, at, ring, ready, free, 2 * i + 1)
@@ -127,7 +127,7 @@ def _add_to_dv(s, ring, dv, p_ready, i, told):
 @gluon.jit
 def _weigh(
     x: gl.constexpr, vectors, s, r, sums, kv, out_desc, vectors_ready, scored, p_ready, z_ready,
-    done, ends, blocks, scale, factor, row, share, heads, first, after, own, rest, count, before,
+    done, ends, blocks, scale, factor, row, share, heads, first, after, rest, count, before,
     inner, T,
 ):  # fmt: skip
     """P and Z of half x of the queries; then factor * sums, which leave by way of kv."""
@@ -144,7 +144,7 @@ def _weigh(
         whole = gl.minimum(begin + before, turns)
         for i in range(gl.maximum(begin + before + inner - count, 0), whole):
             at, stop = part(
-                gl.where(i < begin, i + count, i) - begin, first, after, own, rest, blocks, M
+                gl.where(i < begin, i + count, i) - begin, first, after, rest, blocks, M
             )
             exponents = _exponents(x, i, s, vectors, vectors_ready, scored, scale)
             n = at + x * (M // 2)
@@ -233,7 +233,7 @@ def dkdv_kernel(
     dtype: gl.constexpr = q_desc.dtype
     share = gl.program_id(0)
     row = gl.load(order + gl.program_id(1)) * J
-    first, after, own, rest, count, before, inner = on(row, starts, ends, block_of, blocks, T, J, M)
+    first, after, rest, count, before, inner = on(row, starts, ends, block_of, blocks, T, J, M)
 
     kv = gl.allocate_shared_memory(dtype, [2, J, H], k_desc.layout)
     ring = gl.allocate_shared_memory(dtype, [STAGES, M, H], q_desc.layout)
@@ -251,12 +251,12 @@ def dkdv_kernel(
         [
             (_weigh, (
                 0, vectors, s, r, dk, kv, dk_desc, vectors_ready, scored, p_ready, z_ready, done,
-                ends, blocks, scale, scale, row, share, G // S, first, after, own, rest, count,
+                ends, blocks, scale, scale, row, share, G // S, first, after, rest, count,
                 before, inner, T,
             )),
             (_weigh, (
                 1, vectors, s, r, dv, kv, dv_desc, vectors_ready, scored, p_ready, z_ready, done,
-                ends, blocks, scale, 1.0, row, share, G // S, first, after, own, rest, count,
+                ends, blocks, scale, 1.0, row, share, G // S, first, after, rest, count,
                 before, inner, T,
             )),
             (_multiply, (
@@ -265,7 +265,7 @@ def dkdv_kernel(
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, kv, ring, vectors,
-                kv_ready, ready, free, vectors_ready, row, share, G // S, first, after, own, rest,
+                kv_ready, ready, free, vectors_ready, row, share, G // S, first, after, rest,
                 count, blocks, U, S,
             )),
         ],

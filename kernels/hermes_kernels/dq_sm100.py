@@ -54,7 +54,7 @@ from hermes_kernels.walk import SHIFTS, back, part
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, dout_desc, own, kv, own_ready, ready, free, row, head, first, after,
-    own_parts, rest, count, blocks, G: gl.constexpr,
+    rest, count, blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q and dout, then each block of keys and of values, in turn."""
     J: gl.constexpr = k_desc.block_shape[0]
@@ -64,7 +64,7 @@ def _load(
     mbarrier.expect(own_ready.index(1), dout_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(dout_desc, [row, head * H], own_ready.index(1), own.index(1))
     for i in range(count):
-        n, _ = part(i, first, after, own_parts, rest, blocks, J)
+        n, _ = part(i, first, after, rest, blocks, J)
         at = [n, head // G * H]
         _fetch(k_desc, at, kv, ready, free, 2 * i)
         _fetch(v_desc, at, kv, ready, free, 2 * i + 1)
@@ -95,7 +95,7 @@ def _multiply(
 def _weigh(
     x: gl.constexpr, own, mine, s, r, dq, dq_desc, own_ready, own_moved, scored, s_free, z_ready,
     dq_ready, out_ready, exponents_ptr, deltas_ptr, starts, blocks, scale, row, head, first, after,
-    own_parts, rest, count, inner, T, U,
+    rest, count, inner, T, U,
 ):  # fmt: skip
     """``own[x]`` to tensor memory; Z of half x of the keys of each block; half of dq."""
     M: gl.constexpr = s.shape[0]
@@ -115,7 +115,7 @@ def _weigh(
         exponents = _exponents(x, i, s, scored, s_free, exponent, scale)
         _differ(x, i, exponents, r, scored, z_ready, delta, dtype)
     for i in range(inner, count):
-        begin, end = part(i, first, after, own_parts, rest, blocks, J)
+        begin, end = part(i, first, after, rest, blocks, J)
         exponents = _exponents(x, i, s, scored, s_free, exponent, scale)
         n = begin + x * (J // 2)
         seen = masked(exponents, start - n, gl.minimum(t, end - 1) - n)
@@ -174,7 +174,7 @@ def dq_kernel(
     dtype: gl.constexpr = q_desc.dtype
     head = gl.program_id(0)
     row = gl.load(order + gl.program_id(1)) * M
-    first, after, own_parts, rest, count, inner = back(row, starts, ends, block_of, blocks, T, M, J)
+    first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, M, J)
 
     own = gl.allocate_shared_memory(dtype, [2, M, H], q_desc.layout)
     kv = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
@@ -193,12 +193,12 @@ def dq_kernel(
             (_weigh, (
                 0, own, q, s, r, dq, dq_desc, own_ready, own_moved, scored, s_free, z_ready,
                 dq_ready, out_ready, exponents_ptr, deltas_ptr, starts, blocks, scale, row, head,
-                first, after, own_parts, rest, count, inner, T, U,
+                first, after, rest, count, inner, T, U,
             )),
             (_weigh, (
                 1, own, dout, s, r, dq, dq_desc, own_ready, own_moved, scored, s_free, z_ready,
                 dq_ready, out_ready, exponents_ptr, deltas_ptr, starts, blocks, scale, row, head,
-                first, after, own_parts, rest, count, inner, T, U,
+                first, after, rest, count, inner, T, U,
             )),
             (_multiply, (
                 q, dout, kv, s, r, dq, ready, free, own_moved, scored, s_free, z_ready, dq_ready,
@@ -206,7 +206,7 @@ def dq_kernel(
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, own, kv, own_ready, ready, free, row, head,
-                first, after, own_parts, rest, count, blocks, G,
+                first, after, rest, count, blocks, G,
             )),
         ],
         [4, 1, 1],

@@ -64,7 +64,7 @@ OTHER_REGISTERS = gl.constexpr(40)
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, down, head, across, first,
-    after, own, rest, count, blocks, G: gl.constexpr,
+    after, rest, count, blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q, then each block of keys and of values, in turn."""
     J: gl.constexpr = k_desc.block_shape[0]
@@ -74,7 +74,7 @@ def _load(
         at = [row + x * down, (head + x * across) * H]
         tma.async_copy_global_to_shared(q_desc, at, q_ready.index(x), q.index(x))
     for i in range(count):
-        n, _ = part(i, first, after, own, rest, blocks, J)
+        n, _ = part(i, first, after, rest, blocks, J)
         at = [n, head // G * H]
         _fetch(k_desc, at, kv, kv_ready, kv_free, 2 * i)
         _fetch(v_desc, at, kv, kv_ready, kv_free, 2 * i + 1)
@@ -209,7 +209,7 @@ def pair_kernel(
                 return  # the tile before has it
             down, across = M, 0
     row = tile * M
-    first, after, own, rest, count, _ = back(row, starts, ends, block_of, blocks, T, M + down, J)
+    first, after, rest, count, _ = back(row, starts, ends, block_of, blocks, T, M + down, J)
 
     q = gl.allocate_shared_memory(dtype, [2, M, H], q_desc.layout)
     kv = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
@@ -234,13 +234,13 @@ def pair_kernel(
             )),
             (softmax, (
                 0, s0, shrinks.index(0), s_ready.index(0), p_ready, a_ready.index(0),
-                a_free.index(0), lse_ptr, starts, blocks, scale, row, down, first, after, own,
+                a_free.index(0), lse_ptr, starts, blocks, scale, row, down, first, after,
                 rest, count, T, U, dtype,
             )),
             (softmax, (
                 1, s1, shrinks.index(1), s_ready.index(1), p_ready, a_ready.index(1),
                 a_free.index(1), lse_ptr + U * across, starts, blocks, scale, row, down, first,
-                after, own, rest, count, T, U, dtype,
+                after, rest, count, T, U, dtype,
             )),
             (_multiply, (
                 q, kv, (s0, s1), (o0, o1), q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready,
@@ -248,7 +248,7 @@ def pair_kernel(
             )),
             (_load, (
                 q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, down, head,
-                across, first, after, own, rest, count, blocks, G,
+                across, first, after, rest, count, blocks, G,
             )),
         ],
         [4, 4, 1, 1],

@@ -88,7 +88,7 @@ def pairs(x, COLUMNS: gl.constexpr):
 @gluon.jit
 def softmax(
     x: gl.constexpr, s, shrinks, s_ready, p_ready, a_ready, a_free, lse_ptr, starts, blocks, scale,
-    row, down, first, after, own, rest, count, T, U, dtype: gl.constexpr,
+    row, down, first, after, rest, count, T, U, dtype: gl.constexpr,
 ):  # fmt: skip
     """The weights of tile x, which begins at token row + x * down, and its log-sum-exp."""
     M: gl.constexpr = s.shape[0]
@@ -108,7 +108,7 @@ def softmax(
             x, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
         )
     for i in range(inner, count):
-        n, end = part(i, first, after, own, rest, blocks, J)
+        n, end = part(i, first, after, rest, blocks, J)
         mbarrier.wait(s_ready, i & 1)
         strips = _masked(_scores(s), start - n, gl.minimum(t, end - 1) - n)
         top, total = _weigh(

@@ -75,7 +75,7 @@ def test_a_segment_keeps_its_bits_wherever_it_stands(
 
 # Walks that go wrong, of which no fault need tell: the result does.
 ANY = {
-    "parts looked up one too far": ("j = rest + gl", "j = rest + 1 + gl"),
+    "parts looked up one too far": ("tl.maximum(rest + i, 0)", "tl.maximum(rest + i + 1, 0)"),
     "the rest left out": ("count = own + more", "count = own"),
 }
 BACK = ANY | {
@@ -90,7 +90,7 @@ ASTRAY_FORWARD = BACK | {
 }
 ASTRAY_DQ = BACK | {
     "a diagonal without a mask": ("(row + 1 - first) // J", "(row + J - first) // J"),
-    "others' keys without a mask": ("gl.where(one, (row", "gl.where(True, (row"),
+    "others' keys without a mask": ("tl.where(one, (row", "tl.where(True, (row"),
     "the other half's mask": ("begin + x * (J // 2)", "begin + (1 - x) * (J // 2)"),
     "statistics of another head": ("head.to(gl.int64) * SHIFTS * U", "head.to(gl.int64) * U"),
 }
@@ -98,8 +98,8 @@ ASTRAY_DKDV = ANY | {
     "single tokens twice": ("block + 1, mask=alone", "block, mask=alone"),
     "a part counted to the end of its box": ("gl.minimum(end, stop) - 1", "end - 1"),
     "a segment's last part left out": ("cdiv(after - first, M)", "cdiv(after - first, M) - 1"),
-    "a diagonal without a mask": ("gl.cdiv(row + J - 1 - first, M)", "gl.cdiv(row - first, M)"),
-    "a last part without a mask": ("(end - first) // M", "gl.cdiv(end - first, M)"),
+    "a diagonal without a mask": ("tl.cdiv(row + J - 1 - first, M)", "tl.cdiv(row - first, M)"),
+    "a last part without a mask": ("(end - first) // M", "tl.cdiv(end - first, M)"),
     "last parts of a head passed over": ("before + inner - count, 0)", "0, 0)"),
     "parts of the next head": ("gl.where(i < begin, i + count, i) - begin", "i - begin"),
     "statistics of another copy": ("(head * SHIFTS + shift) * U", "head * SHIFTS * U"),
@@ -125,24 +125,24 @@ def test_a_walk_that_goes_astray_is_found_out(find: Find, change: Change) -> Non
 # Walks in other parts or another order: the result is right, its bits are not.
 MOVED = {
     "parts from the batch's start": (
-        attend, ("first, end = gl.load(starts + row),", "first, end = row * 0,")),
+        attend, ("first, end = tl.load(starts + row),", "first, end = row * 0,")),
     "the diagonal first": (
         attend, ("n, _ = part(i,", "n, _ = part(gl.where(i == 0, count - 1, i - 1),"),
         ("n, end = part(i,", "n, end = part(gl.where(i == 0, count - 1, i - 1),"),
         ("gl.where(last_start == first, (begin + 1 - first) // J, 0)", "0")),
     "parts from the batch's start in dq": (
-        of_queries, ("first, end = gl.load(starts + row),", "first, end = row * 0,")),
+        of_queries, ("first, end = tl.load(starts + row),", "first, end = row * 0,")),
     "the diagonal first in dq": (
         of_queries, ("n, _ = part(i,", "n, _ = part(gl.where(i == 0, count - 1, i - 1),"),
         ("begin, end = part(i,", "begin, end = part(gl.where(i == 0, count - 1, i - 1),"),
-        ("gl.where(one, (row + 1 - first) // J, 0)", "0")),
+        ("tl.where(one, (row + 1 - first) // J, 0)", "0")),
     "parts from the tile's start in dkdv": (
         of_keys, ("first = row - (row - start) % M", "first = row * 1")),
     "the first part last in dkdv": (
         of_keys, ("n, _ = part(j,", "n, _ = part((j + 1) % count,"),
         ("gl.where(i < begin, i + count, i) - begin", "(i - begin + 1) % count"),
-        ("before = gl.where(one, ", "before = gl.where(row < 0, "),
-        ("inner = gl.where(one, gl", "inner = gl.where(row < 0, gl")),
+        ("before = tl.where(one, ", "before = tl.where(row < 0, "),
+        ("inner = tl.where(one, tl", "inner = tl.where(row < 0, tl")),
 }  # fmt: skip
 
 
