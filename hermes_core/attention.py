@@ -50,8 +50,8 @@ def varlen_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention inside each segment; no token sees another segment.
 
-    Equal inputs give equal bits with "triton", "gluon", "cpu" and "reference". What stands beside a
-    segment changes none of its bits: with our GPU kernels as long as it keeps its place modulo 128.
+    Equal inputs give equal bits with "triton", "gluon", "cpu" and "reference". Neither what stands
+    beside a segment nor where it stands changes any of its bits.
 
     DTensors whose heads are sharded (tensor parallelism) give such a DTensor: every rank attends
     with its own heads, and nothing is sent.

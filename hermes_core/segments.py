@@ -149,7 +149,10 @@ def _ordered(starts: Tensor, ends: Tensor, known: NDArray[np.int64] | None) -> S
     t = torch.arange(tokens + 1, dtype=torch.int32, device=starts.device)
     begins = _begins(starts, ends, t[:tokens])
     block_of = begins.cumsum(0) - 1
-    blocks = torch.searchsorted(block_of, t)
+    # What begins no block has a place of its own, after those of blocks: no two write one.
+    room = t.new_full((2 * tokens + 1,), tokens)
+    places = torch.where(begins, block_of, t[:tokens] + (tokens + 1))
+    blocks = room.scatter_(0, places, t[:tokens])[: tokens + 1]
     firsts = t[:tokens:TILE].long()
     lasts = (firsts + TILE).clamp(max=tokens) - 1
     walk_back = block_of[lasts] - block_of[starts[firsts].long()]
