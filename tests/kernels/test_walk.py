@@ -1,0 +1,134 @@
+"""Walks over parts of blocks, interpreted, against what each token is to meet, one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bench.attention import Shape
+from bench.attention_model import walk_back, walk_on
+from hermes_core.segments import segments
+from hermes_kernels import walk
+from hermes_kernels.places import Places
+
+ROOM = 320  # parts of a walk, at most
+LENGTHS = st.lists(
+    st.one_of(st.integers(1, 3), st.integers(1, 300), st.sampled_from([1, 64, 128, 256])),
+    min_size=1,
+    max_size=12,
+)
+
+sizes = pytest.mark.parametrize(
+    ("tile", "part"), [(128, 64), (128, 128), (64, 32), (64, 128), (256, 128)]
+)
+
+
+@triton.jit
+def back_kernel(
+    found, starts, ends, block_of, blocks, T, M: tl.constexpr, J: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first, after, rest, count, inner = walk.back(tile * M, starts, ends, block_of, blocks, T, M, J)
+    found += tile * (3 + 2 * ROOM)
+    tl.store(found, count)
+    tl.store(found + 1, 0)
+    tl.store(found + 2, inner)
+    for i in range(count):
+        begin, end = walk.part(i, first, after, rest, blocks, J)
+        tl.store(found + 3 + 2 * i, begin)
+        tl.store(found + 4 + 2 * i, end)
+
+
+@triton.jit
+def on_kernel(
+    found, starts, ends, block_of, blocks, T, M: tl.constexpr, J: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first, after, rest, count, before, inner = walk.on(
+        tile * M, starts, ends, block_of, blocks, T, M, J
+    )
+    found += tile * (3 + 2 * ROOM)
+    tl.store(found, count)
+    tl.store(found + 1, before)
+    tl.store(found + 2, inner)
+    for i in range(count):
+        begin, end = walk.part(i, first, after, rest, blocks, J)
+        tl.store(found + 3 + 2 * i, begin)
+        tl.store(found + 4 + 2 * i, end)
+
+
+def walks(
+    kernel: object, places: Places, tile: int, part: int
+) -> list[tuple[list[tuple[int, int]], range]]:
+    """Of each tile: its parts, begin and end, and which of them are met whole."""
+    tokens = len(places.starts)
+    found = torch.full((-(-tokens // tile), 3 + 2 * ROOM), -1, dtype=torch.int32)
+    kernel[(len(found),)](found, *places[:4], tokens, tile, part, ROOM)  # type: ignore[index]
+    told = []
+    for count, before, inner, *parts in found.tolist():
+        pairs = list(zip(parts[: 2 * count : 2], parts[1 : 2 * count : 2], strict=True))
+        told.append((pairs, range(before, before + inner)))
+    return told
+
+
+@sizes
+@given(lengths=LENGTHS, tail=st.integers(0, 150))
+@example(lengths=[500, 12], tail=0)
+@example(lengths=[1] * 300, tail=0)
+@example(lengths=[100, 1, 1, 1, 156, 1, 2], tail=140)
+@settings(max_examples=20, deadline=None)
+def test_a_query_meets_each_key_that_it_sees_once(part: int, lengths: list[int], tail: int) -> None:
+    check(back_kernel, lengths, tail, part)
+
+
+@sizes
+@given(lengths=LENGTHS, tail=st.integers(0, 150))
+@example(lengths=[500, 12], tail=0)
+@example(lengths=[1] * 300, tail=0)
+@example(lengths=[100, 1, 1, 1, 156, 1, 2], tail=140)
+@settings(max_examples=20, deadline=None)
+def test_a_key_meets_each_query_that_sees_it_once(
+    tile: int, part: int, lengths: list[int], tail: int
+) -> None:
+    check(on_kernel, lengths, tail, tile, part)
+
+
+def check(kernel: object, lengths: list[int], tail: int, tile: int, part: int) -> None:
+    """Parts rise, begin at multiples of their size from a segment's start, and hold what counts."""
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    at = segments(bounds, int(bounds[-1]) + tail)
+    starts, ends = (x.numpy() for x in at.places[:2])
+    t = np.arange(at.tokens)
+    seen = (t[None, :] <= t[:, None]) & (t[None, :] >= starts[:, None])  # [query, key]
+    met = seen if kernel is back_kernel else seen.T
+    told = walks(kernel, at.places, tile, part)
+    for i, (parts, whole) in enumerate(told):
+        rows = slice(i * tile, min((i + 1) * tile, at.tokens))
+        times = np.zeros(at.tokens, int)
+        begins = []
+        for j, (begin, end) in enumerate(parts):
+            if begin >= end:  # a short block's later part, of nothing
+                assert j not in whole
+                continue
+            begins.append(begin)
+            tokens = slice(begin, min(begin + part, end))
+            times[tokens] += 1
+            alone = ends[begin] - starts[begin] == 1
+            assert alone or (begin - starts[begin]) % part == 0
+            assert alone or ends[begin] >= tokens.stop or begin + part <= end
+            if j in whole:
+                assert begin + part <= end
+                assert met[rows, tokens].all()
+        assert (times <= 1).all()
+        assert (times[met[rows].any(0)] == 1).all()
+        assert begins == sorted(begins)
+    count = walk_back if kernel is back_kernel else walk_on
+    all_lengths = tuple(at.lengths.tolist())
+    parts, masked = count(Shape("", all_lengths, (1, 1), 64, torch.bfloat16), tile, part)
+    assert parts.tolist() == [len(parts) for parts, _ in told]
+    assert masked.tolist() == [len(parts) - len(whole) for parts, whole in told]
