@@ -82,8 +82,10 @@ def walks(
 @example(lengths=[1] * 300, tail=0)
 @example(lengths=[100, 1, 1, 1, 156, 1, 2], tail=140)
 @settings(max_examples=20, deadline=None)
-def test_a_query_meets_each_key_that_it_sees_once(part: int, lengths: list[int], tail: int) -> None:
-    check(back_kernel, lengths, tail, part)
+def test_a_query_meets_each_key_that_it_sees_once(
+    tile: int, part: int, lengths: list[int], tail: int
+) -> None:
+    check(back_kernel, lengths, tail, tile, part)
 
 
 @sizes
