@@ -89,6 +89,16 @@ class Entry:
         return max(map(Counter.total, self._softmax_loops), default=0) - self.loop.total()
 
     @property
+    def reckonings(self) -> set[tuple[tuple[str, int], ...]]:
+        """What turns reckon by, masked or not: in two ways, bits would follow from where a segment
+        stands, as does which of its turns are masked."""
+        names = ("FADD", "FMUL", "FFMA", "MUFU")
+        return {
+            tuple(sorted((name, n) for name, n in body.items() if name.startswith(names)))
+            for body in self._softmax_loops
+        }
+
+    @property
     def others(self) -> int:
         """Instructions that all roles but the softmax issue in a turn."""
         if not self._in_gluon:
@@ -136,6 +146,7 @@ class Entry:
             f"{pauses} waits for products a turn": (
                 self.kernel in HOPPER and pauses > waits(self.kernel)
             ),
+            "masked turns reckon otherwise": self._in_gluon and len(self.reckonings) > 1,
             f"{early} arrivals before all warps have met": self._in_gluon and early > 0,
         }
         wrong = [text for text, so in checks.items() if so]

@@ -1,4 +1,4 @@
-"""The backward of `varlen_attention` for Blackwell (sm_100): delta, then two kernels in Gluon.
+"""The backward of `varlen_attention` for Blackwell (sm_100): statistics, then two kernels in Gluon.
 
 Each output has one writer, so that equal inputs give equal bits: `dq_sm100` walks over the keys of
 a query tile, `dkdv_sm100` over the queries of a key tile. Seven products, where five would do with
@@ -8,8 +8,6 @@ Shapes: T packed tokens, N query heads, K key heads, H head size, U = T rounded 
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from hermes_kernels.forward_sm100 import _boxes
 from hermes_kernels.halves_sm100 import REGISTERS, WARPS
 from hermes_kernels.launch import TILE, launch_of, on, parts_of, sum_of_parts
 from hermes_kernels.places import Places
-from hermes_kernels.varlen_attention import delta_of
+from hermes_kernels.varlen_attention import statistics_of
 
 
 def backward(
@@ -34,23 +32,24 @@ def backward(
     kv_heads, room = k_TKH.shape[1], lse_NU.shape[1]
     group = heads // kv_heads
     parts = parts_of(kv_heads, group)
-    delta, lse = delta_of(out_TNH, dout_TNH, lse_NU), lse_NU * -math.log2(math.e)
+    exponents, deltas = statistics_of(out_TNH, dout_TNH, lse_NU)
     dq = torch.empty_like(q_TNH)
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
     boxes = [_boxes(x) for x in (q_TNH, k_TKH, v_TKH, dout_TNH)]
     with on(q_TNH):
         dq_kernel[heads, places.query_order.numel()](
-            *boxes, _boxes(dq), lse, delta, places.starts, places.query_order, scale, tokens,
-            room, group, launch_of(100, "dq_sm100", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
+            *boxes, _boxes(dq), exponents, deltas, *places[:4], places.query_order, scale, tokens,
+            room, group, launch_of(100, "dq_sm100", size).stages,
+            num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
         dkdv_kernel[kv_heads * parts, places.key_order.numel()](
-            *boxes, _vectors(lse), _vectors(delta), _boxes(dk), _boxes(dv), places.ends,
-            places.key_order, scale, tokens, room, group, parts, launch_of(100, "dkdv_sm100", size).stages,
-            num_warps=WARPS, maxnreg=REGISTERS,
+            *boxes, _vectors(exponents), _vectors(deltas), _boxes(dk), _boxes(dv), *places[:4],
+            places.key_order, scale, tokens, room, group, parts,
+            launch_of(100, "dkdv_sm100", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return dq, sum_of_parts(dk, parts), sum_of_parts(dv, parts)
 
 
-def _vectors(x_NU: Tensor) -> TensorDescriptor:
+def _vectors(x_NSU: Tensor) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for([TILE], gl.float32)
-    return TensorDescriptor.from_tensor(x_NU.view(-1), [TILE], layout)
+    return TensorDescriptor.from_tensor(x_NSU.view(-1), [TILE], layout)

@@ -15,9 +15,10 @@ asked for after what reads P, and the tensor cores keep that order.
 
 As in FlashAttention-4 (arXiv 2603.05451), the maximum is taken over only where it has grown by more
 than 2^8, so that O is seldom scaled again; every eighth exponential is a polynomial; and products
-begin when half of the weights are there. A block is masked only at a border: blocks on the diagonal
-come first, then from the first that is seen on, so that those to be masked are together. A masked
-weight is exactly 0; equal inputs give equal bits.
+begin when half of the weights are there. Blocks are counted from each segment's start and come in
+rising order (`walk.part`); the first, which all queries of a tile see whole, need no mask. A masked
+weight is exactly 0 and moves no maximum; each row decides by itself when to take its own over, and
+one that does not is scaled by 1: neither its neighbours nor its place change any of its bits.
 
 This kernel has never run on a GPU. Its machine code is checked as that of the others
 (`python -m bench attention --static`), and its own source is run by a simulator that lets copies,
@@ -46,7 +47,8 @@ from triton.experimental.gluon.nvidia.blackwell import TensorDescriptor
 
 from hermes_kernels.launch import TILE, launch_of, on, room_for
 from hermes_kernels.places import Places
-from hermes_kernels.softmax_sm100 import block_key, pairs, row_a_thread, softmax, weights_in
+from hermes_kernels.softmax_sm100 import pairs, row_a_thread, softmax, weights_in
+from hermes_kernels.walk import back, part
 
 LOG2E = gl.constexpr(1.4426950408889634)
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -62,7 +64,7 @@ OTHER_REGISTERS = gl.constexpr(40)
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, down, head, across, first,
-    blocks, G: gl.constexpr,
+    after, rest, count, blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q, then each block of keys and of values, in turn."""
     J: gl.constexpr = k_desc.block_shape[0]
@@ -71,8 +73,9 @@ def _load(
         mbarrier.expect(q_ready.index(x), q_desc.block_type.nbytes)
         at = [row + x * down, (head + x * across) * H]
         tma.async_copy_global_to_shared(q_desc, at, q_ready.index(x), q.index(x))
-    for i in range(blocks):
-        at = [block_key(i, row, down, first, J), head // G * H]
+    for i in range(count):
+        n, _ = part(i, first, after, rest, blocks, J)
+        at = [n, head // G * H]
         _fetch(k_desc, at, kv, kv_ready, kv_free, 2 * i)
         _fetch(v_desc, at, kv, kv_ready, kv_free, 2 * i + 1)
 
@@ -88,7 +91,7 @@ def _fetch(desc, at, kv, kv_ready, kv_free, i):
 
 
 @gluon.jit
-def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready, o_scaled, blocks):
+def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready, o_scaled, count):
     """Every product: a tile's next scores are asked for as soon as its output is."""
     STAGES: gl.constexpr = kv.shape[0]
     mbarrier.wait(kv_ready.index(0), 0)
@@ -97,7 +100,7 @@ def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready
     tcgen05_mma(q.index(0), k, s[0], use_acc=False, mbarriers=[s_ready.index(0)])
     mbarrier.wait(q_ready.index(1), 0)
     tcgen05_mma(q.index(1), k, s[1], use_acc=False, mbarriers=[s_ready.index(1), kv_free.index(0)])
-    for i in range(blocks - 1):
+    for i in range(count - 1):
         # Always 0, which the compiler does not know: addresses of q that it took out of the loop
         # would need more uniform registers than there are, and what all roles share be spilled.
         zero = i >> 30
@@ -112,7 +115,7 @@ def _multiply(q, kv, s, o, q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready
         _add(1, v, s, o, p_ready, o_scaled, i, done)
         done = [s_ready.index(1), kv_free.index(after)]
         tcgen05_mma(q.index(zero + 1), k, s[1], use_acc=False, mbarriers=done)
-    i = blocks - 1
+    i = count - 1
     j = 2 * i + 1
     v = kv.index(j % STAGES)
     mbarrier.wait(kv_ready.index(j % STAGES), j // STAGES & 1)
@@ -134,7 +137,7 @@ def _add(x: gl.constexpr, v, s, o, p_ready, o_scaled, i, done):
 
 @gluon.jit
 def _correct(
-    out_desc, q, shrinks, o, o_ready, o_scaled, a_ready, a_free, row, down, head, across, blocks
+    out_desc, q, shrinks, o, o_ready, o_scaled, a_ready, a_free, row, down, head, across, count
 ):
     """O scaled before each block is added to it; the output, which leaves by way of q's place."""
     M: gl.constexpr = o[0].shape[0]
@@ -146,7 +149,7 @@ def _correct(
     strip: gl.constexpr = row_a_thread(M, 32)
     # Every warp reads all rows: asking the others takes longer, and a register of every role.
     whole: gl.constexpr = gl.BlockedLayout([M // 32], [32], [4], [0])
-    for i in range(1, blocks):
+    for i in range(1, count):
         for x in gl.static_range(2):
             mbarrier.wait(a_ready.index(x), i & 1)
             shrink = shrinks.index(x).load(gl.SliceLayout(1, strip))
@@ -155,15 +158,15 @@ def _correct(
             mbarrier.wait(o_ready.index(x), (i & 1) ^ 1)
             if least < 1:
                 for c in gl.static_range(H // 32):
-                    part = o[x].slice(c * 32, 32)
-                    scaled = float2.pack(part.load(strip), 1) * pairs(shrink, 32)
-                    part.store(float2.unpack(scaled, 1))
+                    columns = o[x].slice(c * 32, 32)
+                    scaled = float2.pack(columns.load(strip), 1) * pairs(shrink, 32)
+                    columns.store(float2.unpack(scaled, 1))
             mbarrier.arrive(o_scaled.index(x))
     half: gl.constexpr = row_a_thread(M, 64)
     for x in gl.static_range(2):
-        mbarrier.wait(a_ready.index(x), blocks & 1)
+        mbarrier.wait(a_ready.index(x), count & 1)
         inverse = shrinks.index(x).load(gl.SliceLayout(1, half))[:, None]
-        mbarrier.wait(o_ready.index(x), (blocks & 1) ^ 1)
+        mbarrier.wait(o_ready.index(x), (count & 1) ^ 1)
         for c in gl.static_range(H // 64):
             out = o[x].slice(c * 64, 64).load(half) * inverse
             q.index(x).slice(c * 64, 64, 1).store(out.to(q.dtype))
@@ -184,7 +187,7 @@ def _barriers(COUNT: gl.constexpr):
 
 @gluon.jit
 def pair_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, order, scale, T, U,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, ends, block_of, blocks, order, scale, T, U,
     G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out and lse of two query tiles: the second is a head or a tile after the first.
@@ -206,8 +209,7 @@ def pair_kernel(
                 return  # the tile before has it
             down, across = M, 0
     row = tile * M
-    first = gl.load(starts + row) // J * J
-    blocks = 1 + (row + down - first) // J
+    first, after, rest, count, _ = back(row, starts, ends, block_of, blocks, T, M + down, J)
 
     q = gl.allocate_shared_memory(dtype, [2, M, H], q_desc.layout)
     kv = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
@@ -228,24 +230,25 @@ def pair_kernel(
         [
             (_correct, (
                 out_desc, q, shrinks, (o0, o1), o_ready, o_scaled, a_ready, a_free, row, down,
-                head, across, blocks,
+                head, across, count,
             )),
             (softmax, (
                 0, s0, shrinks.index(0), s_ready.index(0), p_ready, a_ready.index(0),
-                a_free.index(0), lse_ptr, starts, scale, row, down, first, T, U, dtype,
+                a_free.index(0), lse_ptr, starts, blocks, scale, row, down, first, after,
+                rest, count, T, U, dtype,
             )),
             (softmax, (
                 1, s1, shrinks.index(1), s_ready.index(1), p_ready, a_ready.index(1),
-                a_free.index(1), lse_ptr + U * across, starts, scale, row, down, first, T, U,
-                dtype,
+                a_free.index(1), lse_ptr + U * across, starts, blocks, scale, row, down, first,
+                after, rest, count, T, U, dtype,
             )),
             (_multiply, (
                 q, kv, (s0, s1), (o0, o1), q_ready, kv_ready, kv_free, s_ready, p_ready, o_ready,
-                o_scaled, blocks,
+                o_scaled, count,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, q, kv, q_ready, kv_ready, kv_free, row, down, head,
-                across, first, blocks, G,
+                across, first, after, rest, count, blocks, G,
             )),
         ],
         [4, 4, 1, 1],
@@ -267,8 +270,9 @@ def forward(
     boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out))
     with on(q_TNH):
         pair_kernel[kv_heads * -(-group // 2), places.query_order.numel()](
-            *boxes, lse, places.starts, places.query_order, scale, tokens, lse.shape[1],
-            group, launch_of(100, "pairs", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
+            *boxes, lse, places.starts, places.ends, places.block_of, places.blocks,
+            places.query_order, scale, tokens, lse.shape[1], group,
+            launch_of(100, "pairs", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse
 

@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     mbarrier,
 )
 
+from hermes_kernels.walk import part
+
 LN2 = gl.constexpr(0.6931471805599453)
 # A first maximum that is finite, so that a block masked whole adds exp2(-inf) = 0 and no NaN.
 LEAST = gl.constexpr(-1e30)
@@ -67,13 +69,6 @@ def width(strip):
 
 
 @gluon.jit
-def block_key(i, row, down, first, J: gl.constexpr):
-    """First key of the i-th block: those of the diagonal, from the last, then from ``first``."""
-    diagonal = 1 + down // J
-    return gl.where(i < diagonal, row + down - i * J, first + (i - diagonal) * J)
-
-
-@gluon.jit
 def weights_in(s, dtype: gl.constexpr):
     """P: [M, J] of ``dtype`` in the first columns of S."""
     M: gl.constexpr = s.shape[0]
@@ -92,8 +87,8 @@ def pairs(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def softmax(
-    x: gl.constexpr, s, shrinks, s_ready, p_ready, a_ready, a_free, lse_ptr, starts, scale, row,
-    down, first, T, U, dtype: gl.constexpr,
+    x: gl.constexpr, s, shrinks, s_ready, p_ready, a_ready, a_free, lse_ptr, starts, blocks, scale,
+    row, down, first, after, rest, count, T, U, dtype: gl.constexpr,
 ):  # fmt: skip
     """The weights of tile x, which begins at token row + x * down, and its log-sum-exp."""
     M: gl.constexpr = s.shape[0]
@@ -103,25 +98,23 @@ def softmax(
     t = begin + gl.arange(0, M, rows)  # [M]
     start = gl.load(starts + gl.minimum(t, T - 1))
     last_start = gl.load(starts + gl.minimum(begin + M, T) - 1)
-    past = gl.minimum(gl.cdiv(last_start - first, J), (row - first) // J)
-    borders = 1 + down // J + past
-    blocks = 1 + (row + down - first) // J
+    inner = gl.where(last_start == first, (begin + 1 - first) // J, 0)
     top = gl.full([M], LEAST, gl.float32, rows)
     total = gl.full([M], 0.0, gl.float32, rows)
-    for i in range(borders):
-        mbarrier.wait(s_ready, i & 1)
-        n = block_key(i, row, down, first, J)
-        strips = _masked(_scores(s), start - n, t - n)
-        top, total = _weigh(
-            x, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
-        )
-    for i in range(borders, blocks):
+    for i in range(inner):
         mbarrier.wait(s_ready, i & 1)
         strips = _scores(s)
         top, total = _weigh(
             x, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
         )
-    mbarrier.wait(a_free, (blocks & 1) ^ 1)
+    for i in range(inner, count):
+        n, end = part(i, first, after, rest, blocks, J)
+        mbarrier.wait(s_ready, i & 1)
+        strips = _masked(_scores(s), start - n, gl.minimum(t, end - 1) - n)
+        top, total = _weigh(
+            x, strips, s, shrinks, p_ready, a_ready, a_free, top, total, i, scale, dtype
+        )
+    mbarrier.wait(a_free, (count & 1) ^ 1)
     shrinks.store(1 / total)
     mbarrier.arrive(a_ready)
     gl.store(lse_ptr + t, (top + gl.log2(total)) * LN2, mask=t < U)

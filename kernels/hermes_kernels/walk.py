@@ -26,12 +26,13 @@ def back(row, starts, ends, block_of, blocks, T, M, J: tl.constexpr):
         first ones, every query sees whole.
     """
     last = tl.minimum(row + M, T) - 1
-    first = tl.load(starts + row)
-    after = _after(row, first, ends, block_of, blocks)
+    first, end = tl.load(starts + row), tl.load(ends + row)
+    one = tl.load(starts + last) == first
+    after = _after(row, first, end, one, block_of, blocks)
     own = tl.cdiv(tl.minimum(after, row + M) - first, J)
     rest, more = _beyond(after, last, block_of, blocks, J)
     count = own + more
-    inner = tl.where(tl.load(starts + last) == first, (row + 1 - first) // J, 0)
+    inner = tl.where(one, (row + 1 - first) // J, 0)
     return first, after, rest - own, count, inner
 
 
@@ -44,14 +45,14 @@ def on(row, starts, ends, block_of, blocks, T, J: tl.constexpr, M: tl.constexpr)
         that see every key whole, and how many these are.
     """
     last = tl.minimum(row + J, T) - 1
-    start = tl.load(starts + row)
+    start, end = tl.load(starts + row), tl.load(ends + last)
     first = row - (row - start) % M
-    after = _after(row, start, ends, block_of, blocks)
-    end = tl.load(ends + last)
+    own_end = tl.load(ends + row)
+    one = own_end == end
+    after = _after(row, start, own_end, one, block_of, blocks)
     own = tl.cdiv(after - first, M)
     rest, more = _beyond(after, end - 1, block_of, blocks, M)
     count = own + more
-    one = tl.load(ends + row) == end
     before = tl.where(one, tl.minimum(tl.cdiv(row + J - 1 - first, M), count), count)
     inner = tl.where(one, tl.maximum((end - first) // M - before, 0), 0)
     return first, after, rest - own, count, before, inner
@@ -77,10 +78,10 @@ def statistics_of(token, head, U):
 
 
 @triton.jit
-def _after(row, start, ends, block_of, blocks):
-    """Where the segment of a token ends, or the block that it shares with other single tokens."""
-    end = tl.load(ends + row)
-    alone = end - start == 1
+def _after(row, start, end, one, block_of, blocks):
+    """Where the segment of a tile's first token ends, or the block that it shares with other single
+    tokens, unless the tile has ``one`` segment."""
+    alone = (end - start == 1) & (one == 0)
     block = tl.load(block_of + row, mask=alone, other=0)
     return tl.maximum(end, tl.load(blocks + block + 1, mask=alone, other=0))
 

@@ -117,6 +117,15 @@ def test_a_kernel_in_gluon_whose_warps_have_no_roles_is_a_fault() -> None:
     assert "warps are not specialised" in entry.faults()
 
 
+def test_masked_turns_that_round_otherwise_are_a_fault() -> None:
+    sass = PAIRS.replace("FSEL R2, R2, R3, P0", "FFMA R2, R2, R3, R4")
+    code = replace(CODE, target=100, sass=sass)
+    entry = Entry(100, "pairs", 128, TABLE[100, "pairs", 128], code)
+    assert "masked turns reckon otherwise" in entry.faults()
+    same = replace(entry, code=replace(code, sass=PAIRS))
+    assert "masked turns reckon otherwise" not in same.faults()
+
+
 def test_a_longer_loop_breaks_the_budget() -> None:
     more = "        /*0015*/                   FADD R1, R1, R1 ;\n" * 800
     longer = LOOP.replace("        /*0020*/", more + "        /*0020*/")

@@ -5,137 +5,37 @@ Shapes: T packed tokens, N query heads, K key heads, H head size, U = T rounded 
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hermes_kernels
-from hermes_core.segments import Segments, segments
-from hermes_kernels import reference
-from hermes_kernels.launch import TABLE, TILE
+from hermes_kernels.launch import TILE
 from twins.gluon_machine import TOO_EARLY, Fault
-from twins.gluon_simulator import Box, Pointer, run
-from twins.gluon_tensors import F32, I32, TYPES
-from twins.gluon_tensors import Tensor as Scalar
+from twins.simulated_sm100 import DKDV, DQ, Sources, of_keys, of_queries, replaced, where
 from twins.torch_attention import inputs, torch_itself, truth
 
 pytestmark = pytest.mark.timeout(120)
 
-FOLDER = Path(hermes_kernels.__file__).parent
-SHARED = ("softmax_sm100", "forward_sm100", "halves_sm100")
-
-
-def sources_of(kernel: str) -> dict[str, str]:
-    """The text of each module by its name, those that the last imports first."""
-    names = (*SHARED, kernel)
-    return {f"hermes_kernels.{name}": (FOLDER / f"{name}.py").read_text() for name in names}
-
-
-DQ, DKDV = sources_of("dq_sm100"), sources_of("dkdv_sm100")
-
-
-def where(lengths: list[int], tokens: int | None = None) -> Segments:
-    return segments(np.concatenate([[0], np.cumsum(lengths)]), tokens)
-
-
-class Given:
-    """What the kernels are given: tensors as boxes, and what the forward left."""
-
-    def __init__(self, tensors: list[Tensor], at: Segments, lengths: list[int], scale: float):
-        q, k, _, dout = tensors
-        self.tokens, self.heads, self.size = q.shape
-        self.kv_heads, self.room = k.shape[1], at.places.query_order.numel() * TILE
-        self.group = self.heads // self.kv_heads
-        self.dtype = TYPES[str(q.dtype).removeprefix("torch.")]
-        names = ("q_desc", "k_desc", "v_desc", "dout_desc")
-        self.arguments = {
-            name: Box(x.float().flatten(1).numpy(), [TILE, self.size], self.dtype)
-            for name, x in zip(names, tensors, strict=True)
-        } | {
-            "starts": Pointer(at.places.starts.numpy()), "ends": Pointer(at.places.ends.numpy()),
-            "scale": Scalar(np.asarray(scale, np.float32), F32),
-            "T": Scalar(np.asarray(self.tokens, np.int32), I32),
-            "U": Scalar(np.asarray(self.room, np.int32), I32),
-            "G": self.group,
-        }  # fmt: skip
-        out = reference.varlen_attention(*(x.double() for x in tensors[:3]), lengths, scale)
-        lse = reference.varlen_lse(q.double(), k.double(), lengths, scale)
-        self.lse = self._vector(lse * -math.log2(math.e), math.nan)
-        self.delta = self._vector((out.to(q.dtype) * dout.double()).sum(2).T, 0.0)
-
-    def _vector(self, values_NT: Tensor, beyond: float) -> np.ndarray:
-        """Of all heads, with the room that tiles have."""
-        padding = (0, self.room - self.tokens)
-        return torch.nn.functional.pad(values_NT.float(), padding, value=beyond).flatten().numpy()
-
-
-def of_keys(
-    tensors: list[Tensor], at: Segments, lengths: list[int], scale: float, *, seed: int = 0,
-    sources: Mapping[str, str] = DKDV, stages: int | None = None, parts: int = 1,
-) -> list[Tensor]:  # fmt: skip
-    """dk and dv [T, K, H] as the kernel leaves them."""
-    known = Given(tensors, at, lengths, scale)
-    columns = known.kv_heads * parts * known.size
-    written = [np.zeros((known.tokens, columns), np.int64) for _ in range(2)]
-    found = [np.full((known.tokens, columns), np.nan, np.float32) for _ in range(2)]
-    dk, dv = (
-        Box(x, [TILE, known.size], known.dtype, times)
-        for x, times in zip(found, written, strict=True)
-    )
-    arguments = known.arguments | {
-        "lse_desc": Box(known.lse, [TILE], F32), "delta_desc": Box(known.delta, [TILE], F32),
-        "dk_desc": dk, "dv_desc": dv, "order": Pointer(at.places.key_order.numpy()),
-        "S": parts, "STAGES": stages or TABLE[100, "dkdv_sm100", known.size].stages,
-    }  # fmt: skip
-    del arguments["starts"]
-    grid = (known.kv_heads * parts, at.places.key_order.numel())
-    run(sources, "dkdv_kernel", arguments, grid, seed)
-    assert all((times == 1).all() for times in written)
-    shape = (known.tokens, known.kv_heads, parts, known.size)
-    return [torch.from_numpy(x).view(shape).sum(2) for x in found]
-
-
-def of_queries(
-    tensors: list[Tensor], at: Segments, lengths: list[int], scale: float, *, seed: int = 0,
-    sources: Mapping[str, str] = DQ, stages: int | None = None,
-) -> Tensor:  # fmt: skip
-    """dq [T, N, H] as the kernel leaves it."""
-    known = Given(tensors, at, lengths, scale)
-    found = np.full((known.tokens, known.heads * known.size), np.nan, np.float32)
-    written = np.zeros(found.shape, np.int64)
-    arguments = known.arguments | {
-        "lse_ptr": Pointer(known.lse), "delta_ptr": Pointer(known.delta),
-        "dq_desc": Box(found, [TILE, known.size], known.dtype, written),
-        "order": Pointer(at.places.query_order.numpy()),
-        "STAGES": stages or TABLE[100, "dq_sm100", known.size].stages,
-    }  # fmt: skip
-    del arguments["ends"]
-    run(sources, "dq_kernel", arguments, (known.heads, at.places.query_order.numel()), seed)
-    assert (written == 1).all()
-    return torch.from_numpy(found).view(tensors[0].shape)
+GRADIENTS = ("dq", "dk", "dv")
 
 
 def check(
     tensors: list[Tensor], lengths: list[int], scale: float, *, seed: int = 0, parts: int = 1
 ) -> None:
     """Every value is written, and errs no more than 1.5 times what PyTorch errs."""
-    at = where(lengths)
     ours = [
-        of_queries(tensors, at, lengths, scale, seed=seed),
-        *of_keys(tensors, at, lengths, scale, seed=seed, parts=parts),
+        *of_queries(tensors, lengths, scale, seed=seed),
+        *of_keys(tensors, lengths, scale, seed=seed, parts=parts),
     ]
     theirs, wanted = (find(tensors, lengths, scale)[1:] for find in (torch_itself, truth))
-    for name, one, other, right in zip(("dq", "dk", "dv"), ours, theirs, wanted, strict=True):
+    for name, one, other, right in zip(GRADIENTS, ours, theirs, wanted, strict=True):
         error, allowed = ((x.double() - right).norm() for x in (one, other))
         # What is 0 in truth, as dq of a segment of one token, is off by rounding in fp32.
         assert error <= 1.5 * allowed + 1e-6 * tensors[3].norm(), (name, error, allowed)
@@ -143,9 +43,12 @@ def check(
 
 @pytest.mark.parametrize(
     "lengths",
-    [[1], [TILE - 1], [TILE, 1], [TILE + 1], [127, 1, 129, 128], [1] * 256, [640], [5, 250, 1, 3]],
+    [
+        [1], [TILE - 1], [TILE, 1], [TILE + 1], [127, 1, 129, 128], [1] * 256, [640],
+        [5, 250, 1, 3], [200, 55, 1, 1, 1, 100, 154, 20],
+    ],
     ids=lambda x: f"{len(x)}-of-{sum(x)}",
-)
+)  # fmt: skip
 def test_every_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
     check(inputs(sum(lengths), 2, 1, 64), lengths, 0.125)
 
@@ -176,11 +79,10 @@ def test_head_sizes_and_dtypes(size: int, dtype: torch.dtype) -> None:
 
 def test_every_order_of_events_gives_the_same_bits() -> None:
     tensors, lengths = inputs(500, 2, 1, 64), [300, 90, 110]
-    at = where(lengths)
 
     def gradients(**options: int) -> list[Tensor]:
-        dq = of_queries(tensors, at, lengths, 0.1, **options)
-        return [dq, *of_keys(tensors, at, lengths, 0.1, **options)]
+        dq = of_queries(tensors, lengths, 0.1, **options)
+        return [*dq, *of_keys(tensors, lengths, 0.1, **options)]
 
     first = gradients()
     for seed in range(1, 7):
@@ -197,8 +99,8 @@ def test_what_stands_beside_a_segment_changes_no_bit() -> None:
         x[mine.stop :] *= 5
     before, after = (
         [
-            of_queries(given, where(lengths), lengths, 0.1),
-            *of_keys(given, where(lengths), lengths, 0.1),
+            *of_queries(given, lengths, 0.1),
+            *of_keys(given, lengths, 0.1),
         ]
         for given, lengths in ((tensors, [90, 150, 120]), (changed, [3, 1, 86, 150, 119, 1]))
     )
@@ -209,7 +111,7 @@ def test_what_stands_beside_a_segment_changes_no_bit() -> None:
 
 def test_a_ring_that_is_even_is_refused() -> None:
     with pytest.raises(Fault, match="must be odd"):
-        of_keys(inputs(1, 1, 1, 64), where([1]), [1], 0.1, stages=4)
+        of_keys(inputs(1, 1, 1, 64), [1], 0.1, stages=4)
 
 
 # What is taken out or put in its place, and what the simulator must say.
@@ -245,7 +147,7 @@ BROKEN_KEYS = {
         "        mbarrier.arrive(p_ready.index(len(exponents) * x + c))\n",
         "        mbarrier.arrive(p_ready.index(len(exponents) * x + c))\n" * 2, TOO_EARLY),
     "a vector's bytes not expected": (
-        "lse_desc.block_type.nbytes + delta_desc.block_type.nbytes", "lse_desc.block_type.nbytes",
+        "exponents_desc.block_type.nbytes + deltas_desc", "deltas_desc",
         "deadlock|may still"),
     "output stored without a fence": ("    fence_async_shared()\n", "", "without a fence"),
     "output left to itself": ("    tma.store_wait(0)\n", "", "before its stores"),
@@ -280,15 +182,14 @@ BROKEN_QUERIES = {
 }  # fmt: skip
 
 
-def told(find: Callable[..., object], sources: Mapping[str, str], broken: tuple[str, ...]) -> None:
+def told(find: Callable[..., object], sources: Sources, broken: tuple[str, ...]) -> None:
     """Whatever the order of events, the simulator says what is wrong."""
     wanted, instead, message = broken
-    assert sum(text.count(wanted) for text in sources.values()) > 0
-    sources = {name: text.replace(wanted, instead) for name, text in sources.items()}
+    sources = replaced(sources, (wanted, instead))
     tensors, lengths = inputs(384, 2, 1, 128), [300, 84]
     for seed in range(3):
         with pytest.raises(Fault, match=message):
-            find(tensors, where(lengths), lengths, 4.0, seed=seed, sources=sources, stages=3)
+            find(tensors, lengths, 4.0, seed=seed, sources=sources, stages=3)
 
 
 @pytest.mark.parametrize("broken", BROKEN_KEYS.values(), ids=BROKEN_KEYS)
@@ -312,7 +213,7 @@ def bind_and_compile() -> None:
     from hermes_kernels import backward_sm100, varlen_attention
     from twins.blackwell import compile_launches
 
-    deltas = compile_launches(varlen_attention, "delta_kernel")
+    statistics = compile_launches(varlen_attention, "statistics_kernel")
     launched = compile_launches(backward_sm100, "dq_kernel", "dkdv_kernel")
     for tokens, heads in ((300, (16, 8)), (1, (5, 1))):
         at = where([tokens])
@@ -320,7 +221,7 @@ def bind_and_compile() -> None:
         lse = torch.zeros(heads[0], at.places.query_order.numel() * TILE)
         gradients = backward_sm100.backward(dout, q, k, v, q, lse, at.places, 0.1)
         assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
-    grids, built = zip(*deltas, *launched, strict=True)
+    grids, built = zip(*statistics, *launched, strict=True)
     assert grids == ((16, 12), (5, 4), (16, 3), (8, 3), (5, 1), (5, 1))
     assert [one.num_warps for one in built] == [4] * 2 + [12] * 4
     assert all(one.shared <= 232_448 for one in built)

@@ -1,7 +1,8 @@
 """A Gluon kernel's own source, run on NumPy: `run(sources, "kernel", arguments, grid, seed)`.
 
 Its imports of Triton are answered with what stands here, so `gl.exp2` is NumPy's and a barrier one
-of `gluon_machine`. Products are float32. What follows from layouts is not seen.
+of `gluon_machine`. Products are float64, rounded once: in float32 their bits would follow from the
+place of a row in its tile. What follows from layouts is not seen.
 """
 
 from __future__ import annotations
@@ -152,6 +153,17 @@ class View:
         self.memory.machine.pause()
 
 
+def load(pointer: Pointer, mask: Tensor | None = None, other: Any = 0) -> Tensor:
+    """What lies there; ``other``, and no access, where ``mask`` is false."""
+    if mask is None:
+        return Tensor(pointer.values[pointer.places()], type_of(pointer.values))
+    kept = mask.data
+    otherwise = other.data if isinstance(other, Tensor) else other
+    loaded = np.full(kept.shape, otherwise, pointer.values.dtype)
+    loaded[kept] = pointer.values[Pointer(pointer.values, pointer.offset[kept]).places()]
+    return Tensor(loaded, type_of(pointer.values))
+
+
 def insist(condition: object, message: str) -> None:
     if not condition:
         raise Fault(message)
@@ -190,7 +202,7 @@ class Language:
             BlockedLayout=lambda *_: None,
             arange=lambda a, b, layout=None: Tensor(np.arange(a, b, dtype=np.int32), I32),
             full=lambda s, v, d, layout=None: Tensor(np.full(s, v, d.storage), d),
-            load=lambda p: Tensor(p.values[p.places()], type_of(p.values)),
+            load=load,
             store=self.store,
             to_tensor=lambda x: Tensor(np.asarray(x, F32.storage), F32),
             convert_layout=lambda x, layout: x,
@@ -236,9 +248,12 @@ class Language:
         gluon = SimpleNamespace(
             jit=lambda function: function, constexpr_function=lambda function: function, language=gl
         )
-        propagate = SimpleNamespace(PropagateNan=SimpleNamespace(ALL=True, NONE=False))
+        propagate = SimpleNamespace(ALL=True, NONE=False)
+        triton = SimpleNamespace(
+            jit=gluon.jit, language=SimpleNamespace(**vars(gl), PropagateNan=propagate)
+        )
         return {
-            "triton": SimpleNamespace(language=propagate),
+            "triton": triton,
             "triton.experimental": SimpleNamespace(gluon=gluon),
             "triton.experimental.gluon.nvidia.blackwell": SimpleNamespace(TensorDescriptor=None),
             "triton.experimental.gluon": gluon,
@@ -272,7 +287,7 @@ class Language:
             left = a.values
             right = b.values.T if b.turned else b.values
             with np.errstate(all="ignore"):
-                product = left.astype(np.float32) @ right.astype(np.float32)
+                product = np.matmul(left, right, dtype=np.float64).astype(np.float32)
                 acc.put(product + acc.values if use_acc else product)
 
         clock = self.machine.product(happen)
