@@ -2,8 +2,8 @@
 
 A part is J tokens of a block of `places.Places`, counted from the block's first. The first parts of
 a walk follow from the tile's first segment alone, which most tiles never leave; the rest are looked
-up. A part ends where its block does: what a copy brings beyond is to be masked, for it is another
-part's.
+up, by loads that nothing waits for where there is no rest. A part ends where its block does: what a
+copy brings beyond is to be masked, for it is another part's.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ def back(row, starts, ends, block_of, blocks, T, M: gl.constexpr, J: gl.constexp
     """
     last = gl.minimum(row + M, T) - 1
     first = gl.load(starts + row)
-    after = _after(row, ends, block_of, blocks)
+    after = _after(row, first, ends, block_of, blocks)
     own = gl.cdiv(gl.minimum(after, row + M) - first, J)
-    rest = _part_of(gl.minimum(after, last), block_of, blocks, J)
-    more = _part_of(last, block_of, blocks, J) - rest + 1
-    count = own + gl.where(after <= last, more, 0)
+    rest, more = _beyond(after, last, block_of, blocks, J)
+    count = own + more
     inner = gl.where(gl.load(starts + last) == first, (row + 1 - first) // J, 0)
     return first, after, own, rest, count, inner
 
@@ -45,13 +44,13 @@ def on(row, starts, ends, block_of, blocks, T, J: gl.constexpr, M: gl.constexpr)
         that see every key whole, and how many these are.
     """
     last = gl.minimum(row + J, T) - 1
-    first = row - (row - gl.load(starts + row)) % M
-    after = _after(row, ends, block_of, blocks)
+    start = gl.load(starts + row)
+    first = row - (row - start) % M
+    after = _after(row, start, ends, block_of, blocks)
     end = gl.load(ends + last)
     own = gl.cdiv(after - first, M)
-    rest = _part_of(gl.minimum(after, last), block_of, blocks, M)
-    more = _part_of(end - 1, block_of, blocks, M) - rest + 1
-    count = own + gl.where(after < end, more, 0)
+    rest, more = _beyond(after, end - 1, block_of, blocks, M)
+    count = own + more
     one = gl.load(ends + row) == end
     before = gl.where(one, gl.minimum(gl.cdiv(row + J - 1 - first, M), count), count)
     inner = gl.where(one, gl.maximum((end - first) // M - before, 0), 0)
@@ -77,13 +76,21 @@ def statistics_of(token, head, U):
 
 
 @gluon.jit
-def _after(row, ends, block_of, blocks):
+def _after(row, start, ends, block_of, blocks):
     """Where the segment of a token ends, or the block that it shares with other single tokens."""
-    return gl.maximum(gl.load(ends + row), gl.load(blocks + gl.load(block_of + row) + 1))
+    end = gl.load(ends + row)
+    alone = end - start == 1
+    block = gl.load(block_of + row, mask=alone, other=0)
+    return gl.maximum(end, gl.load(blocks + block + 1, mask=alone, other=0))
 
 
 @gluon.jit
-def _part_of(token, block_of, blocks, J: gl.constexpr):
-    """The part that a token is in, of all parts of all blocks."""
-    block = gl.load(block_of + token)
-    return block * (BLOCK // J) + (token - gl.load(blocks + block)) // J
+def _beyond(after, last, block_of, blocks, J: gl.constexpr):
+    """Of all parts of all blocks, the one that ``after`` begins, and how many there are from it to
+    that of the last token."""
+    PARTS: gl.constexpr = BLOCK // J
+    looked_up = after <= last
+    rest = gl.load(block_of + after, mask=looked_up, other=0) * PARTS
+    block = gl.load(block_of + last, mask=looked_up, other=0)
+    down = last - gl.load(blocks + block, mask=looked_up, other=0)
+    return rest, gl.where(looked_up, block * PARTS + down // J - rest + 1, 0)
