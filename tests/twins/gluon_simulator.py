@@ -152,6 +152,16 @@ class View:
         self.memory.machine.pause()
 
 
+def load(pointer: Pointer, mask: Tensor | None = None, other: Any = 0) -> Tensor:
+    """What lies there; ``other``, and no access, where ``mask`` is false."""
+    if mask is None:
+        return Tensor(pointer.values[pointer.places()], type_of(pointer.values))
+    kept = mask.data
+    loaded = np.full(kept.shape, other, pointer.values.dtype)
+    loaded[kept] = pointer.values[Pointer(pointer.values, pointer.offset[kept]).places()]
+    return Tensor(loaded, type_of(pointer.values))
+
+
 def insist(condition: object, message: str) -> None:
     if not condition:
         raise Fault(message)
@@ -190,7 +200,7 @@ class Language:
             BlockedLayout=lambda *_: None,
             arange=lambda a, b, layout=None: Tensor(np.arange(a, b, dtype=np.int32), I32),
             full=lambda s, v, d, layout=None: Tensor(np.full(s, v, d.storage), d),
-            load=lambda p: Tensor(p.values[p.places()], type_of(p.values)),
+            load=load,
             store=self.store,
             to_tensor=lambda x: Tensor(np.asarray(x, F32.storage), F32),
             convert_layout=lambda x, layout: x,
