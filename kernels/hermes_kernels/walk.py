@@ -18,7 +18,7 @@ SHIFTS = gl.constexpr(SHIFTED)
 
 
 @gluon.jit
-def back(row, starts, ends, block_of, blocks, T, M: gl.constexpr, J: gl.constexpr):
+def back(row, starts, ends, block_of, blocks, T, M, J: gl.constexpr):
     """Of a query tile of M tokens, to the keys that it sees, rising.
 
     Returns:
