@@ -1,7 +1,8 @@
 """A Gluon kernel's own source, run on NumPy: `run(sources, "kernel", arguments, grid, seed)`.
 
 Its imports of Triton are answered with what stands here, so `gl.exp2` is NumPy's and a barrier one
-of `gluon_machine`. Products are float32. What follows from layouts is not seen.
+of `gluon_machine`. Products are float64, rounded once to float32: in float32 their bits would follow
+from where in a tile a row stands. What follows from layouts is not seen.
 """
 
 from __future__ import annotations
@@ -282,7 +283,7 @@ class Language:
             left = a.values
             right = b.values.T if b.turned else b.values
             with np.errstate(all="ignore"):
-                product = left.astype(np.float32) @ right.astype(np.float32)
+                product = np.matmul(left, right, dtype=np.float64).astype(np.float32)
                 acc.put(product + acc.values if use_acc else product)
 
         clock = self.machine.product(happen)
