@@ -26,12 +26,13 @@ def back(row, starts, ends, block_of, blocks, T, M, J: gl.constexpr):
         first ones, every query sees whole.
     """
     last = gl.minimum(row + M, T) - 1
-    first = gl.load(starts + row)
-    after = _after(row, first, ends, block_of, blocks)
+    first, end = gl.load(starts + row), gl.load(ends + row)
+    one = gl.load(starts + last) == first
+    after = _after(row, first, end, one, block_of, blocks)
     own = gl.cdiv(gl.minimum(after, row + M) - first, J)
     rest, more = _beyond(after, last, block_of, blocks, J)
     count = own + more
-    inner = gl.where(gl.load(starts + last) == first, (row + 1 - first) // J, 0)
+    inner = gl.where(one, (row + 1 - first) // J, 0)
     return first, after, own, rest, count, inner
 
 
@@ -44,14 +45,14 @@ def on(row, starts, ends, block_of, blocks, T, J: gl.constexpr, M: gl.constexpr)
         that see every key whole, and how many these are.
     """
     last = gl.minimum(row + J, T) - 1
-    start = gl.load(starts + row)
+    start, end = gl.load(starts + row), gl.load(ends + last)
     first = row - (row - start) % M
-    after = _after(row, start, ends, block_of, blocks)
-    end = gl.load(ends + last)
+    own_end = gl.load(ends + row)
+    one = own_end == end
+    after = _after(row, start, own_end, one, block_of, blocks)
     own = gl.cdiv(after - first, M)
     rest, more = _beyond(after, end - 1, block_of, blocks, M)
     count = own + more
-    one = gl.load(ends + row) == end
     before = gl.where(one, gl.minimum(gl.cdiv(row + J - 1 - first, M), count), count)
     inner = gl.where(one, gl.maximum((end - first) // M - before, 0), 0)
     return first, after, own, rest, count, before, inner
@@ -76,10 +77,10 @@ def statistics_of(token, head, U):
 
 
 @gluon.jit
-def _after(row, start, ends, block_of, blocks):
-    """Where the segment of a token ends, or the block that it shares with other single tokens."""
-    end = gl.load(ends + row)
-    alone = end - start == 1
+def _after(row, start, end, one, block_of, blocks):
+    """Where the segment of a tile's first token ends, or the block that it shares with other single
+    tokens, unless the tile has ``one`` segment."""
+    alone = (end - start == 1) & (one == 0)
     block = gl.load(block_of + row, mask=alone, other=0)
     return gl.maximum(end, gl.load(blocks + block + 1, mask=alone, other=0))
 
