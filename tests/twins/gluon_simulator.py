@@ -1,8 +1,8 @@
 """A Gluon kernel's own source, run on NumPy: `run(sources, "kernel", arguments, grid, seed)`.
 
 Its imports of Triton are answered with what stands here, so `gl.exp2` is NumPy's and a barrier one
-of `gluon_machine`. Products are float64, rounded once to float32: in float32 their bits would follow
-from where in a tile a row stands. What follows from layouts is not seen.
+of `gluon_machine`. Products are float64, rounded once: in float32 their bits would follow from the
+place of a row in its tile. What follows from layouts is not seen.
 """
 
 from __future__ import annotations
