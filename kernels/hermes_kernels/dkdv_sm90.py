@@ -33,6 +33,7 @@ from hermes_kernels.groups_sm90 import (
     WARPS,
     barriers,
     boxes,
+    next_of,
 )
 from hermes_kernels.launch import launch_of, on, parts_of, sum_of_parts
 from hermes_kernels.places import Places
@@ -84,13 +85,6 @@ def _load(
         tma.async_copy_global_to_shared(
             delta_desc, place, dout_ready.index(slot), delta.index(slot)
         )
-
-
-@gluon.jit
-def _next(slot, lap, STAGES: gl.constexpr):
-    """The place in a ring after this one, and its lap's parity."""
-    last = slot == STAGES - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, lap ^ 1, lap)
 
 
 @gluon.jit
@@ -155,13 +149,13 @@ def _dkdv(
             slot, lap, True, dk, dv, k.index(x), v.index(x), q, dout, lse, delta, q_ready, q_free,
             dout_ready, dout_free, j, end, down, scale, zeros, in_p,
         )  # fmt: skip
-        slot, lap = _next(slot, lap, STAGES)
+        slot, lap = next_of(slot, lap, STAGES)
     for _ in range(heads * inner):
         dk, dv = _step(
             slot, lap, False, dk, dv, k.index(x), v.index(x), q, dout, lse, delta, q_ready, q_free,
             dout_ready, dout_free, j, end, 0, scale, zeros, in_p,
         )  # fmt: skip
-        slot, lap = _next(slot, lap, STAGES)
+        slot, lap = next_of(slot, lap, STAGES)
     k.index(x).store((dk * scale).to(k.dtype))
     v.index(x).store(dv.to(v.dtype))
     fence_async_shared()

@@ -36,6 +36,7 @@ from hermes_kernels.groups_sm90 import (
     barriers,
     boxes,
     fetch,
+    masked_keys,
 )
 from hermes_kernels.launch import TILE, launch_of, on, room_for
 from hermes_kernels.places import Places
@@ -92,16 +93,6 @@ def _weigh(s, top, scale, LAYOUT: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, t, start, n, end):
-    """Scores are -inf of keys from n on that a query does not see, or that lie past the part."""
-    J: gl.constexpr = s.shape[1]
-    c = gl.arange(0, J, gl.SliceLayout(0, s.type.layout))
-    low, high = start - n, gl.minimum(t, end - 1) - n
-    seen = (c[None, :] <= high[:, None]) & (c[None, :] >= low[:, None])
-    return gl.where(seen, s, float("-inf"))
-
-
-@gluon.jit
 def _step(
     i, masked: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
     t, start, n, end, scale, zeros, LAYOUT: gl.constexpr,
@@ -117,7 +108,7 @@ def _step(
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(slot))
     if masked:
-        s = _masked(s, t, start, n, end)
+        s = masked_keys(s, t, start, n, end)
     p, top, more, shrink = _weigh(s, top, scale, LAYOUT, v.dtype)
     more = gl.inline_asm_elementwise(MADE, "=f,f", [more], dtype=gl.float32, is_pure=False, pack=1)
     acc, p = warpgroup_mma_wait(0, [acc, p])
@@ -156,7 +147,7 @@ def _attend(
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(k_free.index(0))
     if inner == 0:
-        s = _masked(s, t, start, first, after)
+        s = masked_keys(s, t, start, first, after)
     p, top, total, _ = _weigh(s, top, scale, in_p, v.dtype)
     acc = gl.full([M, H], 0.0, gl.float32, in_o)
     for i in range(1, inner):

@@ -1,7 +1,8 @@
 """What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, boxes.
 
 A program has three parts: two groups of four warps that multiply, half of its tile each, and a warp
-that loads. A group is given most of the registers that the loading warp has no use for.
+that loads. A group is given most of the registers that the loading warp has no use for. Blocks are
+counted from each segment's start, and a tile meets them in rising order (`walk.part`).
 """
 
 from __future__ import annotations
@@ -60,12 +61,29 @@ def fetch(desc, at, ring, ready, free, i):
 
 
 @gluon.jit
+def next_of(slot, lap, STAGES: gl.constexpr):
+    """The place in a ring after this one, and its lap's parity."""
+    last = slot == STAGES - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, lap ^ 1, lap)
+
+
+@gluon.jit
 def made(x, LAYOUT: gl.constexpr, dtype: gl.constexpr):
     """x as an operand in 16 bits, made before what waits after it."""
     x = gl.convert_layout(x, LAYOUT).to(dtype)
     return gl.inline_asm_elementwise(
         MADE, "=r,=r,=r,=r,r,r,r,r", [x], dtype=x.dtype, is_pure=False, pack=8
     )
+
+
+@gluon.jit
+def masked_keys(s, t, start, n, end):
+    """Scores, -inf of keys from n on that a query does not see, or that lie past the part."""
+    J: gl.constexpr = s.shape[1]
+    c = gl.arange(0, J, gl.SliceLayout(0, s.type.layout))
+    low, high = start - n, gl.minimum(t, end - 1) - n
+    seen = (c[None, :] <= high[:, None]) & (c[None, :] >= low[:, None])
+    return gl.where(seen, s, float("-inf"))
 
 
 def boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:

@@ -34,14 +34,18 @@ RING = {
     "fewer bytes expected": ("desc.block_type.nbytes)\n    tma", "32)\n    tma", "deadlock"),
     "freed by one group": ("barriers(STAGES, 2)", "barriers(STAGES, 1)", TOO_EARLY),
     "freed by three": ("barriers(STAGES, 2)", "barriers(STAGES, 3)", "deadlock"),
+    "queries read too early": ("    mbarrier.wait(q_ready.index(x), 0)\n", "", TOO_EARLY),
+}  # fmt: skip
+SLOTS = {
+    "lap that does not change": ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase"),
+    "a slot passed over": ("slot == STAGES - 1", "slot == STAGES - 2", "the same phase|deadlock"),
+}
+BROKEN_FORWARD = ANY | RING | {
     "keys read too early": (
         "    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
     "phase of another lap": (
         "k_ready.index(slot), i // STAGES & 1", "k_ready.index(slot), i // (STAGES + 1) & 1",
         "waits for the same phase"),
-    "queries read too early": ("    mbarrier.wait(q_ready.index(x), 0)\n", "", TOO_EARLY),
-}  # fmt: skip
-BROKEN_FORWARD = ANY | RING | {
     "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
     "scores read beside the wait": (
         "    s = warpgroup_mma_wait(1, [s])\n", "    warpgroup_mma_wait(1, [s])\n", TOO_EARLY),
@@ -59,17 +63,17 @@ BROKEN_FORWARD = ANY | RING | {
         "    i = count - 1\n", "    i = count - 1\n    q.index(1 - x).store(acc.to(q.dtype))\n",
         TOO_EARLY),
 }  # fmt: skip
-BROKEN_DQ = ANY | RING | {
+BROKEN_DQ = ANY | RING | SLOTS | {
+    "keys read too early": ("    mbarrier.wait(k_ready.index(slot), lap)\n", "", TOO_EARLY),
     "scores read too early": ("wait(2, [s])", "wait(3, [s])", TOO_EARLY),
     "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
     "sums read too early": ("warpgroup_mma_wait(0, [dq]) * scale", "dq * scale", TOO_EARLY),
-    "values read too early": (
-        "    mbarrier.wait(v_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
+    "values read too early": ("    mbarrier.wait(v_ready.index(slot), lap)\n", "", TOO_EARLY),
     "keys freed before dq has them": (
         "k_free.index(before)", "k_free.index(slot)", TOO_EARLY + "|deadlock"),
     "dout not expected": ("2 * q_desc.block_type", "q_desc.block_type", TOO_EARLY),
 }  # fmt: skip
-BROKEN_DKDV = ANY | {
+BROKEN_DKDV = ANY | SLOTS | {
     "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
     "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
     "sums read too early": ("dk = warpgroup_mma_wait(0, [dk])", "pass", TOO_EARLY),
@@ -84,8 +88,6 @@ BROKEN_DKDV = ANY | {
         TOO_EARLY + "|more arrivals"),
     "queries overwritten": (
         "        mbarrier.wait(q_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
-    "lap that does not change": ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase"),
-    "a slot passed over": ("slot == STAGES - 1", "slot == STAGES - 2", "the same phase|deadlock"),
     "vectors not expected": (
         "q_desc.block_type.nbytes + lse_desc.block_type.nbytes", "q_desc.block_type.nbytes",
         TOO_EARLY + "|deadlock"),
@@ -123,11 +125,10 @@ def test_a_broken_dkdv_is_found_out(wanted: str, instead: str, message: str) -> 
 
 
 # What is put in place of what, in the kernel or in its walk.
-WRONG_FORWARD = {
+WRONG_BACK = {
     "a key too few": ("c[None, :] <= high", "c[None, :] < high"),
     "a key of the segment before": ("low, high = start - n", "low, high = start - 1 - n"),
     "keys of the next part": ("gl.minimum(t, end - 1) - n", "t - n"),
-    "what came before not shrunk": ("_shrunk(acc, shrink), top", "acc, top"),
     "a block too many unmasked": ("(row + 1 - first) // J", "(row + J - first) // J"),
     "a border unmasked": ("gl.load(starts + last) == first", "gl.load(starts + last) >= first"),
     "own parts one too few": ("    rest, more", "    own -= 1\n    rest, more"),
@@ -135,7 +136,15 @@ WRONG_FORWARD = {
     "a part too few": ("block * PARTS + down // J - rest + 1", "block * PARTS + down // J - rest"),
     "parts looked up one too far": ("rest + gl.maximum(i - own, 0)", "rest + 1 + i - own"),
     "parts where others begin": ("+ j % PARTS * J", "+ j % PARTS * J + 1"),
+    "a first block unmasked": ("if inner == 0", "if inner < 0"),
 }  # fmt: skip
+WRONG_FORWARD = WRONG_BACK | {
+    "what came before not shrunk": ("_shrunk(acc, shrink), top", "acc, top"),
+}
+WRONG_DQ = WRONG_BACK | {
+    "statistics of another token": ("SHIFTS * U", "SHIFTS * U + 1"),
+    "statistics of another head": ("SHIFTS * U", "U"),
+}
 
 
 def error(find: Callable[..., list[Tensor]], sources: Mapping[str, str]) -> float:
@@ -151,7 +160,10 @@ def error(find: Callable[..., list[Tensor]], sources: Mapping[str, str]) -> floa
     return max(float((one.double() - x).norm() / x.norm()) for one, x in pairs)
 
 
-@pytest.mark.parametrize(("find", "sources"), [(attend, FORWARD)])
+CORRECT = [(attend, FORWARD), (of_queries, DQ)]
+
+
+@pytest.mark.parametrize(("find", "sources"), CORRECT)
 def test_nothing_is_wrong_with_what_is_broken_next(
     find: Callable[..., list[Tensor]], sources: Mapping[str, str]
 ) -> None:
@@ -159,11 +171,16 @@ def test_nothing_is_wrong_with_what_is_broken_next(
 
 
 @pytest.mark.parametrize(("wanted", "instead"), WRONG_FORWARD.values(), ids=WRONG_FORWARD)
-def test_a_wrong_border_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
+def test_a_wrong_forward_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
     assert not error(attend, broken(FORWARD, wanted, instead)) < 2e-2
 
 
-@pytest.mark.parametrize(("find", "sources"), [(attend, FORWARD)])
+@pytest.mark.parametrize(("wanted", "instead"), WRONG_DQ.values(), ids=WRONG_DQ)
+def test_a_wrong_dq_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
+    assert not error(of_queries, broken(DQ, wanted, instead)) < 2e-2
+
+
+@pytest.mark.parametrize(("find", "sources"), CORRECT)
 def test_blocks_of_the_batch_are_seen_in_the_bits(
     find: Callable[..., list[Tensor]], sources: Mapping[str, str]
 ) -> None:
