@@ -62,11 +62,12 @@ def on(row, starts, ends, block_of, blocks, T, J: gl.constexpr, M: gl.constexpr)
 def part(i, first, after, own, rest, blocks, J: gl.constexpr):
     """Where the i-th part of a walk begins, and one past the last token that counts."""
     PARTS: gl.constexpr = BLOCK // J
-    looked_up = i >= own
-    j = rest + gl.maximum(i - own, 0)
+    n = first + i * J
+    looked_up = n >= after
+    j = i + (rest - own)
     begin = gl.load(blocks + j // PARTS, mask=looked_up, other=0) + j % PARTS * J
     end = gl.load(blocks + j // PARTS + 1, mask=looked_up, other=0)
-    return gl.where(looked_up, begin, first + i * J), gl.where(looked_up, end, after)
+    return gl.where(looked_up, begin, n), gl.where(looked_up, end, after)
 
 
 @gluon.jit
