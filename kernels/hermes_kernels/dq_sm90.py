@@ -34,7 +34,7 @@ from hermes_kernels.groups_sm90 import (
     boxes,
     fetch,
     made,
-    masked_keys,
+    masked,
     next_of,
 )
 from hermes_kernels.launch import launch_of, on
@@ -65,8 +65,8 @@ def _load(
 
 @gluon.jit
 def _step(
-    before, slot, lap, masked: gl.constexpr, dq, ds, q, dout, k, v, k_ready, k_free, v_ready, v_free,
-    t, start, n, end, scale, exponent, delta, zeros, LAYOUT: gl.constexpr,
+    before, slot, lap, border: gl.constexpr, dq, ds, q, dout, k, v, k_ready, k_free, v_ready,
+    v_free, t, start, n, end, scale, exponent, delta, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The scores of the block in a slot, and the block before added to dq meanwhile."""
     mbarrier.wait(k_ready.index(slot), lap)
@@ -76,8 +76,8 @@ def _step(
     dq = warpgroup_mma(ds, k.index(before), dq, is_async=True)
     s = warpgroup_mma_wait(2, [s])
     x = s * scale + exponent[:, None]
-    if masked:
-        x = masked_keys(x, t, start, n, end)
+    if border:
+        x = masked(x, start - n, gl.minimum(t + 1, end) - n)
     p = gl.exp2(x)
     r = warpgroup_mma_wait(1, [r])
     mbarrier.arrive(v_free.index(slot))
@@ -120,22 +120,22 @@ def _dq(
     mbarrier.arrive(v_free.index(0))
     weight = s * factor + exponent[:, None]
     if inner == 0:
-        weight = masked_keys(weight, t, start, first, after)
+        weight = masked(weight, start - first, gl.minimum(t + 1, after) - first)
     ds = gl.convert_layout(gl.exp2(weight) * (r - delta[:, None]), in_ds).to(q.dtype)
     before = 0
     slot, lap = next_of(0, 0, STAGES)
     for _ in range(1, inner):
         dq, ds = _step(
-            before, slot, lap, False, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free, v_ready, v_free,
-            t, start, first, after, factor, exponent, delta, zeros, in_ds,
+            before, slot, lap, False, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free,
+            v_ready, v_free, t, start, first, after, factor, exponent, delta, zeros, in_ds,
         )  # fmt: skip
         before = slot
         slot, lap = next_of(slot, lap, STAGES)
     for i in range(gl.maximum(inner, 1), count):
         n, end = part(i, first, after, own, rest, blocks, J)
         dq, ds = _step(
-            before, slot, lap, True, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free, v_ready, v_free,
-            t, start, n, end, factor, exponent, delta, zeros, in_ds,
+            before, slot, lap, True, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free,
+            v_ready, v_free, t, start, n, end, factor, exponent, delta, zeros, in_ds,
         )  # fmt: skip
         before = slot
         slot, lap = next_of(slot, lap, STAGES)

@@ -36,7 +36,7 @@ from hermes_kernels.groups_sm90 import (
     barriers,
     boxes,
     fetch,
-    masked_keys,
+    masked,
 )
 from hermes_kernels.launch import TILE, launch_of, on, room_for
 from hermes_kernels.places import Places
@@ -94,7 +94,7 @@ def _weigh(s, top, scale, LAYOUT: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def _step(
-    i, masked: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
+    i, border: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
     t, start, n, end, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Asks for the scores of block i, and for the output of the block before, during which the
@@ -107,8 +107,8 @@ def _step(
     acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(slot))
-    if masked:
-        s = masked_keys(s, t, start, n, end)
+    if border:
+        s = masked(s, start - n, gl.minimum(t + 1, end) - n)
     p, top, more, shrink = _weigh(s, top, scale, LAYOUT, v.dtype)
     more = gl.inline_asm_elementwise(MADE, "=f,f", [more], dtype=gl.float32, is_pure=False, pack=1)
     acc, p = warpgroup_mma_wait(0, [acc, p])
@@ -147,7 +147,7 @@ def _attend(
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(k_free.index(0))
     if inner == 0:
-        s = masked_keys(s, t, start, first, after)
+        s = masked(s, start - first, gl.minimum(t + 1, after) - first)
     p, top, total, _ = _weigh(s, top, scale, in_p, v.dtype)
     acc = gl.full([M, H], 0.0, gl.float32, in_o)
     for i in range(1, inner):

@@ -77,13 +77,18 @@ def made(x, LAYOUT: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def masked_keys(s, t, start, n, end):
-    """Scores, -inf of keys from n on that a query does not see, or that lie past the part."""
-    J: gl.constexpr = s.shape[1]
-    c = gl.arange(0, J, gl.SliceLayout(0, s.type.layout))
-    low, high = start - n, gl.minimum(t, end - 1) - n
-    seen = (c[None, :] <= high[:, None]) & (c[None, :] >= low[:, None])
-    return gl.where(seen, s, float("-inf"))
+def masked(x, low, high):
+    """x, and -inf outside of each row's columns from ``low`` to before ``high``.
+
+    Of every eight columns a thread has two at one place, which is taken from the bounds: so columns
+    are constants, for which no register is kept.
+    """
+    columns: gl.constexpr = gl.SliceLayout(0, x.type.layout)
+    c = gl.arange(0, x.shape[1], columns)
+    past = (c & -8)[None, :] - (low[:, None] - (c & 7)[None, :])
+    count = gl.maximum(high - low, 0)[:, None]
+    seen = past.to(gl.uint32, bitcast=True) < count.to(gl.uint32, bitcast=True)
+    return gl.where(seen, x, float("-inf"))
 
 
 def boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:

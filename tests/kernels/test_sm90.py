@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hermes_core.segments import segments
-from hermes_kernels import reference
-from hermes_kernels.launch import TILE
+from hermes_kernels import reference, varlen_attention
+from hermes_kernels.launch import SHIFTED, TILE
 from twins.hopper_kernels import Given, attend, keeps_its_bits, of_keys, of_queries
 from twins.torch_attention import inputs, torch_itself, truth
 
@@ -113,6 +113,20 @@ def test_a_segment_keeps_its_bits_wherever_it_stands(
     find: Callable[..., list[Tensor]], length: int
 ) -> None:
     assert keeps_its_bits(find, length)
+
+
+def test_sums_are_added_in_the_order_of_tritons_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block after block, and head after head: in both the same products are rounded in turn."""
+    monkeypatch.setattr(varlen_attention, "parts_of", lambda kv_heads, group: 1)
+    (q, k, v, dout), lengths = inputs(300, 2, 1, 64), [3, 150, 40, 107]
+    known = Given([q, k, v, dout], lengths, 0.125)
+    statistics = [torch.from_numpy(x).view(2, SHIFTED, -1) for x in known.statistics()]
+    given = (q, k, v, dout, *statistics, known.at.places, 0.125)
+    _, lse = varlen_attention.forward(q, k, v, known.at.places, 0.125)
+    wanted = [varlen_attention.dq_of(*given), *varlen_attention.dkdv_of(*given), lse]
+    found = [*of_queries(known), *of_keys(known), attend(known)[1]]
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.to(other), other)
 
 
 def test_the_host_binds_its_arguments_and_compiles_them() -> None:

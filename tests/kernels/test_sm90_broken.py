@@ -36,10 +36,6 @@ RING = {
     "freed by three": ("barriers(STAGES, 2)", "barriers(STAGES, 3)", "deadlock"),
     "queries read too early": ("    mbarrier.wait(q_ready.index(x), 0)\n", "", TOO_EARLY),
 }  # fmt: skip
-SLOTS = {
-    "lap that does not change": ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase"),
-    "a slot passed over": ("slot == STAGES - 1", "slot == STAGES - 2", "the same phase|deadlock"),
-}
 BROKEN_FORWARD = ANY | RING | {
     "keys read too early": (
         "    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
@@ -63,7 +59,10 @@ BROKEN_FORWARD = ANY | RING | {
         "    i = count - 1\n", "    i = count - 1\n    q.index(1 - x).store(acc.to(q.dtype))\n",
         TOO_EARLY),
 }  # fmt: skip
-BROKEN_DQ = ANY | RING | SLOTS | {
+LAP = ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase")
+BROKEN_DQ = ANY | RING | {
+    "lap that does not change": LAP,
+    "a slot passed over": ("slot == STAGES - 1", "slot == STAGES - 2", "the same phase|deadlock"),
     "keys read too early": ("    mbarrier.wait(k_ready.index(slot), lap)\n", "", TOO_EARLY),
     "scores read too early": ("wait(2, [s])", "wait(3, [s])", TOO_EARLY),
     "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
@@ -73,7 +72,9 @@ BROKEN_DQ = ANY | RING | SLOTS | {
         "k_free.index(before)", "k_free.index(slot)", TOO_EARLY + "|deadlock"),
     "dout not expected": ("2 * q_desc.block_type", "q_desc.block_type", TOO_EARLY),
 }  # fmt: skip
-BROKEN_DKDV = ANY | SLOTS | {
+BROKEN_DKDV = ANY | {
+    "lap that does not change": LAP,
+    "another slot": ("slot, lap, True", "1 - slot, lap, True", "the same phase|deadlock"),
     "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
     "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
     "sums read too early": ("dk = warpgroup_mma_wait(0, [dk])", "pass", TOO_EARLY),
@@ -87,9 +88,9 @@ BROKEN_DKDV = ANY | SLOTS | {
         "    mbarrier.arrive(dout_free.index(slot))\n    mbarrier.arrive(q_free.index(slot))\n",
         TOO_EARLY + "|more arrivals"),
     "queries overwritten": (
-        "        mbarrier.wait(q_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
+        "            mbarrier.wait(q_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
     "vectors not expected": (
-        "q_desc.block_type.nbytes + lse_desc.block_type.nbytes", "q_desc.block_type.nbytes",
+        "q_desc.block_type.nbytes + deltas_desc.block_type.nbytes", "q_desc.block_type.nbytes",
         TOO_EARLY + "|deadlock"),
 }  # fmt: skip
 
@@ -125,17 +126,21 @@ def test_a_broken_dkdv_is_found_out(wanted: str, instead: str, message: str) -> 
 
 
 # What is put in place of what, in the kernel or in its walk.
-WRONG_BACK = {
-    "a key too few": ("c[None, :] <= high", "c[None, :] < high"),
-    "a key of the segment before": ("low, high = start - n", "low, high = start - 1 - n"),
-    "keys of the next part": ("gl.minimum(t, end - 1) - n", "t - n"),
-    "a block too many unmasked": ("(row + 1 - first) // J", "(row + J - first) // J"),
-    "a border unmasked": ("gl.load(starts + last) == first", "gl.load(starts + last) >= first"),
+WRONG_WALK = {
     "own parts one too few": ("    rest, more", "    own -= 1\n    rest, more"),
     "own parts falling": ("first + i * J", "first + (own - 1 - i) * J"),
     "a part too few": ("block * PARTS + down // J - rest + 1", "block * PARTS + down // J - rest"),
-    "parts looked up one too far": ("rest + gl.maximum(i - own, 0)", "rest + 1 + i - own"),
+    "parts looked up one too far": ("j = i + (rest - own)", "j = i + 1 + (rest - own)"),
     "parts where others begin": ("+ j % PARTS * J", "+ j % PARTS * J + 1"),
+    "columns of the next eight": ("(c & -8)[None, :]", "(c & -8)[None, :] + 8"),
+    "no column where all are": ("gl.maximum(high - low, 0)", "(high - low)"),
+}
+WRONG_BACK = WRONG_WALK | {
+    "a key too few": ("gl.minimum(t + 1, end) - n", "gl.minimum(t, end) - n"),
+    "a key of the segment before": ("start - n", "start - 1 - n"),
+    "keys of the next part": ("gl.minimum(t + 1, end) - n", "t + 1 - n"),
+    "a block too many unmasked": ("(row + 1 - first) // J", "(row + J - first) // J"),
+    "a border unmasked": ("gl.load(starts + last) == first", "gl.load(starts + last) >= first"),
     "a first block unmasked": ("if inner == 0", "if inner < 0"),
 }  # fmt: skip
 WRONG_FORWARD = WRONG_BACK | {
@@ -145,11 +150,23 @@ WRONG_DQ = WRONG_BACK | {
     "statistics of another token": ("SHIFTS * U", "SHIFTS * U + 1"),
     "statistics of another head": ("SHIFTS * U", "U"),
 }
+WRONG_DKDV = WRONG_WALK | {
+    "a query too few": ("j - n, gl", "j + 1 - n, gl"),
+    "queries of the next part": ("gl.minimum(end, stop) - n", "end - n"),
+    "a query of the next segment": ("gl.minimum(end, stop) - n", "gl.minimum(end + 1, stop) - n"),
+    "a diagonal unmasked": ("gl.cdiv(row + J - 1 - first, M)", "(row - first) // M"),
+    "a last block unmasked": ("(end - first) // M - before", "gl.cdiv(end - first, M) - before"),
+    "a border unmasked": ("one = own_end == end", "one = own_end <= end"),
+    "the last blocks before the first": ("at + count, at)", "-1 - at, at)"),
+    "statistics at no place of TMA's": ("shift = token % SHIFTS", "shift = token * 0"),
+    "statistics of another shift": ("SHIFTS + shift) * U", "SHIFTS + shift * 0) * U"),
+    "statistics of another head": ("(head * SHIFTS + shift)", "(head + shift)"),
+}  # fmt: skip
 
 
 def error(find: Callable[..., list[Tensor]], sources: Mapping[str, str]) -> float:
     """Of the whole, or infinite where the simulator says what is wrong."""
-    tensors, lengths = inputs(800, 2, 1, 64), [50, 350, 200, 200]
+    tensors, lengths = inputs(800, 2, 1, 64), [50, 350, 7, 193, 200]
     out, dq, *rest = truth(tensors, lengths, 0.125)
     rights = {attend: [out], of_queries: [dq], of_keys: rest}[find]
     try:
@@ -160,7 +177,7 @@ def error(find: Callable[..., list[Tensor]], sources: Mapping[str, str]) -> floa
     return max(float((one.double() - x).norm() / x.norm()) for one, x in pairs)
 
 
-CORRECT = [(attend, FORWARD), (of_queries, DQ)]
+CORRECT = [(attend, FORWARD), (of_queries, DQ), (of_keys, DKDV)]
 
 
 @pytest.mark.parametrize(("find", "sources"), CORRECT)
@@ -180,11 +197,20 @@ def test_a_wrong_dq_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> No
     assert not error(of_queries, broken(DQ, wanted, instead)) < 2e-2
 
 
-@pytest.mark.parametrize(("find", "sources"), CORRECT)
+@pytest.mark.parametrize(("wanted", "instead"), WRONG_DKDV.values(), ids=WRONG_DKDV)
+def test_a_wrong_dkdv_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
+    assert not error(of_keys, broken(DKDV, wanted, instead)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("find", "sources", "wanted", "instead"),
+    [
+        (attend, FORWARD, "end = gl.load(starts + row)", "end = gl.load(starts + row) // J * J"),
+        (of_queries, DQ, "end = gl.load(starts + row)", "end = gl.load(starts + row) // J * J"),
+        (of_keys, DKDV, "first = row - (row - start) % M", "first = row"),
+    ],
+)  # fmt: skip
 def test_blocks_of_the_batch_are_seen_in_the_bits(
-    find: Callable[..., list[Tensor]], sources: Mapping[str, str]
+    find: Callable[..., list[Tensor]], sources: Mapping[str, str], wanted: str, instead: str
 ) -> None:
-    wrong = broken(
-        sources, "first, end = gl.load(starts + row)", "first, end = gl.load(starts + row) // J * J"
-    )
-    assert not keeps_its_bits(find, 190, sources=wrong)
+    assert not keeps_its_bits(find, 190, sources=broken(sources, wanted, instead))
