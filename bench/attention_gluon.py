@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 from triton.experimental.gluon import language as gl
 
 from bench.attention import Shape
@@ -20,6 +19,7 @@ from bench.attention_model import (
     backward_tflops,
     fit,
     our_backward_tflops,
+    walk_on,
 )
 from bench.machine_code import MachineCode, compile_kernel
 from hermes_kernels import (
@@ -91,14 +91,8 @@ def _boxes(dtype: str, block: list[int]) -> str:
 
 def border_share(shape: Shape, turn: Turn) -> float:
     """Share of the turns over key tiles that are at a border, where Gluon's dkdv masks."""
-    lengths = np.array(shape.lengths)
-    ends = np.repeat(np.cumsum(lengths), lengths)
-    tiles = np.arange(0, shape.tokens, turn.keys)
-    last = ends[np.minimum(tiles + turn.keys, shape.tokens) - 1]
-    blocks = np.ceil((last - tiles) / turn.queries)
-    diagonal = turn.keys // turn.queries
-    inner = np.maximum((ends[tiles] - tiles) // turn.queries, diagonal) - diagonal
-    return float(1 - inner.sum() / blocks.sum())
+    parts, masked = walk_on(shape, turn.keys, turn.queries)
+    return float(masked.sum() / parts.sum())
 
 
 def predict_gluon(

@@ -28,7 +28,8 @@ import numpy as np
 
 from bench.attention import Shape
 from hermes_core.backends import GLUON
-from hermes_kernels.launch import parts_of
+from hermes_core.segments import segments
+from hermes_kernels.launch import TILE, parts_of
 
 BACKWARD = 2.5  # FLOPs of a backward for each of its forward
 
@@ -157,28 +158,59 @@ def forward_seconds(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> flo
 
 def _cycles(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> np.ndarray:
     """Of each query tile, in one head or in those of a turn."""
-    lengths = np.array(shape.lengths)
-    ends = np.cumsum(lengths)
-    starts = np.repeat(ends - lengths, lengths)
-    tiles = np.arange(0, shape.tokens, turn.queries)
-    firsts = starts[tiles] // turn.keys * turn.keys
-    cycles = np.ceil((tiles + turn.queries - firsts) / turn.keys) * turn.cycles(chip, overlap)
-    if turn.masking:
-        last_starts = starts[np.minimum(tiles + turn.queries, shape.tokens) - 1]
-        past = np.minimum(np.ceil((last_starts - firsts) / turn.keys), (tiles - firsts) / turn.keys)
-        borders = turn.queries // turn.keys + past
-        cycles += borders * overlap * turn.masking * turn.warps / 4
-    return cycles
+    parts, masked = walk_back(shape, turn.queries, turn.keys)
+    at_borders = overlap * turn.masking * turn.warps / 4
+    return parts * turn.cycles(chip, overlap) + masked * at_borders
+
+
+def walk_back(shape: Shape, queries: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parts of keys that each query tile walks over, and how many are masked.
+
+    As `hermes_kernels.walk.back` has them, counted plainly.
+    """
+    starts, _, after, part_of = _parts(shape, keys)
+    rows = np.arange(0, shape.tokens, queries)
+    last = np.minimum(rows + queries, shape.tokens) - 1
+    own = -((starts[rows] - np.minimum(after[rows], rows + queries)) // keys)
+    parts = own + _beyond(after[rows], last, part_of)
+    whole = np.where(starts[last] == starts[rows], (rows + 1 - starts[rows]) // keys, 0)
+    return parts, parts - whole
+
+
+def walk_on(shape: Shape, keys: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parts of queries that each key tile walks over, and how many are masked, as `walk.on` has
+    them."""
+    starts, ends, after, part_of = _parts(shape, queries)
+    rows = np.arange(0, shape.tokens, keys)
+    last = np.minimum(rows + keys, shape.tokens) - 1
+    first = rows - (rows - starts[rows]) % queries
+    own = -((first - after[rows]) // queries)
+    parts = own + _beyond(after[rows], ends[last] - 1, part_of)
+    before = -((first - rows - keys + 1) // queries)  # parts that begin before the last key
+    whole = np.maximum((ends[rows] - first) // queries - before, 0)
+    return parts, parts - np.where(starts[last] == starts[rows], whole, 0)
+
+
+def _parts(shape: Shape, size: int) -> tuple[np.ndarray, ...]:
+    """Of each token: its segment's start and end, where that or the block that it shares with other
+    single tokens ends, and the part of a block that it is in."""
+    places = segments(np.concatenate([[0], np.cumsum(shape.lengths)])).places
+    starts, ends, block_of, blocks = (x.numpy().astype(np.int64) for x in places[:4])
+    down = np.arange(shape.tokens) - blocks[block_of]
+    after = np.maximum(ends, blocks[block_of + 1])
+    return starts, ends, after, block_of * (TILE // size) + down // size
+
+
+def _beyond(after: np.ndarray, last: np.ndarray, part_of: np.ndarray) -> np.ndarray:
+    """Parts from the first after a tile's first segment to that of a last token."""
+    return np.where(after <= last, part_of[last] - part_of[np.minimum(after, last)] + 1, 0)
 
 
 def backward_seconds(
     turn: Turn, chip: Chip, overlap: float, shape: Shape, *, programs: int
 ) -> float:
     """Of a kernel over key tiles, so many programs each that share the query heads."""
-    ends = np.repeat(np.cumsum(shape.lengths), shape.lengths)
-    tiles = np.arange(0, shape.tokens, turn.keys)
-    last = ends[np.minimum(tiles + turn.keys, shape.tokens) - 1]
-    turns = np.ceil((last - tiles) / turn.queries) * (shape.heads[0] // programs)
+    turns = walk_on(shape, turn.keys, turn.queries)[0] * (shape.heads[0] // programs)
     return _seconds(np.repeat(turns, programs) * turn.cycles(chip, overlap), chip)
 
 

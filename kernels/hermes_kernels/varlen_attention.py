@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hermes_kernels import walk
 from hermes_kernels.launch import (
     SHIFTED,
     TILE,
@@ -70,38 +71,23 @@ def _tile(order, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _part_of(token, block_of, blocks, J: tl.constexpr):
-    """The part of J tokens that a token is in, of all parts of all blocks."""
-    block = tl.load(block_of + token)
-    return block * (ORDERED // J) + (token - tl.load(blocks + block)) // J
-
-
-@triton.jit
-def _part(i, blocks, J: tl.constexpr):
-    """Where a part begins, and one past the last token that counts: the rest is another's."""
-    parts: tl.constexpr = ORDERED // J
-    block = i // parts
-    begin = tl.load(blocks + block) + (i - block * parts) * J
-    return begin, tl.load(blocks + block + 1)
-
-
-@triton.jit
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, block_of, blocks, order, scale, T, U,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, ends, block_of, blocks, order, scale, T, U,
     G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """out and lse (natural logarithm) of one query tile of one head. Grid (N, U / M)."""
     row, head = _tile(order, M), tl.program_id(0)
     t, c = row + tl.arange(0, M), tl.arange(0, J)
     start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
-    first = _part_of(tl.load(starts + tl.minimum(row, T - 1)), block_of, blocks, J)
-    last = _part_of(tl.minimum(row + M, T) - 1, block_of, blocks, J)
+    first, after, rest, count, _ = walk.back(
+        tl.minimum(row, T - 1), starts, ends, block_of, blocks, T, M, J
+    )
     q = q_desc.load([row, head * H])
     acc = tl.zeros((M, H), tl.float32)
     total = tl.zeros((M,), tl.float32)
     top = tl.zeros((M,), tl.float32) + LEAST
-    for i in range(first, last + 1):
-        n, end = _part(i, blocks, J)
+    for i in range(count):
+        n, end = walk.part(i, first, after, rest, blocks, J)
         k = k_desc.load([n, head // G * H])
         s = tl.dot(q, k.T)  # [M, J]
         low, high = start - n, tl.minimum(t, end - 1) - n
@@ -144,22 +130,23 @@ def statistics_kernel(
 
 @triton.jit
 def dq_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, exponents_ptr, deltas_ptr, starts, block_of,
-    blocks, order, scale, T, U,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, exponents_ptr, deltas_ptr, starts, ends,
+    block_of, blocks, order, scale, T, U,
     G: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile of one head. Grid (N, U / M)."""
     row, head = _tile(order, M), tl.program_id(0)
     t, c = row + tl.arange(0, M), tl.arange(0, J)
     start = tl.load(starts + tl.minimum(t, T - 1))  # [M]
-    first = _part_of(tl.load(starts + tl.minimum(row, T - 1)), block_of, blocks, J)
-    last = _part_of(tl.minimum(row + M, T) - 1, block_of, blocks, J)
+    first, after, rest, count, _ = walk.back(
+        tl.minimum(row, T - 1), starts, ends, block_of, blocks, T, M, J
+    )
     place = head.to(tl.int64) * SHIFTS * U + t
     exponent, delta = tl.load(exponents_ptr + place), tl.load(deltas_ptr + place)  # [M]
     q, dout = q_desc.load([row, head * H]), dout_desc.load([row, head * H])
     dq = tl.zeros((M, H), tl.float32)
-    for i in range(first, last + 1):
-        n, end = _part(i, blocks, J)
+    for i in range(count):
+        n, end = walk.part(i, first, after, rest, blocks, J)
         k, v = k_desc.load([n, head // G * H]), v_desc.load([n, head // G * H])
         s = tl.dot(q, k.T) * (scale * LOG2E) + exponent[:, None]  # [M, J]
         low, high = start - n, tl.minimum(t, end - 1) - n
@@ -172,8 +159,8 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, exponents_desc, deltas_desc, ends,
-    block_of, blocks, order, scale, T, U,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, exponents_desc, deltas_desc, starts,
+    ends, block_of, blocks, order, scale, T, U,
     G: tl.constexpr, S: tl.constexpr, H: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile and key head, over one of S parts of its G query heads.
@@ -184,17 +171,17 @@ def dkdv_kernel(
     head = part // S
     j, c = row + tl.arange(0, J), tl.arange(0, M)
     end = tl.load(ends + tl.minimum(j, T - 1))  # [J]
-    first = _part_of(tl.minimum(row, T - 1), block_of, blocks, M)
-    last = _part_of(tl.load(ends + tl.minimum(row + J, T) - 1) - 1, block_of, blocks, M)
+    first, after, rest, count, _, _ = walk.on(
+        tl.minimum(row, T - 1), starts, ends, block_of, blocks, T, J, M
+    )
     k, v = k_desc.load([row, head * H]), v_desc.load([row, head * H])
     dk = tl.zeros((J, H), tl.float32)
     dv = tl.zeros((J, H), tl.float32)
-    query_head, i = part * (G // S), first
-    for _ in range(G // S * (last - first + 1)):
-        n, stop = _part(i, blocks, M)
+    query_head, i = part * (G // S), 0
+    for _ in range(G // S * count):
+        n, stop = walk.part(i, first, after, rest, blocks, M)
         q, dout = q_desc.load([n, query_head * H]), dout_desc.load([n, query_head * H])
-        shift = n % SHIFTS
-        place = (query_head * SHIFTS + shift) * U + n - shift
+        place = walk.statistics_of(n, query_head, U)
         exponent, delta = exponents_desc.load([place]), deltas_desc.load([place])  # [M]
         low, high = j - n, tl.minimum(end, stop) - n
         seen = (c[None, :] >= low[:, None]) & (c[None, :] < high[:, None])
@@ -203,8 +190,9 @@ def dkdv_kernel(
         dv = tl.dot(p.to(dout.dtype), dout, dv)
         ds = p * (tl.dot(v, dout.T) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk)
-        query_head = tl.where(i < last, query_head, query_head + 1)
-        i = tl.where(i < last, i + 1, first)
+        i += 1
+        query_head = tl.where(i < count, query_head, query_head + 1)
+        i = tl.where(i < count, i, 0)
     dv_desc.store([row, part * H], dv.to(v.dtype))
     dk_desc.store([row, part * H], (dk * scale).to(k.dtype))
 
@@ -226,8 +214,8 @@ def forward(
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
     with on(q_TNH):
         forward_kernel[heads, room // how.queries](
-            q_box, *boxes, out_box, lse, places.starts, places.block_of, places.blocks,
-            places.query_order, scale, tokens, room, heads // k_TKH.shape[1], size,
+            q_box, *boxes, out_box, lse, places.starts, places.ends, places.block_of,
+            places.blocks, places.query_order, scale, tokens, room, heads // k_TKH.shape[1], size,
             how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -270,7 +258,7 @@ def dq_of(
     with on(q_TNH):
         dq_kernel[heads, room // how.queries](
             q_box, *boxes, dout_box, dq_box, exponents_NSU, deltas_NSU, places.starts,
-            places.block_of, places.blocks, places.query_order, scale, tokens, room,
+            places.ends, places.block_of, places.blocks, places.query_order, scale, tokens, room,
             heads // k_TKH.shape[1], size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -295,7 +283,7 @@ def dkdv_of(
     )
     with on(q_TNH):
         dkdv_kernel[kv_heads * parts, room // how.keys](
-            q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, places.ends, places.block_of,
+            q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, places.starts, places.ends, places.block_of,
             places.blocks, places.key_order, scale, tokens, room, group, parts, size,
             how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,

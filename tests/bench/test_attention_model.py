@@ -64,7 +64,7 @@ def test_two_heads_share_a_turn_and_borders_cost_their_masks() -> None:
     assert forward_seconds(turn, chip, 0.5, two) == pytest.approx(
         (2 * 1124 + 0.5 * border) / chip.clock_hz
     )
-    # The second tile begins with another segment's end: its first block is a border too.
+    # Each segment's keys are blocks of their own: both tiles have two, and all are masked.
     split = Shape("", (100, 156), (2, 1), 64, torch.bfloat16)
     assert forward_seconds(turn, chip, 0.5, split) == pytest.approx(
         (2 * 1124 + 0.5 * 2 * border) / chip.clock_hz

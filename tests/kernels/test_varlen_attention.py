@@ -182,13 +182,14 @@ def test_addresses_past_two_to_the_31_elements_are_right(monkeypatch: pytest.Mon
     starts, lse = (torch.from_numpy(np.zeros(rows, kind)) for kind in (np.int32, np.float32))
     q[-TILE:] = torch.randn(TILE, 1, size, generator=torch.Generator().manual_seed(0))
     starts[-TILE:] = rows - TILE
-    block_of = torch.from_numpy(np.zeros(rows, np.int32))
+    ends, block_of = (torch.from_numpy(np.zeros(rows, np.int32)) for _ in range(2))
+    ends[-TILE:] = rows
     block_of[-TILE:] = 1
     blocks = torch.tensor([0, rows - TILE, rows], dtype=torch.int32)
     box, out_box = (kernels._boxes(x, TILE) for x in (q, out))
     last = torch.tensor([rows // TILE - 1], dtype=torch.int32)
     kernels.forward_kernel[1, 1](
-        box, box, box, out_box, lse, starts, block_of, blocks, last, 0.1, rows, rows, 1, size,
+        box, box, box, out_box, lse, starts, ends, block_of, blocks, last, 0.1, rows, rows, 1, size,
         TILE, TILE,
     )  # fmt: skip
     small, at = q[-TILE:].clone(), where([TILE])
