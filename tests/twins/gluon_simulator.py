@@ -158,7 +158,8 @@ def load(pointer: Pointer, mask: Tensor | None = None, other: Any = 0) -> Tensor
     if mask is None:
         return Tensor(pointer.values[pointer.places()], type_of(pointer.values))
     kept = mask.data
-    loaded = np.full(kept.shape, other, pointer.values.dtype)
+    otherwise = other.data if isinstance(other, Tensor) else other
+    loaded = np.full(kept.shape, otherwise, pointer.values.dtype)
     loaded[kept] = pointer.values[Pointer(pointer.values, pointer.offset[kept]).places()]
     return Tensor(loaded, type_of(pointer.values))
 
@@ -247,9 +248,12 @@ class Language:
         gluon = SimpleNamespace(
             jit=lambda function: function, constexpr_function=lambda function: function, language=gl
         )
-        propagate = SimpleNamespace(PropagateNan=SimpleNamespace(ALL=True, NONE=False))
+        propagate = SimpleNamespace(ALL=True, NONE=False)
+        triton = SimpleNamespace(
+            jit=gluon.jit, language=SimpleNamespace(**vars(gl), PropagateNan=propagate)
+        )
         return {
-            "triton": SimpleNamespace(language=propagate),
+            "triton": triton,
             "triton.experimental": SimpleNamespace(gluon=gluon),
             "triton.experimental.gluon.nvidia.blackwell": SimpleNamespace(TensorDescriptor=None),
             "triton.experimental.gluon": gluon,
