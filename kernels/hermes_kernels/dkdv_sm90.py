@@ -47,7 +47,7 @@ from hermes_kernels.walk import part, statistics_of
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, q, dout, exponents,
-    deltas, kv_ready, q_ready, q_free, dout_ready, dout_free, row, share, heads, first, after, own,
+    deltas, kv_ready, q_ready, q_free, dout_ready, dout_free, row, share, heads, first, after,
     rest, count, blocks, U, S: gl.constexpr,
 ):  # fmt: skip
     """k and v, then of each query head each block of q, dout and their statistics."""
@@ -65,7 +65,7 @@ def _load(
     for h in range(heads):
         head = share * heads + h
         for i in range(count):
-            n, _ = part(i, first, after, own, rest, blocks, M)
+            n, _ = part(i, first, after, rest, blocks, M)
             at, place = [n, head * H], [statistics_of(n, head, U)]
             ready = q_ready.index(slot)
             mbarrier.wait(q_free.index(slot), lap ^ 1)
@@ -114,7 +114,7 @@ def _step(
 @gluon.jit
 def _dkdv(
     x: gl.constexpr, dk_desc, dv_desc, k, v, q, dout, exponents, deltas, kv_ready, q_ready, q_free,
-    dout_ready, dout_free, ends, scale, row, share, heads, first, after, own, rest, count, before,
+    dout_ready, dout_free, ends, scale, row, share, heads, first, after, rest, count, before,
     inner, blocks, T,
 ):  # fmt: skip
     """Half x of the tile."""
@@ -137,7 +137,7 @@ def _dkdv(
     for h in range(heads + 1):
         for at in range(gl.where(h > 0, -behind, 0), gl.where(h < heads, before, 0)):
             i = gl.where(at < 0, at + count, at)
-            n, stop = part(i, first, after, own, rest, blocks, M)
+            n, stop = part(i, first, after, rest, blocks, M)
             dk, dv = _step(
                 slot, lap, True, dk, dv, k.index(x), v.index(x), q, dout, exponents, deltas,
                 q_ready, q_free, dout_ready, dout_free, j - n, gl.minimum(end, stop) - n, scale,
@@ -176,7 +176,7 @@ def dkdv_kernel(
     dtype: gl.constexpr = q_desc.dtype
     share = gl.program_id(0)
     row = gl.load(order + gl.program_id(1)) * (2 * HALF)
-    first, after, own, rest, count, before, inner = walk_on(
+    first, after, rest, count, before, inner = walk_on(
         row, starts, ends, block_of, blocks, T, 2 * HALF, M
     )
     k = gl.allocate_shared_memory(dtype, [2, HALF, H], k_desc.layout)
@@ -192,18 +192,18 @@ def dkdv_kernel(
         [
             (_dkdv, (
                 0, dk_desc, dv_desc, k, v, q, dout, exponents, deltas, kv_ready, q_ready, q_free,
-                dout_ready, dout_free, ends, scale, row, share, G // S, first, after, own, rest,
+                dout_ready, dout_free, ends, scale, row, share, G // S, first, after, rest,
                 count, before, inner, blocks, T,
             )),
             (_dkdv, (
                 1, dk_desc, dv_desc, k, v, q, dout, exponents, deltas, kv_ready, q_ready, q_free,
-                dout_ready, dout_free, ends, scale, row, share, G // S, first, after, own, rest,
+                dout_ready, dout_free, ends, scale, row, share, G // S, first, after, rest,
                 count, before, inner, blocks, T,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, q, dout,
                 exponents, deltas, kv_ready, q_ready, q_free, dout_ready, dout_free, row, share,
-                G // S, first, after, own, rest, count, blocks, U, S,
+                G // S, first, after, rest, count, blocks, U, S,
             )),
         ],
         [4, 1],

@@ -45,7 +45,7 @@ from hermes_kernels.walk import SHIFTS, back, part
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, dout_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
-    row, head, first, after, own, rest, count, blocks, G: gl.constexpr,
+    row, head, first, after, rest, count, blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q and dout, then each block of keys and of values, in turn."""
     HALF: gl.constexpr = q_desc.block_shape[0]
@@ -57,7 +57,7 @@ def _load(
         tma.async_copy_global_to_shared(q_desc, at, q_ready.index(x), q.index(x))
         tma.async_copy_global_to_shared(dout_desc, at, q_ready.index(x), dout.index(x))
     for i in range(count):
-        n, _ = part(i, first, after, own, rest, blocks, J)
+        n, _ = part(i, first, after, rest, blocks, J)
         at = [n, head // G * H]
         fetch(k_desc, at, k, k_ready, k_free, i)
         fetch(v_desc, at, v, v_ready, v_free, i)
@@ -90,7 +90,7 @@ def _step(
 @gluon.jit
 def _dq(
     x: gl.constexpr, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
-    exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, own, rest, count, inner,
+    exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, rest, count, inner,
     blocks, T,
 ):  # fmt: skip
     """Half x of the tile."""
@@ -132,7 +132,7 @@ def _dq(
         before = slot
         slot, lap = next_of(slot, lap, STAGES)
     for i in range(gl.maximum(inner, 1), count):
-        n, end = part(i, first, after, own, rest, blocks, J)
+        n, end = part(i, first, after, rest, blocks, J)
         dq, ds = _step(
             before, slot, lap, True, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free,
             v_ready, v_free, t, start, n, end, factor, exponent, delta, zeros, in_ds,
@@ -159,9 +159,7 @@ def dq_kernel(
     dtype: gl.constexpr = q_desc.dtype
     head = gl.program_id(0)
     row = gl.load(order + gl.program_id(1)) * (2 * HALF)
-    first, after, own, rest, count, inner = back(
-        row, starts, ends, block_of, blocks, T, 2 * HALF, J
-    )
+    first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
     q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
     dout = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
@@ -174,17 +172,17 @@ def dq_kernel(
         [
             (_dq, (
                 0, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
-                exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, own, rest, count,
+                exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, rest, count,
                 inner, blocks, T,
             )),
             (_dq, (
                 1, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
-                exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, own, rest, count,
+                exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, rest, count,
                 inner, blocks, T,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, q, dout, k, v, q_ready, k_ready, k_free,
-                v_ready, v_free, row, head, first, after, own, rest, count, blocks, G,
+                v_ready, v_free, row, head, first, after, rest, count, blocks, G,
             )),
         ],
         [4, 1],

@@ -63,7 +63,7 @@ MADE = gl.constexpr(
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, row, head, first,
-    after, own, rest, count, blocks, G: gl.constexpr,
+    after, rest, count, blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q, then each block of keys and of values, in turn."""
     HALF: gl.constexpr = q_desc.block_shape[0]
@@ -75,7 +75,7 @@ def _load(
             q_desc, [row + x * HALF, head * H], q_ready.index(x), q.index(x)
         )
     for i in range(count):
-        n, _ = part(i, first, after, own, rest, blocks, J)
+        n, _ = part(i, first, after, rest, blocks, J)
         at = [n, head // G * H]
         fetch(k_desc, at, k, k_ready, k_free, i)
         fetch(v_desc, at, v, v_ready, v_free, i)
@@ -125,7 +125,7 @@ def _shrunk(acc, shrink):
 @gluon.jit
 def _attend(
     x: gl.constexpr, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
-    starts, scale, row, head, first, after, own, rest, count, inner, blocks, T, U,
+    starts, scale, row, head, first, after, rest, count, inner, blocks, T, U,
 ):  # fmt: skip
     """Half x of the tile."""
     STAGES: gl.constexpr = k.shape[0]
@@ -156,7 +156,7 @@ def _attend(
             v_free, t, start, first, after, scale, zeros, in_p,
         )  # fmt: skip
     for i in range(gl.maximum(inner, 1), count):
-        n, end = part(i, first, after, own, rest, blocks, J)
+        n, end = part(i, first, after, rest, blocks, J)
         p, acc, top, total = _step(
             i, True, p, acc, top, total, q.index(x), k, v, k_ready, k_free, v_ready,
             v_free, t, start, n, end, scale, zeros, in_p,
@@ -184,9 +184,7 @@ def forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     head = gl.program_id(0)
     row = gl.load(order + gl.program_id(1)) * (2 * HALF)
-    first, after, own, rest, count, inner = back(
-        row, starts, ends, block_of, blocks, T, 2 * HALF, J
-    )
+    first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
     q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
@@ -197,15 +195,15 @@ def forward_kernel(
         [
             (_attend, (
                 0, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr, starts,
-                scale, row, head, first, after, own, rest, count, inner, blocks, T, U,
+                scale, row, head, first, after, rest, count, inner, blocks, T, U,
             )),
             (_attend, (
                 1, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr, starts,
-                scale, row, head, first, after, own, rest, count, inner, blocks, T, U,
+                scale, row, head, first, after, rest, count, inner, blocks, T, U,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, row,
-                head, first, after, own, rest, count, blocks, G,
+                head, first, after, rest, count, blocks, G,
             )),
         ],
         [4, 1],
