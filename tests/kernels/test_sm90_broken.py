@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from twins.gluon_machine import TOO_EARLY, Fault
-from twins.hopper_kernels import (
+from twins.simulated_sm90 import (
     DKDV,
     DQ,
     FORWARD,

@@ -1,5 +1,4 @@
-"""Hopper's attention kernels, their own source run by the simulator: `attend`, `of_queries`,
-`of_keys`.
+"""Hopper's kernels run by `gluon_simulator`: their own sources, tensors in, tensors out.
 
 Shapes: T packed tokens, N query heads, K key heads, H head size, U = T rounded up to a tile.
 """
