@@ -1,4 +1,5 @@
-"""What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, masks, boxes.
+"""What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, masks and
+boxes.
 
 A program has three parts: two groups of four warps that multiply, half of its tile each, and a warp
 that loads. A group is given most of the registers that the loading warp has no use for. Blocks are
