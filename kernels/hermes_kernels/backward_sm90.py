@@ -1,4 +1,4 @@
-"""The backward of `varlen_attention` for Hopper (sm_90): delta, then two kernels in Gluon.
+"""The backward of `varlen_attention` for Hopper (sm_90): statistics, then two kernels in Gluon.
 
 Each output has one writer, so that equal inputs give equal bits.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from hermes_kernels.dkdv_sm90 import dkdv_of
 from hermes_kernels.dq_sm90 import dq_of
 from hermes_kernels.places import Places
-from hermes_kernels.varlen_attention import delta_of
+from hermes_kernels.varlen_attention import statistics_of
 
 
 def backward(
@@ -18,7 +18,5 @@ def backward(
     places: Places, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `varlen_attention.backward`, for head sizes of 64 and 128, on a GPU of sm_90."""
-    delta_NU = delta_of(out_TNH, dout_TNH, lse_NU)
-    rest = (q_TNH, k_TKH, v_TKH, dout_TNH, lse_NU, delta_NU)
-    dq_TNH = dq_of(*rest, places, scale)
-    return dq_TNH, *dkdv_of(*rest, places, scale)
+    rest = (dout_TNH, *statistics_of(out_TNH, dout_TNH, lse_NU), places, scale)
+    return dq_of(q_TNH, k_TKH, v_TKH, *rest), *dkdv_of(q_TNH, k_TKH, v_TKH, *rest)

@@ -2,7 +2,8 @@
 queries.
 
 A group of warps asks for a block's scores S = q @ k' and for R = dout @ v', then adds the block
-before to dq while it makes dS = P * (R - delta). Blocks are masked only at a border.
+before to dq while it makes dS = P * (R - delta). Masked are only the blocks that not all queries of
+the tile see whole, the last ones.
 
 Shapes: T packed tokens, N query heads, K key heads, G = N / K, H head size, U = T rounded up to
 TILE, M queries of half a tile and J keys of a block.
@@ -33,15 +34,18 @@ from hermes_kernels.groups_sm90 import (
     boxes,
     fetch,
     made,
+    masked,
+    next_of,
 )
 from hermes_kernels.launch import launch_of, on
 from hermes_kernels.places import Places
+from hermes_kernels.walk import SHIFTS, back, part
 
 
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, dout_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
-    row, head, first, diagonal, blocks, G: gl.constexpr,
+    row, head, first, after, rest, count, blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q and dout, then each block of keys and of values, in turn."""
     HALF: gl.constexpr = q_desc.block_shape[0]
@@ -52,33 +56,29 @@ def _load(
         mbarrier.expect(q_ready.index(x), 2 * q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, at, q_ready.index(x), q.index(x))
         tma.async_copy_global_to_shared(dout_desc, at, q_ready.index(x), dout.index(x))
-    for i in range(blocks):
-        at = [_key(i, row, first, diagonal, J), head // G * H]
+    for i in range(count):
+        n, _ = part(i, first, after, rest, blocks, J)
+        at = [n, head // G * H]
         fetch(k_desc, at, k, k_ready, k_free, i)
         fetch(v_desc, at, v, v_ready, v_free, i)
 
 
 @gluon.jit
-def _key(i, row, first, diagonal: gl.constexpr, J: gl.constexpr):
-    """First key of the i-th block: those of the diagonal, then from ``first`` on."""
-    return gl.where(i < diagonal, row + i * J, first + (i - diagonal) * J)
-
-
-@gluon.jit
 def _step(
-    i, masked: gl.constexpr, dq, ds, q, dout, k, v, k_ready, k_free, v_ready, v_free,
-    t, start, n, scale, lse, delta, zeros, LAYOUT: gl.constexpr,
+    before, slot, lap, border: gl.constexpr, dq, ds, q, dout, k, v, k_ready, k_free, v_ready,
+    v_free, t, start, n, end, scale, exponent, delta, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The scores of block i, and the block before added to dq meanwhile."""
-    STAGES: gl.constexpr = k.shape[0]
-    slot, before = i % STAGES, (i - 1) % STAGES
-    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)
+    """The scores of the block in a slot, and the block before added to dq meanwhile."""
+    mbarrier.wait(k_ready.index(slot), lap)
     s = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_ready.index(slot), i // STAGES & 1)
+    mbarrier.wait(v_ready.index(slot), lap)
     r = warpgroup_mma(dout, v.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     dq = warpgroup_mma(ds, k.index(before), dq, is_async=True)
     s = warpgroup_mma_wait(2, [s])
-    p = _weights(s, masked, t, start, n, scale, lse)
+    x = s * scale + exponent[:, None]
+    if border:
+        x = masked(x, start - n, gl.minimum(t + 1, end) - n)
+    p = gl.exp2(x)
     r = warpgroup_mma_wait(1, [r])
     mbarrier.arrive(v_free.index(slot))
     ds = made(p * (r - delta[:, None]), LAYOUT, q.dtype)
@@ -88,21 +88,10 @@ def _step(
 
 
 @gluon.jit
-def _weights(s, masked: gl.constexpr, t, start, n, scale, lse):
-    """P of a block of keys from n on, out of its scores."""
-    J: gl.constexpr = s.shape[1]
-    x = s * scale - lse[:, None]
-    if masked:
-        c = gl.arange(0, J, gl.SliceLayout(0, s.type.layout))
-        seen = (c[None, :] <= (t - n)[:, None]) & (c[None, :] >= (start - n)[:, None])
-        x = gl.where(seen, x, float("-inf"))
-    return gl.exp2(x)
-
-
-@gluon.jit
 def _dq(
-    x: gl.constexpr, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
-    delta_ptr, starts, scale, row, head, first, last_start, diagonal: gl.constexpr, blocks, T,
+    x: gl.constexpr, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
+    exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, rest, count, inner,
+    blocks, T,
 ):  # fmt: skip
     """Half x of the tile."""
     STAGES: gl.constexpr = k.shape[0]
@@ -116,11 +105,9 @@ def _dq(
     begin = row + x * M
     t = begin + gl.arange(0, M, rows)
     start = gl.load(starts + gl.minimum(t, T - 1))
-    lse = gl.load(lse_ptr + t) * LOG2E
-    delta = gl.load(delta_ptr + t)
+    exponent, delta = gl.load(exponents_ptr + t), gl.load(deltas_ptr + t)
     zeros = gl.full([M, J], 0.0, gl.float32, in_s)
     dq = gl.full([M, H], 0.0, gl.float32, in_dq)
-    borders = diagonal + gl.minimum(gl.cdiv(last_start - first, J), blocks - diagonal)
     factor = scale * LOG2E
     mbarrier.wait(q_ready.index(x), 0)
     mbarrier.wait(k_ready.index(0), 0)
@@ -131,19 +118,28 @@ def _dq(
     )
     s, r = warpgroup_mma_wait(0, [s, r])
     mbarrier.arrive(v_free.index(0))
-    p = _weights(s, True, t, start, row, factor, lse)
-    ds = gl.convert_layout(p * (r - delta[:, None]), in_ds).to(q.dtype)
-    for i in range(1, borders):
+    weight = s * factor + exponent[:, None]
+    if inner == 0:
+        weight = masked(weight, start - first, gl.minimum(t + 1, after) - first)
+    ds = gl.convert_layout(gl.exp2(weight) * (r - delta[:, None]), in_ds).to(q.dtype)
+    before = 0
+    slot, lap = next_of(0, 0, STAGES)
+    for _ in range(1, inner):
         dq, ds = _step(
-            i, True, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free, v_ready, v_free,
-            t, start, _key(i, row, first, diagonal, J), factor, lse, delta, zeros, in_ds,
+            before, slot, lap, False, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free,
+            v_ready, v_free, t, start, first, after, factor, exponent, delta, zeros, in_ds,
         )  # fmt: skip
-    for i in range(borders, blocks):
+        before = slot
+        slot, lap = next_of(slot, lap, STAGES)
+    for i in range(gl.maximum(inner, 1), count):
+        n, end = part(i, first, after, rest, blocks, J)
         dq, ds = _step(
-            i, False, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free, v_ready, v_free,
-            t, start, first, factor, lse, delta, zeros, in_ds,
+            before, slot, lap, True, dq, ds, q.index(x), dout.index(x), k, v, k_ready, k_free,
+            v_ready, v_free, t, start, n, end, factor, exponent, delta, zeros, in_ds,
         )  # fmt: skip
-    dq = warpgroup_mma(ds, k.index((blocks - 1) % STAGES), dq, is_async=True)
+        before = slot
+        slot, lap = next_of(slot, lap, STAGES)
+    dq = warpgroup_mma(ds, k.index(before), dq, is_async=True)
     dq = warpgroup_mma_wait(0, [dq]) * scale
     q.index(x).store(dq.to(q.dtype))
     fence_async_shared()
@@ -153,41 +149,40 @@ def _dq(
 
 @gluon.jit
 def dq_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse_ptr, delta_ptr, starts, order, scale, T, U,
-    G: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, exponents_ptr, deltas_ptr, starts, ends, block_of,
+    blocks, order, scale, T, U, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq of one query tile of one head. Grid (N, U / 128)."""
     HALF: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = q_desc.block_shape[1]
     dtype: gl.constexpr = q_desc.dtype
-    DIAGONAL: gl.constexpr = 2 * HALF // J
     head = gl.program_id(0)
     row = gl.load(order + gl.program_id(1)) * (2 * HALF)
-    first = gl.load(starts + row) // J * J
-    last_start = gl.load(starts + gl.minimum(row + 2 * HALF, T) - 1)
-    blocks = DIAGONAL + (row - first) // J
+    first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
     q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
     dout = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
     q_ready, k_ready, v_ready = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     k_free, v_free = barriers(STAGES, 2), barriers(STAGES, 2)
-    lse_ptr += head.to(gl.int64) * U
-    delta_ptr += head.to(gl.int64) * U
+    exponents_ptr += head.to(gl.int64) * SHIFTS * U
+    deltas_ptr += head.to(gl.int64) * SHIFTS * U
     gl.warp_specialize(
         [
             (_dq, (
-                0, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
-                delta_ptr, starts, scale, row, head, first, last_start, DIAGONAL, blocks, T,
+                0, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
+                exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, rest, count,
+                inner, blocks, T,
             )),
             (_dq, (
-                1, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
-                delta_ptr, starts, scale, row, head, first, last_start, DIAGONAL, blocks, T,
+                1, dq_desc, q, dout, k, v, q_ready, k_ready, k_free, v_ready, v_free,
+                exponents_ptr, deltas_ptr, starts, scale, row, head, first, after, rest, count,
+                inner, blocks, T,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, q, dout, k, v, q_ready, k_ready, k_free,
-                v_ready, v_free, row, head, first, DIAGONAL, blocks, G,
+                v_ready, v_free, row, head, first, after, rest, count, blocks, G,
             )),
         ],
         [4, 1],
@@ -196,8 +191,8 @@ def dq_kernel(
 
 
 def dq_of(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, lse_NU: Tensor,
-    delta_NU: Tensor, places: Places, scale: float,
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, dout_TNH: Tensor, exponents_NSU: Tensor,
+    deltas_NSU: Tensor, places: Places, scale: float,
 ) -> Tensor:  # fmt: skip
     """As `varlen_attention.dq_of`, for head sizes of 64 and 128, on a GPU of sm_90."""
     tokens, heads, size = q_TNH.shape
@@ -206,7 +201,8 @@ def dq_of(
     stages = launch_of(90, "dq_sm90", size).stages
     with on(q_TNH):
         dq_kernel[heads, places.query_order.numel()](
-            *given, lse_NU, delta_NU, places.starts, places.query_order, scale, tokens,
-            lse_NU.shape[1], heads // k_TKH.shape[1], stages, num_warps=WARPS, maxnreg=REGISTERS,
+            *given, exponents_NSU, deltas_NSU, *places[:4], places.query_order, scale, tokens,
+            exponents_NSU.shape[2], heads // k_TKH.shape[1], stages,
+            num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return dq

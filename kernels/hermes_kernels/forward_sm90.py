@@ -3,13 +3,13 @@ warp loads.
 
 A program has one query tile of M = 128 of one head, half of it for each group. A group asks for the
 scores of the next block before it asks for the output of this one, so that its exponentials are
-made while the tensor cores work. Blocks are masked only at a border: the diagonal comes first, then
-those from the first that is seen on, so that what is to be masked is together.
+made while the tensor cores work. Blocks are counted from each segment's start and come in rising
+order; masked are only those that not all queries of the tile see whole, the last ones.
 
 As in FlashAttention-3 (arXiv 2407.08608), but equal inputs give equal bits.
 
 Shapes: T packed tokens, N query heads, K key heads, G = N / K, H head size, U = T rounded up to
-M, M queries of a tile and J keys of a block.
+M, M queries of a tile and J keys of a block (`walk.part`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ from hermes_kernels.groups_sm90 import (
     barriers,
     boxes,
     fetch,
+    masked,
 )
 from hermes_kernels.launch import TILE, launch_of, on, room_for
 from hermes_kernels.places import Places
+from hermes_kernels.walk import back, part
 
 LN2 = gl.constexpr(0.6931471805599453)
 # A first maximum that is finite, so that a block masked whole adds exp2(-inf) = 0 and no NaN.
@@ -61,7 +63,7 @@ MADE = gl.constexpr(
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, row, head, first,
-    blocks, G: gl.constexpr,
+    after, rest, count, blocks, G: gl.constexpr,
 ):  # fmt: skip
     """q, then each block of keys and of values, in turn."""
     HALF: gl.constexpr = q_desc.block_shape[0]
@@ -72,8 +74,8 @@ def _load(
         tma.async_copy_global_to_shared(
             q_desc, [row + x * HALF, head * H], q_ready.index(x), q.index(x)
         )
-    for i in range(blocks):
-        n = gl.where(i == 0, row, first + (i - 1) * J)
+    for i in range(count):
+        n, _ = part(i, first, after, rest, blocks, J)
         at = [n, head // G * H]
         fetch(k_desc, at, k, k_ready, k_free, i)
         fetch(v_desc, at, v, v_ready, v_free, i)
@@ -91,18 +93,9 @@ def _weigh(s, top, scale, LAYOUT: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _masked(s, t, start, n):
-    """Scores of keys from n on that a query does not see are -inf."""
-    J: gl.constexpr = s.shape[1]
-    c = gl.arange(0, J, gl.SliceLayout(0, s.type.layout))
-    seen = (c[None, :] <= (t - n)[:, None]) & (c[None, :] >= (start - n)[:, None])
-    return gl.where(seen, s, float("-inf"))
-
-
-@gluon.jit
 def _step(
-    i, masked: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
-    t, start, n, scale, zeros, LAYOUT: gl.constexpr,
+    i, border: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
+    t, start, n, end, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Asks for the scores of block i, and for the output of the block before, during which the
     weights of block i are made."""
@@ -114,8 +107,8 @@ def _step(
     acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(slot))
-    if masked:
-        s = _masked(s, t, start, n)
+    if border:
+        s = masked(s, start - n, gl.minimum(t + 1, end) - n)
     p, top, more, shrink = _weigh(s, top, scale, LAYOUT, v.dtype)
     more = gl.inline_asm_elementwise(MADE, "=f,f", [more], dtype=gl.float32, is_pure=False, pack=1)
     acc, p = warpgroup_mma_wait(0, [acc, p])
@@ -132,7 +125,7 @@ def _shrunk(acc, shrink):
 @gluon.jit
 def _attend(
     x: gl.constexpr, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr,
-    starts, scale, row, head, first, last_start, blocks, T, U,
+    starts, scale, row, head, first, after, rest, count, inner, blocks, T, U,
 ):  # fmt: skip
     """Half x of the tile."""
     STAGES: gl.constexpr = k.shape[0]
@@ -148,25 +141,27 @@ def _attend(
     start = gl.load(starts + gl.minimum(t, T - 1))
     zeros = gl.full([M, J], 0.0, gl.float32, in_s)
     top = gl.full([M], LEAST, gl.float32, rows)
-    borders = 1 + gl.minimum(gl.cdiv(last_start - first, J), blocks - 1)
     mbarrier.wait(q_ready.index(x), 0)
     mbarrier.wait(k_ready.index(0), 0)
     s = warpgroup_mma(q.index(x), k.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     mbarrier.arrive(k_free.index(0))
-    p, top, total, _ = _weigh(_masked(s, t, start, row), top, scale, in_p, v.dtype)
+    if inner == 0:
+        s = masked(s, start - first, gl.minimum(t + 1, after) - first)
+    p, top, total, _ = _weigh(s, top, scale, in_p, v.dtype)
     acc = gl.full([M, H], 0.0, gl.float32, in_o)
-    for i in range(1, borders):
-        p, acc, top, total = _step(
-            i, True, p, acc, top, total, q.index(x), k, v, k_ready, k_free, v_ready,
-            v_free, t, start, first + (i - 1) * J, scale, zeros, in_p,
-        )  # fmt: skip
-    for i in range(borders, blocks):
+    for i in range(1, inner):
         p, acc, top, total = _step(
             i, False, p, acc, top, total, q.index(x), k, v, k_ready, k_free, v_ready,
-            v_free, t, start, first, scale, zeros, in_p,
+            v_free, t, start, first, after, scale, zeros, in_p,
         )  # fmt: skip
-    i = blocks - 1
+    for i in range(gl.maximum(inner, 1), count):
+        n, end = part(i, first, after, rest, blocks, J)
+        p, acc, top, total = _step(
+            i, True, p, acc, top, total, q.index(x), k, v, k_ready, k_free, v_ready,
+            v_free, t, start, n, end, scale, zeros, in_p,
+        )  # fmt: skip
+    i = count - 1
     mbarrier.wait(v_ready.index(i % STAGES), i // STAGES & 1)
     acc = warpgroup_mma(p, v.index(i % STAGES), acc, is_async=True)
     acc = _shrunk(warpgroup_mma_wait(0, [acc]), 1 / total)
@@ -179,7 +174,7 @@ def _attend(
 
 @gluon.jit
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, order, scale, T, U,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, ends, block_of, blocks, order, scale, T, U,
     G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out and lse of one query tile of one head. Grid (N, U / M)."""
@@ -189,9 +184,7 @@ def forward_kernel(
     dtype: gl.constexpr = q_desc.dtype
     head = gl.program_id(0)
     row = gl.load(order + gl.program_id(1)) * (2 * HALF)
-    first = gl.load(starts + row) // J * J
-    last_start = gl.load(starts + gl.minimum(row + 2 * HALF, T) - 1)
-    blocks = 1 + (row - first) // J
+    first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
     q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
@@ -202,15 +195,15 @@ def forward_kernel(
         [
             (_attend, (
                 0, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr, starts,
-                scale, row, head, first, last_start, blocks, T, U,
+                scale, row, head, first, after, rest, count, inner, blocks, T, U,
             )),
             (_attend, (
                 1, out_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, lse_ptr, starts,
-                scale, row, head, first, last_start, blocks, T, U,
+                scale, row, head, first, after, rest, count, inner, blocks, T, U,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, q, k, v, q_ready, k_ready, k_free, v_ready, v_free, row,
-                head, first, blocks, G,
+                head, first, after, rest, count, blocks, G,
             )),
         ],
         [4, 1],
@@ -234,7 +227,7 @@ def forward(
     stages = launch_of(90, "forward_sm90", size).stages
     with on(q_TNH):
         forward_kernel[heads, places.query_order.numel()](
-            q_boxes, k_boxes, v_boxes, out_boxes, lse, places.starts, places.query_order, scale, tokens,
-            lse.shape[1], heads // kv_heads, stages, num_warps=WARPS, maxnreg=REGISTERS,
+            q_boxes, k_boxes, v_boxes, out_boxes, lse, *places[:4], places.query_order, scale,
+            tokens, lse.shape[1], heads // kv_heads, stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

@@ -1,7 +1,9 @@
-"""What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, boxes.
+"""What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, masks and
+boxes.
 
 A program has three parts: two groups of four warps that multiply, half of its tile each, and a warp
-that loads. A group is given most of the registers that the loading warp has no use for.
+that loads. A group is given most of the registers that the loading warp has no use for. Blocks are
+counted from each segment's start, and a tile meets them in rising order (`walk.part`).
 """
 
 from __future__ import annotations
@@ -60,12 +62,34 @@ def fetch(desc, at, ring, ready, free, i):
 
 
 @gluon.jit
+def next_of(slot, lap, STAGES: gl.constexpr):
+    """The place in a ring after this one, and its lap's parity."""
+    last = slot == STAGES - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, lap ^ 1, lap)
+
+
+@gluon.jit
 def made(x, LAYOUT: gl.constexpr, dtype: gl.constexpr):
     """x as an operand in 16 bits, made before what waits after it."""
     x = gl.convert_layout(x, LAYOUT).to(dtype)
     return gl.inline_asm_elementwise(
         MADE, "=r,=r,=r,=r,r,r,r,r", [x], dtype=x.dtype, is_pure=False, pack=8
     )
+
+
+@gluon.jit
+def masked(x, low, high):
+    """x, and -inf outside of each row's columns from ``low`` to before ``high``.
+
+    Of every eight columns a thread has two at one place, which is taken from the bounds: so columns
+    are constants, for which no register is kept.
+    """
+    columns: gl.constexpr = gl.SliceLayout(0, x.type.layout)
+    c = gl.arange(0, x.shape[1], columns)
+    past = (c & -8)[None, :] - (low[:, None] - (c & 7)[None, :])
+    count = gl.maximum(high - low, 0)[:, None]
+    seen = past.to(gl.uint32, bitcast=True) < count.to(gl.uint32, bitcast=True)
+    return gl.where(seen, x, float("-inf"))
 
 
 def boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:

@@ -1,4 +1,4 @@
-"""Hopper's kernels, their own source run by a simulator, against float64; and broken on purpose.
+"""Hopper's kernels, their own source run by a simulator, against float64.
 
 Shapes: T packed tokens, N query heads, K key heads, H head size, U = T rounded up to a tile.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,131 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import hermes_kernels
-from hermes_core.segments import Segments, segments
-from hermes_kernels import reference
-from hermes_kernels.launch import TABLE, TILE, Kernel
-from twins.gluon_machine import TOO_EARLY, Fault
-from twins.gluon_simulator import Box, Pointer, run
-from twins.gluon_tensors import F32, I32, TYPES
-from twins.gluon_tensors import Tensor as Scalar
-from twins.hopper import Hopper
+from hermes_core.segments import segments
+from hermes_kernels import reference, varlen_attention
+from hermes_kernels.launch import SHIFTED, TILE
+from twins.simulated_sm90 import Given, attend, keeps_its_bits, of_keys, of_queries
 from twins.torch_attention import inputs, torch_itself, truth
 
 pytestmark = pytest.mark.timeout(120)
 
-FOLDER = Path(hermes_kernels.__file__).parent
-ROWS = 64  # of a box that a group multiplies or stores
 GRADIENTS = ("dq", "dk", "dv")
-
-
-def sources_of(kernel: Kernel) -> dict[str, str]:
-    """The text of each module by its name, that which the last imports first."""
-    names = ("groups_sm90", kernel)
-    return {f"hermes_kernels.{name}": (FOLDER / f"{name}.py").read_text() for name in names}
-
-
-FORWARD, DQ, DKDV = map(sources_of, ("forward_sm90", "dq_sm90", "dkdv_sm90"))
-
-
-class Given:
-    """Tensors as the kernels take them, and what came of it."""
-
-    def __init__(self, tensors: list[Tensor], lengths: list[int], scale: float) -> None:
-        self.tensors, self.lengths, self.scale = tensors, lengths, scale
-        self.at: Segments = segments(np.concatenate([[0], np.cumsum(lengths)]))
-        self.tokens, self.heads, self.size = tensors[0].shape
-        self.kv_heads, self.room = tensors[1].shape[1], self.at.places.query_order.numel() * TILE
-        self.dtype = TYPES[str(tensors[0].dtype).removeprefix("torch.")]
-
-    def boxes(self, *rows: int) -> list[Box]:
-        """q, k, v and dout in boxes of so many tokens."""
-        pairs = zip(self.tensors, rows, strict=False)
-        return [Box(x.float().flatten(1).numpy(), [n, self.size], self.dtype) for x, n in pairs]
-
-    def output(self, heads: int) -> Box:
-        shape = (self.tokens, heads * self.size)
-        found, written = np.full(shape, np.nan, np.float32), np.zeros(shape, np.int64)
-        return Box(found, [ROWS, self.size], self.dtype, written)
-
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """lse and delta of all heads; that of tokens that are none must not matter."""
-        q, k, v, dout = (x.double() for x in self.tensors)
-        out = reference.varlen_attention(q, k, v, self.lengths, self.scale)
-        lse = reference.varlen_lse(q, k, self.lengths, self.scale)
-        delta = (out.to(self.tensors[0].dtype) * dout).sum(2).T
-        padding = (0, self.room - self.tokens)
-        lse, delta = (
-            torch.nn.functional.pad(x.float(), padding, value=beyond).flatten()
-            for x, beyond in ((lse, torch.nan), (delta, 0.0))
-        )
-        return lse.numpy(), delta.numpy()
-
-    def run(
-        self, kernel: Kernel, sources: Mapping[str, str], own: Mapping[str, Any], heads: int,
-        *, seed: int, stages: int | None,
-    ) -> None:  # fmt: skip
-        order = self.at.places.key_order if kernel == "dkdv_sm90" else self.at.places.query_order
-        shared = {
-            "order": Pointer(order.numpy()), "scale": Scalar(np.asarray(self.scale, "f4"), F32),
-            "T": Scalar(np.asarray(self.tokens, np.int32), I32),
-            "U": Scalar(np.asarray(self.room, np.int32), I32), "G": self.heads // self.kv_heads,
-            "STAGES": stages or TABLE[90, kernel, self.size].stages,
-        }  # fmt: skip
-        grid = (heads, order.numel())
-        name = f"{kernel.removesuffix('_sm90')}_kernel"
-        run(sources, name, {**own, **shared}, grid, seed, Hopper)
-
-
-def attend(
-    known: Given, *, seed: int = 0, sources: Mapping[str, str] = FORWARD, stages: int | None = None
-) -> list[Tensor]:
-    """Output [T, N, H] and log-sum-exp [N, U] as the kernel leaves them."""
-    q, k, v = known.boxes(ROWS, TILE, TILE)
-    out, lse = known.output(known.heads), np.full(known.heads * known.room, np.nan, np.float32)
-    own = {"q_desc": q, "k_desc": k, "v_desc": v, "out_desc": out, "lse_ptr": Pointer(lse)}
-    own["starts"] = Pointer(known.at.places.starts.numpy())
-    known.run("forward_sm90", sources, own, known.heads, seed=seed, stages=stages)
-    found = once(out).view(known.tensors[0].shape)
-    return [found, torch.from_numpy(lse).view(known.heads, known.room)]
-
-
-def of_queries(
-    known: Given, *, seed: int = 0, sources: Mapping[str, str] = DQ, stages: int | None = None
-) -> list[Tensor]:
-    """dq [T, N, H] as the kernel leaves it."""
-    names = ("q_desc", "k_desc", "v_desc", "dout_desc")
-    own: dict[str, Any] = dict(zip(names, known.boxes(*[ROWS] * 4), strict=True))
-    lse, delta = map(Pointer, known.statistics())
-    dq = known.output(known.heads)
-    own |= {"dq_desc": dq, "lse_ptr": lse, "delta_ptr": delta}
-    own["starts"] = Pointer(known.at.places.starts.numpy())
-    known.run("dq_sm90", sources, own, known.heads, seed=seed, stages=stages)
-    return [once(dq).view(known.tensors[0].shape)]
-
-
-def of_keys(
-    known: Given, *, seed: int = 0, sources: Mapping[str, str] = DKDV, stages: int | None = None,
-    parts: int = 1,
-) -> list[Tensor]:  # fmt: skip
-    """dk and dv [T, K, H] as the kernel leaves them."""
-    names = ("q_desc", "k_desc", "v_desc", "dout_desc")
-    own: dict[str, Any] = dict(zip(names, known.boxes(*[ROWS] * 4), strict=True))
-    lse, delta = (Box(x, [ROWS], F32) for x in known.statistics())
-    heads = known.kv_heads * parts
-    dk, dv = known.output(heads), known.output(heads)
-    own |= {"lse_desc": lse, "delta_desc": delta, "dk_desc": dk, "dv_desc": dv, "S": parts}
-    own["ends"] = Pointer(known.at.places.ends.numpy())
-    known.run("dkdv_sm90", sources, own, heads, seed=seed, stages=stages)
-    shape = (known.tokens, known.kv_heads, parts, known.size)
-    return [once(x).view(shape).sum(2) for x in (dk, dv)]
-
-
-def once(box: Box) -> Tensor:
-    """What was stored, each element once."""
-    assert box.written is not None
-    assert (box.written == 1).all()
-    return torch.from_numpy(box.values)
 
 
 def check(
@@ -225,136 +107,26 @@ def test_what_stands_beside_a_segment_changes_no_bit(find: Callable[..., list[Te
             assert not torch.equal(one, other)
 
 
-# What is taken out or put in its place, and what the simulator must say.
-ANY = {
-    "phase turned round": ("lap ^ 1)", "lap)", "deadlock"),
-    "output stored without a fence": ("    fence_async_shared()\n", "", "without a fence"),
-    "output left to itself": ("    tma.store_wait(0)\n", "", "before its stores"),
-}
-RING = {
-    "a block overwritten": ("    mbarrier.wait(free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
-    "fewer bytes expected": ("desc.block_type.nbytes)\n    tma", "32)\n    tma", "deadlock"),
-    "freed by one group": ("barriers(STAGES, 2)", "barriers(STAGES, 1)", TOO_EARLY),
-    "freed by three": ("barriers(STAGES, 2)", "barriers(STAGES, 3)", "deadlock"),
-    "keys read too early": (
-        "    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
-    "phase of another lap": (
-        "k_ready.index(slot), i // STAGES & 1", "k_ready.index(slot), i // (STAGES + 1) & 1",
-        "waits for the same phase"),
-    "queries read too early": ("    mbarrier.wait(q_ready.index(x), 0)\n", "", TOO_EARLY),
-}  # fmt: skip
-BROKEN_FORWARD = ANY | RING | {
-    "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
-    "scores read beside the wait": (
-        "    s = warpgroup_mma_wait(1, [s])\n", "    warpgroup_mma_wait(1, [s])\n", TOO_EARLY),
-    "first scores not awaited": ("    s = warpgroup_mma_wait(0, [s])\n", "", TOO_EARLY),
-    "output read too early": ("wait(0, [acc, p])", "wait(1, [acc, p])", TOO_EARLY),
-    "last output read too early": ("warpgroup_mma_wait(0, [acc])", "acc", TOO_EARLY),
-    "values freed before the output has them": (
-        "    acc, p = warpgroup_mma_wait(0, [acc, p])\n    mbarrier.arrive(v_free.index(before))\n",
-        "    mbarrier.arrive(v_free.index(before))\n    acc, p = warpgroup_mma_wait(0, [acc, p])\n",
-        TOO_EARLY),
-    "values read too early": (
-        "    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)\n", "", TOO_EARLY),
-    "keys never freed": ("    mbarrier.arrive(k_free.index(slot))\n", "", "deadlock"),
-    "output over queries that are multiplied": (
-        "    i = blocks - 1\n", "    i = blocks - 1\n    q.index(1 - x).store(acc.to(q.dtype))\n",
-        TOO_EARLY),
-}  # fmt: skip
-BROKEN_DQ = ANY | RING | {
-    "scores read too early": ("wait(2, [s])", "wait(3, [s])", TOO_EARLY),
-    "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
-    "sums read too early": ("warpgroup_mma_wait(0, [dq]) * scale", "dq * scale", TOO_EARLY),
-    "values read too early": (
-        "    mbarrier.wait(v_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
-    "keys freed before dq has them": (
-        "k_free.index(before)", "k_free.index(slot)", TOO_EARLY + "|deadlock"),
-    "dout not expected": ("2 * q_desc.block_type", "q_desc.block_type", TOO_EARLY),
-}  # fmt: skip
-BROKEN_DKDV = ANY | {
-    "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
-    "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
-    "sums read too early": ("dk = warpgroup_mma_wait(0, [dk])", "pass", TOO_EARLY),
-    "queries read too early": ("    mbarrier.wait(q_ready.index(slot), lap)\n", "", TOO_EARLY),
-    "statistics read too early": (
-        "    mbarrier.wait(dout_ready.index(slot), lap)\n", "", TOO_EARLY),
-    "keys read too early": ("    mbarrier.wait(kv_ready.index(x), 0)\n", "", TOO_EARLY),
-    "dout freed before dv has it": ("wait(1, [dv])", "wait(2, [dv])", TOO_EARLY),
-    "queries freed before dk has them": (
-        "    mbarrier.arrive(dout_free.index(slot))\n",
-        "    mbarrier.arrive(dout_free.index(slot))\n    mbarrier.arrive(q_free.index(slot))\n",
-        TOO_EARLY + "|more arrivals"),
-    "queries overwritten": (
-        "        mbarrier.wait(q_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
-    "lap that does not change": ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase"),
-    "a slot passed over": ("slot == STAGES - 1", "slot == STAGES - 2", "the same phase|deadlock"),
-    "vectors not expected": (
-        "q_desc.block_type.nbytes + lse_desc.block_type.nbytes", "q_desc.block_type.nbytes",
-        TOO_EARLY + "|deadlock"),
-}  # fmt: skip
-
-
-def broken(sources: Mapping[str, str], wanted: str, instead: str) -> dict[str, str]:
-    assert sum(text.count(wanted) for text in sources.values()) > 0
-    return {name: text.replace(wanted, instead) for name, text in sources.items()}
-
-
-def told(find: Callable[..., object], sources: Mapping[str, str], message: str) -> None:
-    """Whatever the order of events, the simulator says what is wrong."""
-    known = Given(inputs(640, 1, 1, 64), [556, 84], 4.0)
-    for seed in range(3):
-        with pytest.raises(Fault, match=message):
-            find(known, seed=seed, sources=sources, stages=2)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "instead", "message"), BROKEN_FORWARD.values(), ids=BROKEN_FORWARD
-)
-def test_a_broken_forward_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(attend, broken(FORWARD, wanted, instead), message)
-
-
-@pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DQ.values(), ids=BROKEN_DQ)
-def test_a_broken_dq_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(of_queries, broken(DQ, wanted, instead), message)
-
-
-@pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DKDV.values(), ids=BROKEN_DKDV)
-def test_a_broken_dkdv_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(of_keys, broken(DKDV, wanted, instead), message)
-
-
-@pytest.mark.parametrize(
-    ("find", "sources", "wanted", "instead"),
-    [
-        (attend, FORWARD, "c[None, :] <= (t", "c[None, :] < (t"),
-        (attend, FORWARD, "c[None, :] >= (start", "c[None, :] > (start"),
-        (attend, FORWARD, "borders = 1 + gl.minimum", "borders = 1 + 0 * gl.minimum"),
-        (attend, FORWARD, "_shrunk(acc, shrink), top", "acc, top"),
-        (of_queries, DQ, "c[None, :] <= (t", "c[None, :] < (t"),
-        (of_queries, DQ, "c[None, :] >= (start", "c[None, :] >= (start - 1"),
-        (of_queries, DQ, "borders = diagonal +", "borders = diagonal + 0 *"),
-        (of_keys, DKDV, "c[None, :] >= j", "c[None, :] > j"),
-        (of_keys, DKDV, "c[None, :] < end", "c[None, :] <= end"),
-        (of_keys, DKDV, "gl.where(at < diagonal, at, at + inner) * M", "at * M"),
-        (of_keys, DKDV, "gl.where(at + 1 < borders, at + 1, 0)", "at + 1"),
-    ],
-)  # fmt: skip
-def test_a_wrong_border_is_seen_in_what_comes_of_it(
-    find: Callable[..., list[Tensor]], sources: Mapping[str, str], wanted: str, instead: str
+@pytest.mark.parametrize("find", [attend, of_queries, of_keys])
+@pytest.mark.parametrize("length", [1, 40, 190, 256])
+def test_a_segment_keeps_its_bits_wherever_it_stands(
+    find: Callable[..., list[Tensor]], length: int
 ) -> None:
-    tensors, lengths = inputs(800, 2, 1, 64), [410, 190, 200]
-    known = Given(tensors, lengths, 0.125)
-    out, dq, *rest = truth(tensors, lengths, 0.125)
-    rights = {attend: [out], of_queries: [dq], of_keys: rest}[find]
+    assert keeps_its_bits(find, length)
 
-    def error(ours: list[Tensor]) -> float:
-        pairs = zip(ours, rights, strict=False)
-        return max(float((one.double() - x).norm() / x.norm()) for one, x in pairs)
 
-    assert error(find(known)) < 5e-3
-    worse = error(find(known, sources=broken(sources, wanted, instead)))
-    assert not worse < 2e-2
+def test_sums_are_added_in_the_order_of_tritons_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block after block, and head after head: in both the same products are rounded in turn."""
+    monkeypatch.setattr(varlen_attention, "parts_of", lambda kv_heads, group: 1)
+    (q, k, v, dout), lengths = inputs(300, 2, 1, 64), [3, 150, 40, 107]
+    known = Given([q, k, v, dout], lengths, 0.125)
+    statistics = [torch.from_numpy(x).view(2, SHIFTED, -1) for x in known.statistics()]
+    given = (q, k, v, dout, *statistics, known.at.places, 0.125)
+    _, lse = varlen_attention.forward(q, k, v, known.at.places, 0.125)
+    wanted = [varlen_attention.dq_of(*given), *varlen_attention.dkdv_of(*given), lse]
+    found = [*of_queries(known), *of_keys(known), attend(known)[1]]
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.to(other), other)
 
 
 def test_the_host_binds_its_arguments_and_compiles_them() -> None:

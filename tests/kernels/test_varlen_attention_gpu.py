@@ -127,20 +127,27 @@ def test_fifty_runs_give_the_same_bits(backend: Backend) -> None:
             assert torch.equal(one, other)
 
 
-def test_what_stands_beside_a_segment_changes_none_of_its_bits(backend: Backend) -> None:
-    """At the same place modulo 128."""
-    inputs, at = qkv(3000, 8, 2), where([256, 1000, 1744])
-    first = [x[256:1256] for x in run(inputs, at, backend)]
-    with torch.no_grad():
-        for x in inputs:
-            x[:256] *= 100
-            x[1256:] *= -100
-    for lengths in ([256, 1000, 1744], [100, 156, 1000, *[1] * 700, 1044]):
-        for one, other in zip(first, run(inputs, where(lengths), backend), strict=True):
-            assert torch.equal(one, other[256:1256])
-    alone = [x[256:1256].detach().requires_grad_() for x in inputs]
-    out = varlen_attention(*alone, where([1000]), backend=backend)
-    assert torch.equal(first[0], out)
+@pytest.mark.parametrize("length", [1, 40, 190, 256, 1000])
+def test_neither_its_place_nor_what_stands_beside_it_changes_a_bit_of_a_segment(
+    backend: Backend, length: int
+) -> None:
+    alone = qkv(length, 8, 2)
+    out = varlen_attention(*alone, where([length]), backend=backend)
+    grad = cotangent(out)
+    wanted = [out.detach(), *torch.autograd.grad(out, alone, grad)]
+    for before in ([256], [1], [37], [129], [1] * 70, [100, *[1] * 300, 5]):
+        lengths, place = [*before, length, 500], sum(before)
+        mine, inputs = slice(place, place + length), qkv(place + length + 500, 8, 2)
+        with torch.no_grad():
+            for x, one in zip(inputs, alone, strict=True):
+                x *= 100
+                x[mine] = one
+        out = varlen_attention(*inputs, where(lengths), backend=backend)
+        others = cotangent(out)
+        others[mine] = grad
+        found = [out.detach(), *torch.autograd.grad(out, inputs, others)]
+        for ours, right in zip(found, wanted, strict=True):
+            assert torch.equal(ours[mine], right)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -22,6 +22,7 @@ TYPES = {
     "bfloat16": DType("bfloat16", np.uint16),
     "int32": DType("int32", np.int32),
     "int64": DType("int64", np.int64),
+    "uint32": DType("uint32", np.uint32),
     "int1": DType("int1", np.bool_),
 }
 F32, I32, I64, I1 = (TYPES[name] for name in ("float32", "int32", "int64", "int1"))

@@ -92,7 +92,9 @@ class Hopper(Language):
         def happen() -> None:
             left = a.values if isinstance(a, View) else held
             with np.errstate(all="ignore"):
-                result = left.astype(np.float32) @ (b.values.T if b.turned else b.values)
+                # In float64: in float32 the bits would follow from where in a tile a row stands.
+                right = b.values.T if b.turned else b.values
+                result = (left.astype(np.float64) @ right).astype(np.float32)
                 if use_acc:
                     result = result + (before.result if before else added)
             product.result = result

@@ -1,0 +1,216 @@
+"""Hopper's kernels broken on purpose: the simulator, or what comes of it, tells each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import inf
+
+import pytest
+from torch import Tensor
+
+from twins.gluon_machine import TOO_EARLY, Fault
+from twins.simulated_sm90 import (
+    DKDV,
+    DQ,
+    FORWARD,
+    Given,
+    attend,
+    keeps_its_bits,
+    of_keys,
+    of_queries,
+)
+from twins.torch_attention import inputs, truth
+
+pytestmark = pytest.mark.timeout(120)
+
+# What is taken out or put in its place, and what the simulator must say.
+ANY = {
+    "phase turned round": ("lap ^ 1)", "lap)", "deadlock"),
+    "output stored without a fence": ("    fence_async_shared()\n", "", "without a fence"),
+    "output left to itself": ("    tma.store_wait(0)\n", "", "before its stores"),
+}
+RING = {
+    "a block overwritten": ("    mbarrier.wait(free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
+    "fewer bytes expected": ("desc.block_type.nbytes)\n    tma", "32)\n    tma", "deadlock"),
+    "freed by one group": ("barriers(STAGES, 2)", "barriers(STAGES, 1)", TOO_EARLY),
+    "freed by three": ("barriers(STAGES, 2)", "barriers(STAGES, 3)", "deadlock"),
+    "queries read too early": ("    mbarrier.wait(q_ready.index(x), 0)\n", "", TOO_EARLY),
+}  # fmt: skip
+BROKEN_FORWARD = ANY | RING | {
+    "keys read too early": (
+        "    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
+    "phase of another lap": (
+        "k_ready.index(slot), i // STAGES & 1", "k_ready.index(slot), i // (STAGES + 1) & 1",
+        "waits for the same phase"),
+    "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
+    "scores read beside the wait": (
+        "    s = warpgroup_mma_wait(1, [s])\n", "    warpgroup_mma_wait(1, [s])\n", TOO_EARLY),
+    "first scores not awaited": ("    s = warpgroup_mma_wait(0, [s])\n", "", TOO_EARLY),
+    "output read too early": ("wait(0, [acc, p])", "wait(1, [acc, p])", TOO_EARLY),
+    "last output read too early": ("warpgroup_mma_wait(0, [acc])", "acc", TOO_EARLY),
+    "values freed before the output has them": (
+        "    acc, p = warpgroup_mma_wait(0, [acc, p])\n    mbarrier.arrive(v_free.index(before))\n",
+        "    mbarrier.arrive(v_free.index(before))\n    acc, p = warpgroup_mma_wait(0, [acc, p])\n",
+        TOO_EARLY),
+    "values read too early": (
+        "    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)\n", "", TOO_EARLY),
+    "keys never freed": ("    mbarrier.arrive(k_free.index(slot))\n", "", "deadlock"),
+    "output over queries that are multiplied": (
+        "    i = count - 1\n", "    i = count - 1\n    q.index(1 - x).store(acc.to(q.dtype))\n",
+        TOO_EARLY),
+}  # fmt: skip
+LAP = ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase")
+BROKEN_DQ = ANY | RING | {
+    "lap that does not change": LAP,
+    "a slot passed over": ("slot == STAGES - 1", "slot == STAGES - 2", "the same phase|deadlock"),
+    "keys read too early": ("    mbarrier.wait(k_ready.index(slot), lap)\n", "", TOO_EARLY),
+    "scores read too early": ("wait(2, [s])", "wait(3, [s])", TOO_EARLY),
+    "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
+    "sums read too early": ("warpgroup_mma_wait(0, [dq]) * scale", "dq * scale", TOO_EARLY),
+    "values read too early": ("    mbarrier.wait(v_ready.index(slot), lap)\n", "", TOO_EARLY),
+    "keys freed before dq has them": (
+        "k_free.index(before)", "k_free.index(slot)", TOO_EARLY + "|deadlock"),
+    "dout not expected": ("2 * q_desc.block_type", "q_desc.block_type", TOO_EARLY),
+}  # fmt: skip
+BROKEN_DKDV = ANY | {
+    "lap that does not change": LAP,
+    "another slot": ("slot, lap, True", "1 - slot, lap, True", "the same phase|deadlock"),
+    "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
+    "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
+    "sums read too early": ("dk = warpgroup_mma_wait(0, [dk])", "pass", TOO_EARLY),
+    "queries read too early": ("    mbarrier.wait(q_ready.index(slot), lap)\n", "", TOO_EARLY),
+    "statistics read too early": (
+        "    mbarrier.wait(dout_ready.index(slot), lap)\n", "", TOO_EARLY),
+    "keys read too early": ("    mbarrier.wait(kv_ready.index(x), 0)\n", "", TOO_EARLY),
+    "dout freed before dv has it": ("wait(1, [dv])", "wait(2, [dv])", TOO_EARLY),
+    "queries freed before dk has them": (
+        "    mbarrier.arrive(dout_free.index(slot))\n",
+        "    mbarrier.arrive(dout_free.index(slot))\n    mbarrier.arrive(q_free.index(slot))\n",
+        TOO_EARLY + "|more arrivals"),
+    "queries overwritten": (
+        "            mbarrier.wait(q_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
+    "vectors not expected": (
+        "q_desc.block_type.nbytes + deltas_desc.block_type.nbytes", "q_desc.block_type.nbytes",
+        TOO_EARLY + "|deadlock"),
+}  # fmt: skip
+
+
+def broken(sources: Mapping[str, str], wanted: str, instead: str) -> dict[str, str]:
+    assert sum(text.count(wanted) for text in sources.values()) > 0
+    return {name: text.replace(wanted, instead) for name, text in sources.items()}
+
+
+def told(find: Callable[..., object], sources: Mapping[str, str], message: str) -> None:
+    """Whatever the order of events, the simulator says what is wrong."""
+    known = Given(inputs(640, 1, 1, 64), [556, 84], 4.0)
+    for seed in range(3):
+        with pytest.raises(Fault, match=message):
+            find(known, seed=seed, sources=sources, stages=2)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "instead", "message"), BROKEN_FORWARD.values(), ids=BROKEN_FORWARD
+)
+def test_a_broken_forward_is_found_out(wanted: str, instead: str, message: str) -> None:
+    told(attend, broken(FORWARD, wanted, instead), message)
+
+
+@pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DQ.values(), ids=BROKEN_DQ)
+def test_a_broken_dq_is_found_out(wanted: str, instead: str, message: str) -> None:
+    told(of_queries, broken(DQ, wanted, instead), message)
+
+
+@pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DKDV.values(), ids=BROKEN_DKDV)
+def test_a_broken_dkdv_is_found_out(wanted: str, instead: str, message: str) -> None:
+    told(of_keys, broken(DKDV, wanted, instead), message)
+
+
+# What is put in place of what, in the kernel or in its walk.
+WRONG_WALK = {
+    "own parts one too few": ("    rest, more", "    own -= 1\n    rest, more"),
+    "own parts falling": ("first + i * J", "first + ((after - 1 - first) // J - i) * J"),
+    "a part too few": ("block * PARTS + down // J - rest + 1", "block * PARTS + down // J - rest"),
+    "parts looked up one too far": ("tl.maximum(rest + i, 0)", "tl.maximum(rest + i + 1, 0)"),
+    "parts where others begin": ("j % PARTS * J, 0", "j % PARTS * J + 1, 0"),
+    "columns of the next eight": ("(c & -8)[None, :]", "(c & -8)[None, :] + 8"),
+    "no column where all are": ("gl.maximum(high - low, 0)", "(high - low)"),
+}
+WRONG_BACK = WRONG_WALK | {
+    "a key too few": ("gl.minimum(t + 1, end) - n", "gl.minimum(t, end) - n"),
+    "a key of the segment before": ("start - n", "start - 1 - n"),
+    "keys of the next part": ("gl.minimum(t + 1, end) - n", "t + 1 - n"),
+    "a block too many unmasked": ("(row + 1 - first) // J", "(row + J - first) // J"),
+    "a border unmasked": ("tl.load(starts + last) == first", "tl.load(starts + last) >= first"),
+    "a first block unmasked": ("if inner == 0", "if inner < 0"),
+}  # fmt: skip
+WRONG_FORWARD = WRONG_BACK | {
+    "what came before not shrunk": ("_shrunk(acc, shrink), top", "acc, top"),
+}
+WRONG_DQ = WRONG_BACK | {
+    "statistics of another token": ("SHIFTS * U", "SHIFTS * U + 1"),
+    "statistics of another head": ("SHIFTS * U", "U"),
+}
+WRONG_DKDV = WRONG_WALK | {
+    "a query too few": ("j - n, gl", "j + 1 - n, gl"),
+    "queries of the next part": ("gl.minimum(end, stop) - n", "end - n"),
+    "a query of the next segment": ("gl.minimum(end, stop) - n", "gl.minimum(end + 1, stop) - n"),
+    "a diagonal unmasked": ("tl.cdiv(row + J - 1 - first, M)", "(row - first) // M"),
+    "a last block unmasked": ("(end - first) // M - before", "tl.cdiv(end - first, M) - before"),
+    "a border unmasked": ("one = own_end == end", "one = own_end <= end"),
+    "the last blocks before the first": ("at + count, at)", "-1 - at, at)"),
+    "statistics at no place of TMA's": ("shift = token % SHIFTS", "shift = token * 0"),
+    "statistics of another shift": ("SHIFTS + shift) * U", "SHIFTS + shift * 0) * U"),
+    "statistics of another head": ("(head * SHIFTS + shift)", "(head + shift)"),
+}  # fmt: skip
+
+
+def error(find: Callable[..., list[Tensor]], sources: Mapping[str, str]) -> float:
+    """Of the whole, or infinite where the simulator says what is wrong."""
+    tensors, lengths = inputs(500, 2, 1, 64), [50, 350, 7, 93]
+    out, dq, *rest = truth(tensors, lengths, 0.125)
+    rights = {attend: [out], of_queries: [dq], of_keys: rest}[find]
+    try:
+        ours = find(Given(tensors, lengths, 0.125), sources=sources)
+    except Fault:
+        return inf
+    pairs = zip(ours, rights, strict=False)
+    return max(float((one.double() - x).norm() / x.norm()) for one, x in pairs)
+
+
+CORRECT = [(attend, FORWARD), (of_queries, DQ), (of_keys, DKDV)]
+
+
+@pytest.mark.parametrize(("find", "sources"), CORRECT)
+def test_nothing_is_wrong_with_what_is_broken_next(
+    find: Callable[..., list[Tensor]], sources: Mapping[str, str]
+) -> None:
+    assert error(find, sources) < 5e-3
+
+
+@pytest.mark.parametrize(("wanted", "instead"), WRONG_FORWARD.values(), ids=WRONG_FORWARD)
+def test_a_wrong_forward_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
+    assert not error(attend, broken(FORWARD, wanted, instead)) < 2e-2
+
+
+@pytest.mark.parametrize(("wanted", "instead"), WRONG_DQ.values(), ids=WRONG_DQ)
+def test_a_wrong_dq_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
+    assert not error(of_queries, broken(DQ, wanted, instead)) < 2e-2
+
+
+@pytest.mark.parametrize(("wanted", "instead"), WRONG_DKDV.values(), ids=WRONG_DKDV)
+def test_a_wrong_dkdv_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
+    assert not error(of_keys, broken(DKDV, wanted, instead)) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("find", "sources", "wanted", "instead"),
+    [
+        (attend, FORWARD, "end = tl.load(starts + row)", "end = tl.load(starts + row) // J * J"),
+        (of_queries, DQ, "end = tl.load(starts + row)", "end = tl.load(starts + row) // J * J"),
+        (of_keys, DKDV, "first = row - (row - start) % M", "first = row"),
+    ],
+)  # fmt: skip
+def test_blocks_of_the_batch_are_seen_in_the_bits(
+    find: Callable[..., list[Tensor]], sources: Mapping[str, str], wanted: str, instead: str
+) -> None:
+    assert not keeps_its_bits(find, 190, sources=broken(sources, wanted, instead))
