@@ -29,7 +29,7 @@ import numpy as np
 from bench.attention import Shape
 from hermes_core.backends import GLUON
 from hermes_core.segments import segments
-from hermes_kernels.launch import TILE, parts_of
+from hermes_kernels.launch import SHIFTED, TILE, parts_of
 
 BACKWARD = 2.5  # FLOPs of a backward for each of its forward
 
@@ -224,8 +224,13 @@ def tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
 
 
 def backward_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
-    """Rate of a backward that is one kernel, one program for each query head and key tile."""
-    seconds = backward_seconds(turn, chip, overlap, shape, programs=shape.heads[0])
+    """Rate of a backward that is one kernel, one program for each query head and key tile, which
+    begins with the tile's own first query, as FlashAttention's does."""
+    ends = np.repeat(np.cumsum(shape.lengths), shape.lengths)
+    tiles = np.arange(0, shape.tokens, turn.keys)
+    last = ends[np.minimum(tiles + turn.keys, shape.tokens) - 1]
+    cycles = np.ceil((last - tiles) / turn.queries) * turn.cycles(chip, overlap)
+    seconds = _seconds(np.repeat(cycles, shape.heads[0]), chip)
     return BACKWARD * shape.flops / seconds / 1e12
 
 
@@ -238,11 +243,11 @@ def unmasked_backward_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shap
 
 
 def our_backward_tflops(dq: Turn, dkdv: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
-    """Rate of delta, dq and dkdv, one after another."""
+    """Rate of statistics, dq and dkdv, one after another."""
     heads, kv_heads = shape.heads
     parts = parts_of(kv_heads, heads // kv_heads)
-    # out and dout once; the parts of dk and dv, if any, written and read.
-    moved_bytes = 2 * 2 * shape.tokens * heads * shape.size
+    # out and dout once, statistics in copies; the parts of dk and dv, if any, written and read.
+    moved_bytes = (2 * 2 * shape.size + 2 * 4 * SHIFTED) * shape.tokens * heads
     moved_bytes += 2 * 2 * 2 * shape.tokens * kv_heads * parts * shape.size if parts > 1 else 0
     seconds = (
         moved_bytes / chip.bytes_per_s

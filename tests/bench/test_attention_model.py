@@ -112,7 +112,7 @@ def test_a_backward_walks_over_the_queries_that_see_a_key_tile() -> None:
 def test_our_backward_is_its_kernels_one_after_another() -> None:
     chip = CHIPS[0]
     turns_s = (2 + 2) * 1024 / chip.clock_hz
-    moved_s = 2 * 2 * 256 * 64 / chip.bytes_per_s
+    moved_s = (2 * 2 * 64 + 2 * 4 * 4) * 256 / chip.bytes_per_s
     area = 256 * 257 / 2
     wanted = 2.5 * 4 * area * 64 / (turns_s + moved_s) / 1e12
     assert our_backward_tflops(TURN, TURN, chip, 0, SHAPE) == pytest.approx(wanted)
