@@ -20,7 +20,7 @@ from torch import Tensor
 from hermes_core.segments import segments
 from hermes_kernels import reference, varlen_attention
 from hermes_kernels.launch import SHIFTED, TILE
-from twins.simulated_sm90 import Given, attend, keeps_its_bits, of_keys, of_queries
+from twins.simulated_sm90 import Given, attend, keeps_its_bits, of_keys, of_queries, opposed_heads
 from twins.torch_attention import inputs, torch_itself, truth
 
 pytestmark = pytest.mark.timeout(120)
@@ -118,9 +118,9 @@ def test_a_segment_keeps_its_bits_wherever_it_stands(
 def test_sums_are_added_in_the_order_of_tritons_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block after block, and head after head: in both the same products are rounded in turn."""
     monkeypatch.setattr(varlen_attention, "parts_of", lambda kv_heads, group: 1)
-    (q, k, v, dout), lengths = inputs(300, 2, 1, 64), [3, 150, 40, 107]
-    known = Given([q, k, v, dout], lengths, 0.125)
-    statistics = [torch.from_numpy(x).view(2, SHIFTED, -1) for x in known.statistics()]
+    q, k, v, dout = opposed_heads(300)
+    known = Given([q, k, v, dout], [3, 150, 40, 107], 0.125)
+    statistics = [torch.from_numpy(x).view(3, SHIFTED, -1) for x in known.statistics()]
     given = (q, k, v, dout, *statistics, known.at.places, 0.125)
     _, lse = varlen_attention.forward(q, k, v, known.at.places, 0.125)
     wanted = [varlen_attention.dq_of(*given), *varlen_attention.dkdv_of(*given), lse]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from math import inf
 
 import pytest
+import torch
 from torch import Tensor
 
 from twins.gluon_machine import TOO_EARLY, Fault
@@ -18,6 +19,7 @@ from twins.simulated_sm90 import (
     keeps_its_bits,
     of_keys,
     of_queries,
+    opposed_heads,
 )
 from twins.torch_attention import inputs, truth
 
@@ -214,3 +216,10 @@ def test_blocks_of_the_batch_are_seen_in_the_bits(
     find: Callable[..., list[Tensor]], sources: Mapping[str, str], wanted: str, instead: str
 ) -> None:
     assert not keeps_its_bits(find, 190, sources=broken(sources, wanted, instead))
+
+
+def test_another_order_of_heads_is_seen_in_the_bits() -> None:
+    known = Given(opposed_heads(200), [150, 50], 0.125)
+    falling = broken(DKDV, "share * heads + h", "share * heads + heads - 1 - h")
+    for one, other in zip(of_keys(known), of_keys(known, sources=falling), strict=True):
+        assert not torch.equal(one, other)
