@@ -270,8 +270,7 @@ def forward(
     boxes = (_boxes(x) for x in (q_TNH, k_TKH, v_TKH, out))
     with on(q_TNH):
         pair_kernel[kv_heads * -(-group // 2), places.query_order.numel()](
-            *boxes, lse, places.starts, places.ends, places.block_of, places.blocks,
-            places.query_order, scale, tokens, lse.shape[1], group,
+            *boxes, lse, *places[:4], places.query_order, scale, tokens, lse.shape[1], group,
             launch_of(100, "pairs", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

@@ -40,9 +40,10 @@ GRID = 65_535  # programs that CUDA has in the second dimension of a grid
 STATISTICS = Launch(32, 0, 4, 1)  # bound by memory: small enough to keep a tile in registers
 
 # Triton's of 90 are the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton
-# 3.6.0), dkdv's at 128 with one stage where two were: they spilled once walks were in blocks. Of 100 nothing was timed: rows of 128 where they fit, as fewer take the tensor cores as
-# long, and tiles of which a multiprocessor holds two where that was found, by the machine code
-# (`python -m bench attention --static`). 80 stands for every other GPU, only compiled.
+# 3.6.0), but for dkdv's stages at 128: two were faster, and spill since walks are in blocks. Of 100
+# nothing was timed: rows of 128 where they fit, as fewer take the tensor cores as long, and tiles
+# of which a multiprocessor holds two where that was found, by the machine code (`python -m bench
+# attention --static`). 80 stands for every other GPU, only compiled.
 # "pairs" is the forward of `forward_sm100`. Stages of kernels in Gluon are blocks, as many as
 # shared memory has room for.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {

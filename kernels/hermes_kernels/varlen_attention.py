@@ -214,9 +214,8 @@ def forward(
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
     with on(q_TNH):
         forward_kernel[heads, room // how.queries](
-            q_box, *boxes, out_box, lse, places.starts, places.ends, places.block_of,
-            places.blocks, places.query_order, scale, tokens, room, heads // k_TKH.shape[1], size,
-            how.queries, how.keys,
+            q_box, *boxes, out_box, lse, *places[:4], places.query_order, scale, tokens, room,
+            heads // k_TKH.shape[1], size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return out, lse
@@ -257,9 +256,9 @@ def dq_of(
     boxes = (_boxes(x, how.keys) for x in (k_TKH, v_TKH))
     with on(q_TNH):
         dq_kernel[heads, room // how.queries](
-            q_box, *boxes, dout_box, dq_box, exponents_NSU, deltas_NSU, places.starts,
-            places.ends, places.block_of, places.blocks, places.query_order, scale, tokens, room,
-            heads // k_TKH.shape[1], size, how.queries, how.keys,
+            q_box, *boxes, dout_box, dq_box, exponents_NSU, deltas_NSU, *places[:4],
+            places.query_order, scale, tokens, room, heads // k_TKH.shape[1], size,
+            how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return dq_TNH
@@ -283,9 +282,8 @@ def dkdv_of(
     )
     with on(q_TNH):
         dkdv_kernel[kv_heads * parts, room // how.keys](
-            q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, places.starts, places.ends, places.block_of,
-            places.blocks, places.key_order, scale, tokens, room, group, parts, size,
-            how.queries, how.keys,
+            q_box, *boxes[:2], dout_box, *boxes[2:], *vectors, *places[:4], places.key_order,
+            scale, tokens, room, group, parts, size, how.queries, how.keys,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return sum_of_parts(dk, parts), sum_of_parts(dv, parts)
