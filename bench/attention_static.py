@@ -22,7 +22,7 @@ from bench.attention import gpu_shapes
 from bench.attention_gluon import HOPPER, compile_gluon, predict_gluon, waits
 from bench.attention_gluon import KERNELS as GLUON
 from bench.attention_model import Turn, predict
-from bench.attention_triton import predict_triton, with_swept_overlaps
+from bench.attention_triton import predict_triton, with_overlaps
 from bench.harness import Result
 from bench.machine_code import HOT, MachineCode, compile_kernel
 from hermes_kernels import varlen_attention as kernels
@@ -245,7 +245,7 @@ def run() -> Iterator[Result | str]:
     if wrong:
         raise SystemExit("\n".join(wrong))
     yield "gate passed: every entry fits, multiplies by HGMMA or UTCHMMA and spills nothing"
-    turns = with_swept_overlaps(turns)
+    turns = with_overlaps(turns)
     yield from predict(turns, gpu_shapes())
     yield from predict_triton(turns, gpu_shapes())
     yield from predict_gluon(turns, gpu_shapes())

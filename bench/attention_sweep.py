@@ -120,17 +120,17 @@ def fault(call: Call, how: Launch, known: Launch | None) -> str:
     return f"WRONG: off by {', '.join(f'{off:.1e}' for off in offs)} from {astuple(known)}"
 
 
-def call_of(kernel: Kernel, shape: Shape) -> Call:
+def call_of(kernel: Kernel, shape: Shape, device: str = "cuda") -> Call:
     """One kernel as `hermes_kernels.varlen_attention` launches it, by the launch it is given."""
     (heads, kv_heads), tokens, size = shape.heads, shape.tokens, shape.size
     q, k, v, dout = (
-        torch.randn(tokens, n, size, device="cuda", dtype=shape.dtype)
+        torch.randn(tokens, n, size, device=device, dtype=shape.dtype)
         for n in (heads, kv_heads, kv_heads, heads)
     )
-    at = segments(np.concatenate([[0], np.cumsum(shape.lengths)]), device="cuda")
+    at = segments(np.concatenate([[0], np.cumsum(shape.lengths)]), device=device)
     forward = (q, k, v, at.places, size**-0.5)
     out, lse = varlen_attention.forward(*forward)
-    rest = (q, k, v, dout, lse, varlen_attention.delta_of(out, dout, lse))
+    rest = (q, k, v, dout, *varlen_attention.statistics_of(out, dout, lse))
     calls: dict[Kernel, Callable[[], tuple[Tensor, ...]]] = {
         "forward": lambda: varlen_attention.forward(*forward),
         "dq": lambda: (varlen_attention.dq_of(*rest, at.places, size**-0.5),),

@@ -61,10 +61,11 @@ def varlen_attention(
         segments: made once per batch by `segments(cu_seqlens)`; covers all T tokens.
         scale: positive factor on q @ k; 1 / sqrt(H) if None.
         return_lse: give the log-sum-exp of each query's scaled scores too; it has no gradient.
-        backend: "gluon" (ours for Hopper; those for Blackwell have never run, and "auto" never
-            takes them), "triton" (ours for any GPU), "flash" (the flash-attn that is installed),
-            "torch" (PyTorch's varlen_attn), "cpu" (ours in C++, float64 too), "reference" (plain,
-            any device, float64 too), or "auto", the table in `backends`.
+        backend: "gluon" (ours for Hopper, run before their walks changed; those for Blackwell have
+            never run, and "auto" never takes them), "triton" (ours for any GPU), "flash" (the
+            flash-attn that is installed), "torch" (PyTorch's varlen_attn), "cpu" (ours in C++,
+            float64 too), "reference" (plain, any device, float64 too), or "auto", the table in
+            `backends`.
 
     Returns:
         [T, N, H] in q's dtype; with ``return_lse`` also [N, T], natural logarithm, at least fp32.

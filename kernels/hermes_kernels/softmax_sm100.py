@@ -98,7 +98,8 @@ def softmax(
     t = begin + gl.arange(0, M, rows)  # [M]
     start = gl.load(starts + gl.minimum(t, T - 1))
     last_start = gl.load(starts + gl.minimum(begin + M, T) - 1)
-    inner = gl.where(last_start == first, (begin + 1 - first) // J, 0)
+    # The last tile of an odd group may begin past T, where there is nothing more to wait for.
+    inner = gl.where(last_start == first, gl.minimum((begin + 1 - first) // J, count), 0)
     top = gl.full([M], LEAST, gl.float32, rows)
     total = gl.full([M], 0.0, gl.float32, rows)
     for i in range(inner):

@@ -7,9 +7,10 @@ Tiles are aligned to the flat batch, not to segments: query tile i holds tokens 
 whatever segments cross it. So the grid follows from shapes alone, and loads and stores are whole
 boxes (TMA). What a tile walks over is cut into blocks from each segment's own start
 (`places.Places`), in rising order: the keys from the first token that its first query sees to its
-own last, a part of J at a time, or the queries from the first that sees its first key to the end of
-its last key's segment. Sums are so added in one order wherever a segment stands; what a packing
-costs beyond its own area is a few masked corners. With scores s = scale * q @ k:
+own last, a part of J at a time, or the queries from the part that holds its first key to the end of
+its last key's segment. Sums are so added in one order wherever a segment stands. What a packing
+costs beyond its own area is a few masked corners, and a block for each segment but single tokens:
+thousands of short ones cost at most what one as long as all of them does. With s = scale * q @ k:
 
     forward    p = exp(s - lse)                          out = p @ v
     statistics delta = rowsum(out * dout)
@@ -52,9 +53,9 @@ from hermes_kernels.launch import (
     sum_of_parts,
 )
 from hermes_kernels.places import Places
+from hermes_kernels.walk import SHIFTS
 
 ORDERED = tl.constexpr(TILE)
-SHIFTS = tl.constexpr(SHIFTED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(float("-inf"))

@@ -144,7 +144,7 @@ def test_gluon_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("heads", "tokens", "words"),
     [
-        (64, 2**25, "64 heads x 33554432 tokens pass 2\\^31"),
+        (64, 2**23, "64 heads x 8388608 tokens pass 2\\^29"),
         (1, 2_097_121, "2097121 tokens, at most 2097120 a batch"),
     ],
 )

@@ -63,7 +63,7 @@ def check(tensors: list[Tensor], lengths: list[int], scale: float, *, seed: int 
     "lengths",
     [
         [1], [TILE - 1], [TILE, 1], [TILE + 1], [127, 1, 129, 128], [1] * 256, [640],
-        [5, 250, 1, 3], [200, 55, 1, 1, 1, 100, 154, 20],
+        [5, 250, 1, 3], [200, 55, 1, 1, 1, 100, 154, 20], [1, 256], [129, 128],
     ],
     ids=lambda x: f"{len(x)}-of-{sum(x)}",
 )  # fmt: skip

@@ -5,7 +5,9 @@ Shapes: T packed tokens, N query heads, K key heads, H head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
+from bench.attention import Shape
+from bench.attention_sweep import call_of, fault
 from hermes_core.segments import Segments, segments
 from hermes_kernels import reference
 from hermes_kernels import varlen_attention as kernels
-from hermes_kernels.launch import TILE, parts_of
+from hermes_kernels.launch import SHIFTED, TABLE, TILE, Kernel, parts_of
 from hermes_kernels.places import Places
 from twins.interpreter import make_honest
 from twins.torch_attention import inputs, torch_itself, truth
@@ -124,6 +128,20 @@ def test_log_sum_exp_equals_the_plain_twin() -> None:
     torch.testing.assert_close(lse[:, :161].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_statistics_begin_with_each_of_four_tokens() -> None:
+    """Every place is written: what no token has is 0."""
+    out, dout = (torch.randn(200, 3, 64, generator=torch.Generator().manual_seed(0)) for _ in "ab")
+    lse = torch.randn(3, 256)
+    exponents, deltas = kernels.statistics_of(out.bfloat16(), dout.bfloat16(), lse)
+    assert exponents.shape == deltas.shape == (3, SHIFTED, 256)
+    delta = (out.bfloat16().float() * dout.bfloat16().float()).sum(2).T
+    delta = torch.nn.functional.pad(delta, (0, 56))
+    for c in range(SHIFTED):
+        for found, all_of in ((exponents, -math.log2(math.e) * lse), (deltas, delta)):
+            torch.testing.assert_close(found[:, c, : 256 - c], all_of[:, c:], atol=1e-5, rtol=1e-5)
+            assert (found[:, c, 256 - c :] == 0).all()
+
+
 def test_two_runs_give_the_same_bits() -> None:
     tensors, at = inputs(300, 4, 2, 64, torch.bfloat16), where([100, 200])
     for one, other in zip(run(tensors, at, 0.1), run(tensors, at, 0.1), strict=True):
@@ -156,6 +174,18 @@ def test_a_segment_keeps_its_bits_wherever_it_stands(before: list[int], length: 
     packed = run(tensors, where([*before, length, 9]), 0.1)
     for one, other in zip(packed, run(alone, where([length]), 0.1), strict=True):
         assert torch.equal(one[place : place + length], other)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+def test_the_sweep_calls_a_kernel_by_the_launch_it_is_given(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    call = call_of(kernel, Shape("", (100, 60), (2, 1), 64, torch.bfloat16), "cpu")
+    known = TABLE[90, kernel, 64]
+    assert fault(call, replace(known, queries=32, keys=32), known) == ""
+    assert fault(call, replace(known, queries=48), known) != ""  # no power of two
+    assert TABLE[90, kernel, 64] == known
 
 
 def test_the_order_of_tiles_changes_no_bit() -> None:

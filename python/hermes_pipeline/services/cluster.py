@@ -180,8 +180,8 @@ class _Pool(Generic[Item, Made]):
     async def work(self, item: Item) -> Made:
         """What a worker makes of an item, however many workers are lost on the way.
 
-        All that was in flight on a lost worker is suspect, and each loss leaves a suspect a quarter
-        of the company it had, until it is alone: one item that breaks workers takes no other along.
+        All that was in flight on a lost worker is suspect. With each loss a suspect may be among
+        fewer, at last alone: one item that breaks workers takes no other along.
 
         Raises:
             UserError: there is no worker, and has been none for long.
@@ -237,8 +237,9 @@ class _Pool(Generic[Item, Made]):
                 self._changed.clear()
                 await self._changed.wait()
         finally:
-            self._suspects -= suspect
-            self._changed.set()
+            if suspect:
+                self._suspects -= 1
+                self._changed.set()
 
     async def _be_live(self) -> None:
         """Wait for a worker."""
