@@ -129,7 +129,7 @@ MOVED = {
     "the diagonal first": (
         attend, ("n, _ = part(i,", "n, _ = part(gl.where(i == 0, count - 1, i - 1),"),
         ("n, end = part(i,", "n, end = part(gl.where(i == 0, count - 1, i - 1),"),
-        ("gl.where(last_start == first, (begin + 1 - first) // J, 0)", "0")),
+        ("gl.minimum((begin + 1 - first) // J, count)", "0")),
     "parts from the batch's start in dq": (
         of_queries, ("first, end = tl.load(starts + row),", "first, end = row * 0,")),
     "the diagonal first in dq": (
