@@ -23,6 +23,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -191,6 +192,7 @@ def walk_on(shape: Shape, keys: int, queries: int) -> tuple[np.ndarray, np.ndarr
     return parts, parts - np.where(starts[last] == starts[rows], whole, 0)
 
 
+@cache
 def _parts(shape: Shape, size: int) -> tuple[np.ndarray, ...]:
     """Of each token: its segment's start and end, where that or the block that it shares with other
     single tokens ends, and the part of a block that it is in."""

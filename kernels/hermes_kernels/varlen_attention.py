@@ -44,7 +44,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hermes_kernels import walk
 from hermes_kernels.launch import (
     SHIFTED,
-    TILE,
     architecture,
     launch_of,
     on,
@@ -53,9 +52,8 @@ from hermes_kernels.launch import (
     sum_of_parts,
 )
 from hermes_kernels.places import Places
-from hermes_kernels.walk import SHIFTS
+from hermes_kernels.walk import BLOCK, SHIFTS
 
-ORDERED = tl.constexpr(TILE)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(float("-inf"))
@@ -66,7 +64,7 @@ LEAST = tl.constexpr(-1e30)
 @triton.jit
 def _tile(order, SIZE: tl.constexpr):
     """First token of this program's tile: the longest tiles of TILE tokens start first."""
-    parts: tl.constexpr = ORDERED // SIZE
+    parts: tl.constexpr = BLOCK // SIZE
     i = tl.program_id(1)
     return (tl.load(order + i // parts) * parts + i % parts) * SIZE
 
