@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hermes_kernels.launch import TILE
 from twins.gluon_machine import TOO_EARLY, Fault
-from twins.simulated_sm100 import DKDV, DQ, Sources, of_keys, of_queries, replaced, where
+from twins.simulated import Sources, replaced, where
+from twins.simulated_sm100 import DKDV, DQ, of_keys, of_queries
 from twins.torch_attention import inputs, torch_itself, truth
 
 pytestmark = pytest.mark.timeout(120)

@@ -23,7 +23,8 @@ from hermes_core.segments import segments
 from hermes_kernels import forward_sm100, reference
 from hermes_kernels.launch import TILE
 from twins.gluon_machine import TOO_EARLY, Fault
-from twins.simulated_sm100 import FORWARD, attend, replaced, where
+from twins.simulated import replaced, where
+from twins.simulated_sm100 import FORWARD, attend
 
 pytestmark = pytest.mark.timeout(120)
 

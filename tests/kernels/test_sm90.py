@@ -20,7 +20,8 @@ from torch import Tensor
 from hermes_core.segments import segments
 from hermes_kernels import reference, varlen_attention
 from hermes_kernels.launch import SHIFTED, TILE
-from twins.simulated_sm90 import Given, attend, keeps_its_bits, of_keys, of_queries, opposed_heads
+from twins.simulated import Given
+from twins.simulated_sm90 import attend, keeps_its_bits, of_keys, of_queries, opposed_heads
 from twins.torch_attention import inputs, torch_itself, truth
 
 pytestmark = pytest.mark.timeout(120)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf
 
 import pytest
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from twins.gluon_machine import TOO_EARLY, Fault
+from twins.simulated import Given, Sources, replaced
 from twins.simulated_sm90 import (
     DKDV,
     DQ,
     FORWARD,
-    Given,
     attend,
     keeps_its_bits,
     of_keys,
@@ -97,12 +97,7 @@ BROKEN_DKDV = ANY | {
 }  # fmt: skip
 
 
-def broken(sources: Mapping[str, str], wanted: str, instead: str) -> dict[str, str]:
-    assert sum(text.count(wanted) for text in sources.values()) > 0
-    return {name: text.replace(wanted, instead) for name, text in sources.items()}
-
-
-def told(find: Callable[..., object], sources: Mapping[str, str], message: str) -> None:
+def told(find: Callable[..., object], sources: Sources, message: str) -> None:
     """Whatever the order of events, the simulator says what is wrong."""
     known = Given(inputs(640, 1, 1, 64), [556, 84], 4.0)
     for seed in range(3):
@@ -114,17 +109,17 @@ def told(find: Callable[..., object], sources: Mapping[str, str], message: str) 
     ("wanted", "instead", "message"), BROKEN_FORWARD.values(), ids=BROKEN_FORWARD
 )
 def test_a_broken_forward_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(attend, broken(FORWARD, wanted, instead), message)
+    told(attend, replaced(FORWARD, (wanted, instead)), message)
 
 
 @pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DQ.values(), ids=BROKEN_DQ)
 def test_a_broken_dq_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(of_queries, broken(DQ, wanted, instead), message)
+    told(of_queries, replaced(DQ, (wanted, instead)), message)
 
 
 @pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DKDV.values(), ids=BROKEN_DKDV)
 def test_a_broken_dkdv_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(of_keys, broken(DKDV, wanted, instead), message)
+    told(of_keys, replaced(DKDV, (wanted, instead)), message)
 
 
 # What is put in place of what, in the kernel or in its walk.
@@ -166,7 +161,7 @@ WRONG_DKDV = WRONG_WALK | {
 }  # fmt: skip
 
 
-def error(find: Callable[..., list[Tensor]], sources: Mapping[str, str]) -> float:
+def error(find: Callable[..., list[Tensor]], sources: Sources) -> float:
     """Of the whole, or infinite where the simulator says what is wrong."""
     tensors, lengths = inputs(500, 2, 1, 64), [50, 350, 7, 93]
     out, dq, *rest = truth(tensors, lengths, 0.125)
@@ -184,24 +179,24 @@ CORRECT = [(attend, FORWARD), (of_queries, DQ), (of_keys, DKDV)]
 
 @pytest.mark.parametrize(("find", "sources"), CORRECT)
 def test_nothing_is_wrong_with_what_is_broken_next(
-    find: Callable[..., list[Tensor]], sources: Mapping[str, str]
+    find: Callable[..., list[Tensor]], sources: Sources
 ) -> None:
     assert error(find, sources) < 5e-3
 
 
 @pytest.mark.parametrize(("wanted", "instead"), WRONG_FORWARD.values(), ids=WRONG_FORWARD)
 def test_a_wrong_forward_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
-    assert not error(attend, broken(FORWARD, wanted, instead)) < 2e-2
+    assert not error(attend, replaced(FORWARD, (wanted, instead))) < 2e-2
 
 
 @pytest.mark.parametrize(("wanted", "instead"), WRONG_DQ.values(), ids=WRONG_DQ)
 def test_a_wrong_dq_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
-    assert not error(of_queries, broken(DQ, wanted, instead)) < 2e-2
+    assert not error(of_queries, replaced(DQ, (wanted, instead))) < 2e-2
 
 
 @pytest.mark.parametrize(("wanted", "instead"), WRONG_DKDV.values(), ids=WRONG_DKDV)
 def test_a_wrong_dkdv_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> None:
-    assert not error(of_keys, broken(DKDV, wanted, instead)) < 2e-2
+    assert not error(of_keys, replaced(DKDV, (wanted, instead))) < 2e-2
 
 
 @pytest.mark.parametrize(
@@ -213,13 +208,13 @@ def test_a_wrong_dkdv_is_seen_in_what_comes_of_it(wanted: str, instead: str) -> 
     ],
 )  # fmt: skip
 def test_blocks_of_the_batch_are_seen_in_the_bits(
-    find: Callable[..., list[Tensor]], sources: Mapping[str, str], wanted: str, instead: str
+    find: Callable[..., list[Tensor]], sources: Sources, wanted: str, instead: str
 ) -> None:
-    assert not keeps_its_bits(find, 190, sources=broken(sources, wanted, instead))
+    assert not keeps_its_bits(find, 190, sources=replaced(sources, (wanted, instead)))
 
 
 def test_another_order_of_heads_is_seen_in_the_bits() -> None:
     known = Given(opposed_heads(200), [150, 50], 0.125)
-    falling = broken(DKDV, "share * heads + h", "share * heads + heads - 1 - h")
+    falling = replaced(DKDV, ("share * heads + h", "share * heads + heads - 1 - h"))
     for one, other in zip(of_keys(known), of_keys(known, sources=falling), strict=True):
         assert not torch.equal(one, other)

@@ -23,36 +23,12 @@ LENGTHS = st.lists(
     max_size=12,
 )
 
-sizes = pytest.mark.parametrize(
-    ("tile", "part"), [(128, 64), (128, 128), (64, 32), (64, 128), (256, 128)]
-)
-
 
 @triton.jit
-def back_kernel(
-    found, starts, ends, block_of, blocks, T, M: tl.constexpr, J: tl.constexpr, ROOM: tl.constexpr
-):  # fmt: skip
-    tile = tl.program_id(0)
-    first, after, rest, count, inner = walk.back(tile * M, starts, ends, block_of, blocks, T, M, J)
-    found += tile * (3 + 2 * ROOM)
-    tl.store(found, count)
-    tl.store(found + 1, 0)
-    tl.store(found + 2, inner)
-    for i in range(count):
-        begin, end = walk.part(i, first, after, rest, blocks, J)
-        tl.store(found + 3 + 2 * i, begin)
-        tl.store(found + 4 + 2 * i, end)
-
-
-@triton.jit
-def on_kernel(
-    found, starts, ends, block_of, blocks, T, M: tl.constexpr, J: tl.constexpr, ROOM: tl.constexpr
-):  # fmt: skip
-    tile = tl.program_id(0)
-    first, after, rest, count, before, inner = walk.on(
-        tile * M, starts, ends, block_of, blocks, T, M, J
-    )
-    found += tile * (3 + 2 * ROOM)
+def tell(
+    found, first, after, rest, count, before, inner, blocks, J: tl.constexpr, ROOM: tl.constexpr
+):
+    found += tl.program_id(0) * (3 + 2 * ROOM)
     tl.store(found, count)
     tl.store(found + 1, before)
     tl.store(found + 2, inner)
@@ -60,6 +36,26 @@ def on_kernel(
         begin, end = walk.part(i, first, after, rest, blocks, J)
         tl.store(found + 3 + 2 * i, begin)
         tl.store(found + 4 + 2 * i, end)
+
+
+@triton.jit
+def back_kernel(
+    found, starts, ends, block_of, blocks, T, M: tl.constexpr, J: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    first, after, rest, count, inner = walk.back(
+        tl.program_id(0) * M, starts, ends, block_of, blocks, T, M, J
+    )
+    tell(found, first, after, rest, count, 0, inner, blocks, J, ROOM)
+
+
+@triton.jit
+def on_kernel(
+    found, starts, ends, block_of, blocks, T, M: tl.constexpr, J: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    first, after, rest, count, before, inner = walk.on(
+        tl.program_id(0) * M, starts, ends, block_of, blocks, T, M, J
+    )
+    tell(found, first, after, rest, count, before, inner, blocks, J, ROOM)
 
 
 def walks(
@@ -76,31 +72,16 @@ def walks(
     return told
 
 
-@sizes
+@pytest.mark.parametrize("kernel", [back_kernel, on_kernel], ids=["back", "on"])
+@pytest.mark.parametrize(("tile", "part"), [(128, 64), (128, 128), (64, 32), (64, 128), (256, 128)])
 @given(lengths=LENGTHS, tail=st.integers(0, 150))
 @example(lengths=[500, 12], tail=0)
 @example(lengths=[1] * 300, tail=0)
 @example(lengths=[100, 1, 1, 1, 156, 1, 2], tail=140)
 @settings(max_examples=20, deadline=None)
-def test_a_query_meets_each_key_that_it_sees_once(
-    tile: int, part: int, lengths: list[int], tail: int
+def test_a_tile_meets_each_token_that_it_must_once(
+    kernel: object, tile: int, part: int, lengths: list[int], tail: int
 ) -> None:
-    check(back_kernel, lengths, tail, tile, part)
-
-
-@sizes
-@given(lengths=LENGTHS, tail=st.integers(0, 150))
-@example(lengths=[500, 12], tail=0)
-@example(lengths=[1] * 300, tail=0)
-@example(lengths=[100, 1, 1, 1, 156, 1, 2], tail=140)
-@settings(max_examples=20, deadline=None)
-def test_a_key_meets_each_query_that_sees_it_once(
-    tile: int, part: int, lengths: list[int], tail: int
-) -> None:
-    check(on_kernel, lengths, tail, tile, part)
-
-
-def check(kernel: object, lengths: list[int], tail: int, tile: int, part: int) -> None:
     """Parts rise, begin at multiples of their size from a segment's start, and hold what counts."""
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     at = segments(bounds, int(bounds[-1]) + tail)

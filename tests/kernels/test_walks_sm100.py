@@ -15,15 +15,8 @@ from torch import Tensor
 from hermes_kernels import reference
 from hermes_kernels.launch import TILE
 from twins.gluon_machine import Fault
-from twins.simulated_sm100 import (
-    DKDV,
-    DQ,
-    FORWARD,
-    attend,
-    of_keys,
-    of_queries,
-    replaced,
-)
+from twins.simulated import replaced
+from twins.simulated_sm100 import DKDV, DQ, FORWARD, attend, of_keys, of_queries
 from twins.torch_attention import inputs, torch_itself, truth
 
 pytestmark = pytest.mark.timeout(120)
