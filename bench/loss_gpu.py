@@ -101,9 +101,9 @@ PEERS: dict[str, Callable[[], Call]] = {
     "CCE": cce,
     "kept rows, 8 chunks (torchtune)": lambda: loss.compacted,
     "F.linear_cross_entropy, chunked": lambda: loss.chunked_by_torch,
+    "quack, not tuned": quack,
     "F.cross_entropy, torch.compile": compiled,
     "kept rows, 256 a chunk (TRL)": lambda: loss.chunked_nll,
-    "quack, not tuned": quack,
 }
 ON_PEAKED = ("CCE", "Liger, chunk_mem_const 1")  # the one that skips small gradients, and one
 

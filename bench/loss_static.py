@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from bench.harness import Result
 from bench.machine_code import TARGETS, MachineCode, compile_kernel
@@ -15,13 +16,15 @@ from bench.machine_code import TARGETS, MachineCode, compile_kernel
 # for 4 blocks on a multiprocessor, which hide one another's loads.
 REGISTERS = {
     "loss_and_gradient_kernel": 64, "statistics_kernel": 80, "gradient_kernel": 48,
-    "scale_kernel": 64,
+    "scale_kernel": 64, "held_kernel": 64,
 }  # fmt: skip
 LOAD, STORE = "LDG.E.128", "STG.E.128"
+COPY = "LDGSTS.E.BYPASS.128"  # into shared memory
 POINTERS = {
     "loss_and_gradient_kernel": ("columns", "weights", "lse_out", "target_out"),
     "statistics_kernel": ("columns", "lse_out", "target_out", "expected_out"),
     "gradient_kernel": ("columns", "lses", "scales", "tilts", "targets"),
+    "held_kernel": ("columns", "weights", "lse_out", "target_out"),
 }
 
 
@@ -35,6 +38,7 @@ class Chip:
     memory: float
 
 
+POSITIONS, VOCABULARY, SIZE = 16_384, 128_256, 5_120
 CHIPS = (
     Chip("H100", 989e12, 67e12, 3.35e12),
     Chip("H200", 989e12, 67e12, 4.8e12),
@@ -84,7 +88,7 @@ def run() -> Iterator[Result | str]:
             raise SystemExit(f"scale_kernel on sm_{target}: {'; '.join(wrong)}")
         yield told("scale_kernel", code, capped=False)
     yield "gate passed: every kernel fits, spills nothing and moves 128 bits at a time"
-    yield "\nPredicted, not measured; positions 16,384, V 128,256, D 5,120, bf16"
+    yield f"\nPredicted, not measured; positions {POSITIONS:,}, V {VOCABULARY:,}, D {SIZE:,}, bf16"
     yield f"products at {MATMUL_SHARE:.0%} of the datasheet's rate, memory at all of it"
     for chip in CHIPS:
         for share in (0.3, 0.6, 1.0):
@@ -92,17 +96,22 @@ def run() -> Iterator[Result | str]:
 
 
 def compiled(kernel: str, target: int, *, capped: bool) -> MachineCode:
-    from hermes_kernels import cross_entropy
+    from hermes_kernels import cross_entropy, cross_entropy_held
 
     kinds = {"columns": "*i64"}
     signature = {name: kinds.get(name, "*fp32") for name in POINTERS[kernel]}
     signature |= {"logits": "*bf16", "size": "i32", "stride": "i32"}
-    if kernel == "loss_and_gradient_kernel":
+    if kernel in ("loss_and_gradient_kernel", "held_kernel"):
         signature["z_loss"] = "fp32"
-    constants = {"SOFTCAP": 30.0 if capped else 0.0, "BLOCK": cross_entropy.BLOCK}
+    module: Any = cross_entropy_held if kernel == "held_kernel" else cross_entropy
+    constants = {"SOFTCAP": 30.0 if capped else 0.0}
+    if module is cross_entropy:
+        constants["BLOCK"] = cross_entropy.BLOCK
+    else:
+        constants |= cross_entropy_held.constants(VOCABULARY)
     return compile_kernel(
-        getattr(cross_entropy, kernel), signature, constants, target,
-        divisible=("size", "stride"), num_warps=cross_entropy.WARPS,
+        getattr(module, kernel), signature, constants, target,
+        divisible=("size", "stride"), num_warps=module.WARPS,
     )  # fmt: skip
 
 
@@ -120,7 +129,7 @@ def faults(kernel: str, code: MachineCode) -> list[str]:
     wrong = code.faults()
     if code.registers > REGISTERS[kernel]:
         wrong.append(f"{code.registers} registers a thread, at most {REGISTERS[kernel]}")
-    if code.count(LOAD) == 0:
+    if code.count(LOAD) == 0 or (kernel == "held_kernel" and code.count(COPY) == 0):
         wrong.append("no 128-bit load of logits")
     if kernel != "statistics_kernel" and code.count(STORE) == 0:
         wrong.append("no 128-bit store of gradients")
@@ -128,11 +137,11 @@ def faults(kernel: str, code: MachineCode) -> list[str]:
 
 
 def told(kernel: str, code: MachineCode, *, capped: bool) -> Result:
+    loads = f"{code.count(LOAD, COPY)} of {code.count('LDG.', 'LDGSTS')} loads"
     notes = (
         f"{code.warps} warps, {code.shared_bytes} bytes shared, {code.count('LDL', 'STL')} spills, "
-        f"{code.count(LOAD)} of {code.count('LDG')} loads and {code.count(STORE)} of "
-        f"{code.count('STG')} stores of 128 bits, {code.count('MUFU.EX2')} exp2, "
-        f"{sum(code.opcodes().values())} instructions"
+        f"{loads} and {code.count(STORE)} of {code.count('STG')} stores of 128 bits, "
+        f"{code.count('MUFU.EX2')} exp2, {sum(code.opcodes().values())} instructions"
     )
     name = f"{kernel.removesuffix('_kernel')}{', cap' if capped else ''}, sm_{code.target}"
     registers = float(code.registers)
@@ -143,7 +152,7 @@ def told(kernel: str, code: MachineCode, *, capped: bool) -> Result:
 
 
 def predictions(chip: Chip, share: float) -> Iterator[Result]:
-    positions, vocabulary, size = 16_384, 128_256, 5_120
+    positions, vocabulary, size = POSITIONS, VOCABULARY, SIZE
     kept = round(positions * share)
     floor = 1e3 * 6 * kept * vocabulary * size / (MATMUL_SHARE * chip.half)
     mine = predicted_ms(ALGORITHMS[0], chip, positions, kept, vocabulary, size)
@@ -162,8 +171,8 @@ def predicted_ms(
     """Time of the products plus that of the memory moved beside them, as if nothing overlapped."""
     rows = kept if algorithm.compacts else positions
     most = algorithm.chunk_rows or 2**30 // (2 * vocabulary)
-    if algorithm.chunk_rows is None and rows <= 2 * size:
-        most = rows  # as `Plan.take_whole` has it
+    if algorithm.chunk_rows is None:  # as `Plan.use_room` has it
+        most = rows if rows <= most + 2 * size else most + size
     chunks = -(-rows // most)
     elements = vocabulary * size
     rate = chip.single if algorithm.single else MATMUL_SHARE * chip.half

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-from hermes_kernels.launch import TABLE, Kernel, architecture, padded_size
+from hermes_kernels.launch import (
+    GLUON_SINCE,
+    TABLE,
+    TRITON_VERSION,
+    Kernel,
+    architecture,
+    padded_size,
+)
 
 Operation = Literal["attention", "loss"]
 
@@ -24,7 +30,6 @@ OWNERS = {
 GLUON: dict[int, Kernel] = {90: "forward_sm90", 100: "pairs"}  # its forward, by architecture
 # Asked for here, once: torch.compile before torch 2.12 cannot trace the question.
 HAS_TRITON = find_spec("triton") is not None
-GLUON_SINCE = (3, 6)  # of Triton; before, its warps were specialised by other words
 HALF = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.float64, *HALF)
 
@@ -60,17 +65,6 @@ AUTO: dict[tuple[str, Operation, int], Choice] = {
     ),
     ("cpu", "loss", 0): Choice(("torch", "reference"), "python -m bench loss"),
 }
-
-
-def _triton_version() -> tuple[int, ...]:
-    """Major and minor; (0,) for a build that does not say."""
-    try:
-        return tuple(int(part) for part in version("triton").split(".")[:2])
-    except (PackageNotFoundError, ValueError):
-        return (0,)
-
-
-TRITON_VERSION = _triton_version()
 
 
 class BackendError(RuntimeError):

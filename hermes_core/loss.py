@@ -78,8 +78,9 @@ def linear_cross_entropy(
         vocab_size: the whole vocabulary, all shards together. Give it wherever the weight may be
             sharded: without it a softmax over one rank's share would pass in silence.
         chunk_bytes: room for the logits of one chunk; a CPU takes no more than 128 MiB of it, in
-            half precision 256 MiB. On a GPU all logits are one chunk where they need no more
-            memory than a sum of the weight's gradient in fp32 would.
+            half precision 256 MiB. On a GPU halves take no more than this and a sum of the
+            weight's gradient in fp32: all logits are one chunk where that is room for them, else
+            a chunk may also have the place of the gradient, which is made after the last.
         backend: "triton", "torch", "reference" (every logit, one process) or "auto".
 
     Raises:

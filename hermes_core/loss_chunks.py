@@ -79,15 +79,20 @@ class Plan:
         if self.one_product and self.most > ROWS:
             self.most -= self.most % ROWS
 
-    def take_whole(self, weight: Tensor) -> None:
-        """One chunk, if all logits need no more memory than the weight's gradient summed in fp32.
+    def use_room(self, weight: Tensor, *, late: bool) -> None:
+        """Fewer chunks on a GPU, where the weight's gradient leaves room for their logits.
 
-        With one chunk there is no such sum. On a CPU small chunks stay best.
+        Summed in fp32 it takes twice the memory that it has at the end, and one chunk needs no such
+        sum, unless it is divided ``late``: its logits may have that room too. Where chunks are
+        added up, the gradient itself is made when their logits are gone: they may have its.
         """
         wide = torch.promote_types(weight.dtype, torch.float32)
-        whole, sum_ = len(self.kept_M) * weight.itemsize, weight.shape[1] * wide.itemsize
-        if not self.on_cpu and wide != weight.dtype and whole <= sum_:  # both for each id
-            self.most = max(self.most, len(self.kept_M))
+        if self.on_cpu or wide == weight.dtype:  # on a CPU small chunks stay best
+            return
+        rows = weight.shape[1]  # of logits that are as large as the gradient
+        whole = self.most + rows * wide.itemsize // weight.itemsize
+        one = not late and len(self.kept_M) <= whole
+        self.most = max(self.most, len(self.kept_M)) if one else self.most + rows
 
     def chunks(self) -> list[slice]:
         """Even ones; where the weight's gradient is one product, a rest and then full ones."""
@@ -223,8 +228,8 @@ def linear_op(
     plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
     weights = Weights(plan, token_weights, denominator, hidden)
     factor = weights.inverse if weights.late else None
-    if wants_weight and factor is None:
-        plan.take_whole(weight)
+    if wants_weight:
+        plan.use_room(weight, late=weights.late)
     rows = rows_of(backend)
     sums_2 = torch.zeros(2, dtype=weights.plain_M.dtype, device=hidden.device)
     lse_M = torch.empty_like(weights.folded_M)

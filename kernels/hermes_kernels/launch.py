@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import torch
@@ -84,6 +85,18 @@ TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (80, "dkdv", 64): Launch(32, 64, 4, 2),
     (80, "dkdv", 128): Launch(32, 64, 8, 1),
 }
+
+
+def _triton_version() -> tuple[int, ...]:
+    """Major and minor; (0,) for a build that does not say."""
+    try:
+        return tuple(int(part) for part in version("triton").split(".")[:2])
+    except (PackageNotFoundError, ValueError):
+        return (0,)
+
+
+TRITON_VERSION = _triton_version()
+GLUON_SINCE = (3, 6)  # of Triton; before, its warps were specialised by other words
 
 
 def architecture(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from hermes_core import attention_peers, backends
 from hermes_core.backends import AUTO, BACKENDS, BackendError, choose, explain, obstacle
+from hermes_kernels import launch
 from hermes_kernels.launch import TABLE, TILE, padded_size, room_for
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -130,8 +131,8 @@ def test_an_older_triton_has_no_gluon_kernels(monkeypatch: pytest.MonkeyPatch) -
 def test_triton_tells_its_version(
     monkeypatch: pytest.MonkeyPatch, said: str, known: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(backends, "version", lambda package: said)
-    assert backends._triton_version() == known
+    monkeypatch.setattr(launch, "version", lambda package: said)
+    assert launch._triton_version() == known
 
 
 @pytest.mark.usefixtures("on")

@@ -95,18 +95,24 @@ def test_room_is_aligned_and_outlives_its_maker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept", "dtype", "chunks"),
-    [(2 * SIZE, torch.bfloat16, 1), (2 * SIZE + 1, torch.bfloat16, 12), (60, torch.float32, 12)],
+    ("kept", "dtype", "late", "chunks"),
+    [
+        (10 + 2 * SIZE, torch.bfloat16, False, 1),
+        (10 + 2 * SIZE + 1, torch.bfloat16, False, 2),
+        (10 + SIZE, torch.float16, True, 1),
+        (10 + SIZE + 1, torch.float16, True, 2),
+        (60, torch.float32, False, 12),
+    ],
 )
-def test_one_chunk_on_a_gpu_where_the_sum_would_take_more(
-    kept: int, dtype: torch.dtype, chunks: int
+def test_chunks_on_a_gpu_take_what_the_gradient_leaves_them(
+    kept: int, dtype: torch.dtype, late: bool, chunks: int
 ) -> None:
     weight = torch.empty(VOCABULARY, SIZE, dtype=dtype, device="meta")  # no CPU's, so a GPU's
     labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
     room = 2 * VOCABULARY * 10
     plan = Plan(labels, labels[:kept], -100, room, [0, VOCABULARY, VOCABULARY], "", weight)
     assert len(plan.chunks()) == -(-kept // (room // (weight.itemsize * VOCABULARY)))
-    plan.take_whole(weight)
+    plan.use_room(weight, late=late)
     assert len(plan.chunks()) == chunks
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hermes_core.loss import Backend, linear_cross_entropy, masked_cross_entropy, token_nll
 from hermes_core.loss_head import LossHead
-from hermes_kernels import cross_entropy
+from hermes_kernels import cross_entropy, cross_entropy_held
+from hermes_kernels.launch import GLUON_SINCE, TRITON_VERSION, architecture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,12 +24,17 @@ pytestmark = [
 IGNORE = -100
 TOKENS, SIZE = 3_000, 1_024
 LLAMA, QWEN, ODD = 128_256, 151_936, 32_001
+HOLDS = (
+    torch.cuda.is_available()
+    and TRITON_VERSION >= GLUON_SINCE
+    and architecture(torch.device("cuda")) in (90, 100)
+)
 OPTIONS: dict[str, dict[str, float]] = {
     "none": {},
     "one": {"z_loss": 1e-4},
     "30 %": {"z_loss": 1e-4, "softcap": 30.0, "denominator": 700.5},
     # More rows than one chunk may have: the weight's gradient is a sum in fp32.
-    "all": {"chunk_bytes": 2**28, "denominator": TOKENS},
+    "all": {"chunk_bytes": 2**26, "denominator": TOKENS},
 }
 
 
@@ -169,26 +175,55 @@ def test_a_label_outside_the_vocabulary_is_not_a_number(monkeypatch: pytest.Monk
     assert run((hidden, weight, labels))[0].isfinite()
 
 
-def test_offsets_into_rows_compile_nothing_again() -> None:
-    hidden, weight, labels = problem(LLAMA, "all")
-    kernel = cross_entropy.loss_and_gradient_kernel
-    run((hidden, weight, labels))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_offsets_into_rows_compile_nothing_again(dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem(LLAMA, "all", dtype)
+    held = dtype == torch.bfloat16 and HOLDS
+    kernel = cross_entropy_held.held_kernel if held else cross_entropy.loss_and_gradient_kernel
+    row_bytes = dtype.itemsize * LLAMA
+    run((hidden, weight, labels), chunk_bytes=row_bytes * 500)
     cached = kernel.device_caches[torch.cuda.current_device()][0]
     before = len(cached)
-    for chunk_rows in (1_001, 997, 750):
-        run((hidden[:2_991], weight, labels[:2_991]), chunk_bytes=2 * LLAMA * chunk_rows)
+    for chunk_rows in (501, 499, 250):
+        run((hidden[:2_991], weight, labels[:2_991]), chunk_bytes=row_bytes * chunk_rows)
     assert len(cached) == before > 0
 
 
+@pytest.mark.skipif(not HOLDS, reason="rows are held on sm_90 and sm_100")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [0.0, 30.0])
+@pytest.mark.parametrize("columns", [4_096, 4_097, ODD, LLAMA, QWEN, 262_208])
+def test_rows_held_equal_rows_read_twice(
+    columns: int, cap: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(columns)
+    rows = 300  # more than multiprocessors, whose rows follow one another
+    buffer = torch.full((rows, -(-columns // 16) * 16), torch.nan, device="cuda", dtype=dtype)
+    logits = buffer[:, :columns].normal_(std=4, generator=generator)
+    logits[0, 1:], logits[1, : columns - 1] = -torch.inf, -torch.inf
+    column = torch.randint(columns, (rows,), generator=generator, device="cuda")
+    column[:2], column[2::3] = torch.tensor([0, columns - 1]), -1
+    weight = torch.rand(rows, generator=generator, device="cuda")
+    plain = buffer.clone()[:, :columns]
+    assert cross_entropy_held.takes(logits)
+    found = cross_entropy.loss_and_gradient_(logits, column, weight, 1e-3, cap)
+    monkeypatch.setattr(cross_entropy, "_can_hold", lambda logits: False)
+    wanted = cross_entropy.loss_and_gradient_(plain, column, weight, 1e-3, cap)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, plain, rtol=2**-7, atol=2e-7)
+    assert buffer[:, columns:].isnan().all()
+
+
 def test_the_sum_in_fp32_is_all_the_memory_there_is() -> None:
-    """Beside inputs and gradients; where all logits are one chunk, they are."""
-    for kept, room in (("all", 4 * LLAMA * SIZE), ("30 %", 2 * LLAMA * 1_100)):
+    """Beside inputs, gradients and a chunk; where all logits are one chunk, they are."""
+    chunk = OPTIONS["all"]["chunk_bytes"]
+    for kept, room in (("all", chunk + 4 * LLAMA * SIZE), ("30 %", 2 * LLAMA * 1_100)):
         given = problem(LLAMA, kept)
         run(given, **OPTIONS[kept])  # cuBLAS takes its own memory once
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() + sum(x.nbytes for x in given[:2])
-        found = run(given, chunk_bytes=2**28)
+        found = run(given, chunk_bytes=chunk)
         del found
         assert torch.cuda.max_memory_allocated() - before < room + 5e7
 

@@ -54,7 +54,7 @@ class DType:
     def encode(self, values: NDArray[Any]) -> NDArray[Any]:
         if self.name == "bfloat16":
             return to_bits(values)
-        return np.ascontiguousarray(values).astype(self.storage)
+        return np.asarray(values).astype(self.storage, order="C")
 
     def decode(self, stored: NDArray[Any]) -> NDArray[Any]:
         if self.name == "bfloat16":

@@ -1,0 +1,173 @@
+"""`cross_entropy.loss_and_gradient_` with the row held in shared memory, in Gluon, for Hopper and
+Blackwell: each bf16 logit is read once and written once, 4 bytes of memory traffic.
+
+Without it the second pass over a row reads memory again: a GPU has more rows in work than its
+second level of cache has room for. One program works on a row. Copies into shared memory run ahead
+of the first pass; what there is no room for is read once more, which is little and read last, so
+that the second pass, which takes it first, finds it in cache.
+
+In the first pass each thread keeps a maximum and a sum of its own, so that threads wait for one
+another only at its end.
+
+Shapes: C rows of the chunk, V vocabulary (this rank's share of it), B = `BLOCK` columns at a time,
+R threads, each of which has WIDE columns of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from hermes_kernels.launch import architecture, on
+
+WARPS = 16
+WIDE = gl.constexpr(8)  # 128 bits of a 16-bit type
+BLOCK = 4096  # WIDE columns for each thread
+MOST_HELD = 27  # blocks: 221,184 bytes
+AHEAD = 8
+ALIGNED = 16  # elements: what a row's first address and its stride must be multiples of
+VECTORS = ("columns", "weights", "lse_out", "target_out")  # as in `cross_entropy`
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _capped(z, SOFTCAP: gl.constexpr):
+    """cap * tanh(z / cap)."""
+    if SOFTCAP != 0:
+        z = SOFTCAP - 2 * SOFTCAP / (gl.exp2(2 * LOG2E / SOFTCAP * z) + 1)
+    return z
+
+
+@gluon.jit
+def _base(largest):
+    """A maximum in powers of two, 0 while there is none, so that no difference is -inf - -inf."""
+    return gl.where(largest == -float("inf"), 0.0, largest * LOG2E)
+
+
+@gluon.jit
+def _joined(z, largest, sums, SOFTCAP: gl.constexpr):
+    """Each thread's maximum and its sum of exponentials under it, with a block's logits."""
+    z = _capped(z, SOFTCAP)
+    risen = gl.maximum(largest, gl.max(z, 1))
+    base = _base(risen)
+    part = gl.sum(gl.exp2(z * LOG2E - base[:, None]), 1)
+    return risen, sums * gl.exp2(largest * LOG2E - base) + part
+
+
+@gluon.jit
+def _gradient(z, at, column, lse, scale, target, SOFTCAP: gl.constexpr):
+    """Of a block of logits, in fp32; ``lse`` in powers of two."""
+    z = _capped(z, SOFTCAP)
+    gradient = gl.exp2(z * LOG2E - lse) * scale - gl.where(at == column, target, 0.0)
+    if SOFTCAP != 0:
+        bent = z / SOFTCAP
+        gradient *= 1 - bent * bent
+    return gradient
+
+
+@gluon.jit(do_not_specialize_on_alignment=VECTORS)
+def held_kernel(
+    logits,  # [C, V], overwritten
+    columns,  # [C] int64, -1: in another share
+    weights,  # [C] fp32
+    lse_out,  # [C] fp32
+    target_out,  # [C] fp32
+    size,  # V
+    stride,
+    z_loss,
+    SOFTCAP: gl.constexpr,
+    HELD: gl.constexpr,  # whole blocks in shared memory
+    AHEAD: gl.constexpr,  # of them that are being copied
+    THREADS: gl.constexpr,
+):
+    layout: gl.constexpr = gl.BlockedLayout([1, WIDE], [32, 1], [THREADS // 32, 1], [1, 0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    STEP: gl.constexpr = THREADS * WIDE
+    dtype: gl.constexpr = logits.dtype.element_ty
+    held = gl.allocate_shared_memory(dtype, [HELD, THREADS, WIDE], plain)
+    at_row = gl.program_id(0).to(gl.int64)
+    row = logits + at_row * stride
+    column = gl.load(columns + at_row).to(gl.int32)
+    weight = gl.load(weights + at_row)
+    threads = gl.arange(0, THREADS, gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+    at = threads[:, None] * WIDE + lanes[None, :]
+
+    for i in gl.static_range(AHEAD):
+        if i < HELD:
+            async_copy.async_copy_global_to_shared(held.index(i), row + i * STEP + at)
+        async_copy.commit_group()
+    target = _capped(gl.load(row + column, mask=column >= 0, other=0.0).to(gl.float32), SOFTCAP)
+
+    largest = gl.full([THREADS], -float("inf"), gl.float32, gl.SliceLayout(1, layout))
+    sums = gl.full([THREADS], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    for i in range(HELD):
+        async_copy.wait_group(AHEAD - 1)
+        z = held.index(i).load(layout).to(gl.float32)
+        if i + AHEAD < HELD:
+            async_copy.async_copy_global_to_shared(
+                held.index(i + AHEAD), row + (i + AHEAD) * STEP + at
+            )
+        async_copy.commit_group()
+        largest, sums = _joined(z, largest, sums, SOFTCAP)
+    for start in range(HELD * STEP, size, STEP):
+        inside = start + at < size
+        z = gl.load(row + start + at, mask=inside, other=-float("inf")).to(gl.float32)
+        if SOFTCAP != 0:
+            z = gl.where(inside, z, -float("inf"))
+        largest, sums = _joined(z, largest, sums, SOFTCAP)
+    top = gl.max(largest, 0)
+    total = gl.sum(sums * gl.exp2(largest * LOG2E - _base(top)), 0)
+    lse = top + gl.log2(total) * LN2
+    gl.store(lse_out + at_row, lse)
+    gl.store(target_out + at_row, target)
+
+    scale = weight * (1 + 2 * z_loss * lse)
+    lse *= LOG2E
+    for start in range(HELD * STEP, size, STEP):
+        inside = start + at < size
+        z = gl.load(row + start + at, mask=inside, other=0.0).to(gl.float32)
+        gradient = _gradient(z, start + at, column, lse, scale, weight, SOFTCAP)
+        gl.store(row + start + at, gradient.to(dtype), mask=inside)
+    for i in range(HELD):
+        z = held.index(i).load(layout).to(gl.float32)
+        gradient = _gradient(z, i * STEP + at, column, lse, scale, weight, SOFTCAP)
+        gl.store(row + i * STEP + at, gradient.to(dtype))
+
+
+def constants(size: int) -> dict[str, int]:
+    """Of the kernel, for rows of so many columns, a block at least."""
+    return {
+        "HELD": min(size // BLOCK, MOST_HELD), "AHEAD": AHEAD, "THREADS": BLOCK // WIDE.value
+    }  # fmt: skip
+
+
+def takes(logits_CV: Tensor) -> bool:
+    """Whether the kernel can work on them: 16 bits each, rows that start at whole vectors and have
+    a block at least, on a GPU that has room for most of one."""
+    return (
+        logits_CV.is_cuda
+        and logits_CV.dtype in (torch.bfloat16, torch.float16)
+        and logits_CV.shape[1] >= BLOCK
+        and logits_CV.stride(0) % ALIGNED == 0
+        and logits_CV.data_ptr() % (2 * ALIGNED) == 0
+        and architecture(logits_CV.device) in (90, 100)
+    )
+
+
+def loss_and_gradient_(
+    logits_CV: Tensor, column_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float
+) -> Tensor:
+    """As `cross_entropy.loss_and_gradient_`, for logits that it `takes`."""
+    rows, size = logits_CV.shape
+    out_2C = torch.empty(2, rows, dtype=torch.float32, device=logits_CV.device)
+    with on(logits_CV):
+        held_kernel[(rows,)](
+            logits_CV, column_C, weight_C.contiguous(), *out_2C, size, logits_CV.stride(0),
+            float(z_loss), float(softcap), **constants(size), num_warps=WARPS,
+        )  # fmt: skip
+    return out_2C
