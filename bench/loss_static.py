@@ -103,15 +103,15 @@ def compiled(kernel: str, target: int, *, capped: bool) -> MachineCode:
     signature |= {"logits": "*bf16", "size": "i32", "stride": "i32"}
     if kernel in ("loss_and_gradient_kernel", "held_kernel"):
         signature["z_loss"] = "fp32"
-    module: Any = cross_entropy_held if kernel == "held_kernel" else cross_entropy
-    constants = {"SOFTCAP": 30.0 if capped else 0.0}
-    if module is cross_entropy:
-        constants["BLOCK"] = cross_entropy.BLOCK
-    else:
-        constants |= cross_entropy_held.constants(VOCABULARY)
+    module: Any = cross_entropy
+    constants: dict[str, float] = {"BLOCK": cross_entropy.BLOCK}
+    warps = cross_entropy.WARPS
+    if kernel == "held_kernel":
+        module, constants = cross_entropy_held, {**cross_entropy_held.constants(VOCABULARY)}
+        warps = int(constants["THREADS"]) // 32
     return compile_kernel(
-        getattr(module, kernel), signature, constants, target,
-        divisible=("size", "stride"), num_warps=module.WARPS,
+        getattr(module, kernel), signature, constants | {"SOFTCAP": 30.0 if capped else 0.0},
+        target, divisible=("size", "stride"), num_warps=warps,
     )  # fmt: skip
 
 

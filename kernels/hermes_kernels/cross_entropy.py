@@ -9,10 +9,11 @@ whose gradient, with p[v] = exp(z[v] - lse), is
     w * (1 + 2 * z_loss * lse) * p[v] - w * [v = y]
 
 The first pass over the row keeps a running maximum and, in each lane, a sum of exponentials that
-is scaled down when the maximum rises; the second pass writes the gradient over the logits. The
-row is still in the second level of cache then: 4 bytes of memory traffic for each bf16 logit
-beside its product's. A soft cap replaces z by cap * tanh(z / cap) on the way in and multiplies by
-1 - tanh ** 2 on the way out.
+is scaled down when the maximum rises; the second pass writes the gradient over the logits. On
+Hopper and Blackwell `cross_entropy_held` does this for 16-bit logits, and reads them once; here
+they are read twice, since more rows are in work than the second level of cache has room for. A
+soft cap replaces z by cap * tanh(z / cap) on the way in and multiplies by 1 - tanh ** 2 on the way
+out.
 
 `hermes_core.loss_rows` offers the same three functions in PyTorch; the plain twin is
 `reference.token_statistics`.

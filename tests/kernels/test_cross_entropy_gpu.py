@@ -192,7 +192,7 @@ def test_offsets_into_rows_compile_nothing_again(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not HOLDS, reason="rows are held on sm_90 and sm_100")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cap", [0.0, 30.0])
-@pytest.mark.parametrize("columns", [4_096, 4_097, ODD, LLAMA, QWEN, 262_208])
+@pytest.mark.parametrize("columns", [8_192, 8_193, ODD, 65_537, LLAMA, QWEN, 262_208])
 def test_rows_held_equal_rows_read_twice(
     columns: int, cap: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
