@@ -25,7 +25,6 @@ from hermes_kernels.launch import architecture, on
 WIDE = gl.constexpr(8)  # 128 bits of a 16-bit type
 HELD_BYTES = 221_184  # of shared memory; a program has 227 KiB with what its reductions need
 AHEAD = 8  # blocks that are being copied
-LARGE = 2**16  # columns of which a multiprocessor has room for one row
 ALIGNED = 16  # elements: what a row's first address and its stride must be multiples of
 VECTORS = ("columns", "weights", "lse_out", "target_out")  # as in `cross_entropy`
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -138,9 +137,9 @@ def held_kernel(
 
 
 def constants(size: int) -> dict[str, int]:
-    """Of the kernel, for rows of so many columns. One program on a multiprocessor wants all its
-    threads: 32 warps were 7 to 12 % faster than 16 on an H100 at V 128,256."""
-    threads = 1024 if size > LARGE else 512
+    """Of the kernel, for rows of so many columns. Where a multiprocessor has no room for two rows
+    its one program has 32 warps, 7 to 12 % faster than 16 on an H100 at V 128,256."""
+    threads = 512 if 4 * size <= HELD_BYTES else 1024
     block = threads * WIDE.value
     held = min(size // block, HELD_BYTES // (2 * block))
     return {"HELD": held, "AHEAD": AHEAD, "THREADS": threads}
