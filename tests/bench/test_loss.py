@@ -114,4 +114,5 @@ def test_memory_in_bf16_is_that_of_one_chunk(monkeypatch: pytest.MonkeyPatch) ->
     """300 tokens have 77 MB of logits: 256 of them in the chunk, 28 are computed again."""
     monkeypatch.setitem(loss_chunks.CPU_CHUNK_BYTES, 2, 2**26)
     given = loss.problem(300, 128_256, 16, 1.0, torch.bfloat16)
-    assert 60 < loss.timed(loss.ours, given, runs=1)[1] < 75
+    peaks = [loss.timed(loss.ours, given, runs=1)[1] for _ in range(3)]
+    assert 60 < min(peaks) < 75  # what else the process does can only add

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hermes_core import loss_rows
+from hermes_kernels.cross_entropy_held import HELD_BYTES, constants
 from twins import held_rows
 from twins.gluon_machine import TOO_EARLY, Fault
 from twins.simulated import Sources, replaced
@@ -62,6 +63,17 @@ def test_extreme_logits_lose_finitely() -> None:
     found = held_rows.loss_and_gradient_(*given, 0.0, 0.0, held=3)  # type: ignore[misc, arg-type]
     assert found[0].isfinite().all()
     assert given[0].isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [8_192, 32_001, 55_296, 55_297, 65_537, 128_256, 262_208])
+def test_what_is_held_of_a_row_fits(columns: int) -> None:
+    of_row = constants(columns)
+    block = of_row["THREADS"] * held_rows.WIDE
+    assert of_row["HELD"] >= 2
+    assert of_row["HELD"] * block <= columns
+    assert 2 * of_row["HELD"] * block <= HELD_BYTES
+    rest = columns - of_row["HELD"] * block
+    assert rest < block or 2 * (of_row["HELD"] + 1) * block > HELD_BYTES
 
 
 DEFECTS = {
