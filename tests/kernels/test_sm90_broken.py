@@ -28,17 +28,40 @@ pytestmark = pytest.mark.timeout(120)
 # What is taken out or put in its place, and what the simulator must say.
 ANY = {
     "phase turned round": ("lap ^ 1)", "lap)", "deadlock"),
-    "output stored without a fence": ("    fence_async_shared()\n", "", "without a fence"),
-    "output left to itself": ("    tma.store_wait(0)\n", "", "before its stores"),
+    "output stored without a fence": ("fence_async_shared()", "pass", "without a fence"),
+    "output left to itself": ("    tma.store_wait(0)\n\n", "\n", "before its stores"),
 }
 RING = {
     "a block overwritten": ("    mbarrier.wait(free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
     "fewer bytes expected": ("desc.block_type.nbytes)\n    tma", "32)\n    tma", "deadlock"),
     "freed by one group": ("barriers(STAGES, 2)", "barriers(STAGES, 1)", TOO_EARLY),
     "freed by three": ("barriers(STAGES, 2)", "barriers(STAGES, 3)", "deadlock"),
-    "queries read too early": ("    mbarrier.wait(q_ready.index(x), 0)\n", "", TOO_EARLY),
 }  # fmt: skip
-BROKEN_FORWARD = ANY | RING | {
+NOTE = "            note(told.index(x), (row, head, first, after, rest, count, inner))\n"
+QUERIES_FREE = "            mbarrier.wait(q_free.index(x), r & 1 ^ 1)\n"
+COPY = """\
+            mbarrier.expect(q_ready.index(x), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc, [row + x * HALF, head * H], q_ready.index(x), q.index(x)
+            )
+"""
+# What only a program with more than one tile does wrong.
+TILES = {
+    "queries read too early": ("mbarrier.wait(q_ready.index(x), r & 1)", "pass", TOO_EARLY),
+    "queries of the first tile awaited again": (
+        "q_ready.index(x), r & 1", "q_ready.index(x), 0", "waits for the same phase"),
+    "queries overwritten": (QUERIES_FREE, "", TOO_EARLY),
+    "queries never overwritten": ("r & 1 ^ 1", "r & 1", "deadlock"),
+    "queries never freed": ("pred=i == last", "pred=i < 0", "deadlock"),
+    "queries freed by the first block": ("pred=count == 1", "pred=True", TOO_EARLY + "|arrivals"),
+    "blocks of tiles before not counted": ("done += count", "pass", "the same phase|deadlock"),
+    "an output over the one before": ("        tma.store_wait(0)\n", "", TOO_EARLY),
+    "an output over the next queries": ("out.index(x)", "q.index(x)", TOO_EARLY),
+    "notes of the next tile": (QUERIES_FREE + NOTE, NOTE + QUERIES_FREE, TOO_EARLY),
+    "notes after all was there": (NOTE + COPY, COPY + NOTE, TOO_EARLY),
+    "notes of the other group": ("place = told.index(x)", "place = told.index(1 - x)", TOO_EARLY),
+}  # fmt: skip
+BROKEN_FORWARD = ANY | RING | TILES | {
     "keys read too early": (
         "    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
     "phase of another lap": (
@@ -47,7 +70,7 @@ BROKEN_FORWARD = ANY | RING | {
     "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
     "scores read beside the wait": (
         "    s = warpgroup_mma_wait(1, [s])\n", "    warpgroup_mma_wait(1, [s])\n", TOO_EARLY),
-    "first scores not awaited": ("    s = warpgroup_mma_wait(0, [s])\n", "", TOO_EARLY),
+    "first scores not awaited": ("s = warpgroup_mma_wait(0, [s])", "pass", TOO_EARLY),
     "output read too early": ("wait(0, [acc, p])", "wait(1, [acc, p])", TOO_EARLY),
     "last output read too early": ("warpgroup_mma_wait(0, [acc])", "acc", TOO_EARLY),
     "values freed before the output has them": (
@@ -56,13 +79,19 @@ BROKEN_FORWARD = ANY | RING | {
         TOO_EARLY),
     "values read too early": (
         "    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)\n", "", TOO_EARLY),
-    "keys never freed": ("    mbarrier.arrive(k_free.index(slot))\n", "", "deadlock"),
-    "output over queries that are multiplied": (
-        "    i = count - 1\n", "    i = count - 1\n    q.index(1 - x).store(acc.to(q.dtype))\n",
-        TOO_EARLY),
+    "keys never freed": ("mbarrier.arrive(k_free.index(slot))", "pass", "deadlock"),
+    "queries freed before the scores are there": (
+        "    s = warpgroup_mma_wait(1, [s])\n    mbarrier.arrive(k_free.index(slot))\n"
+        "    if border:\n        mbarrier.arrive(q_free, pred=i == last)\n",
+        "    if border:\n        mbarrier.arrive(q_free, pred=i == last)\n"
+        "    s = warpgroup_mma_wait(1, [s])\n    mbarrier.arrive(k_free.index(slot))\n"
+        "    if border:\n        pass\n", TOO_EARLY),
+    "values of tiles before not counted": (
+        "last // STAGES & 1", "(count - 1) // STAGES & 1", "the same phase"),
 }  # fmt: skip
 LAP = ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase")
 BROKEN_DQ = ANY | RING | {
+    "queries read too early": ("    mbarrier.wait(q_ready.index(x), 0)\n", "", TOO_EARLY),
     "lap that does not change": LAP,
     "a slot passed over": ("slot == STAGES - 1", "slot == STAGES - 2", "the same phase|deadlock"),
     "keys read too early": ("    mbarrier.wait(k_ready.index(slot), lap)\n", "", TOO_EARLY),
@@ -99,7 +128,7 @@ BROKEN_DKDV = ANY | {
 
 def told(find: Callable[..., object], sources: Sources, message: str) -> None:
     """Whatever the order of events, the simulator says what is wrong."""
-    known = Given(inputs(640, 1, 1, 64), [556, 84], 4.0)
+    known = Given(inputs(896, 1, 1, 64), [428, 84, 128, 128, 128], 4.0)
     for seed in range(3):
         with pytest.raises(Fault, match=message):
             find(known, seed=seed, sources=sources, stages=2)

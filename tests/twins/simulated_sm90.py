@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hermes_kernels.launch import TABLE, TILE, Kernel
 from twins.gluon_simulator import Box, Pointer, run
-from twins.gluon_tensors import F32
+from twins.gluon_tensors import F32, I32
+from twins.gluon_tensors import Tensor as Scalar
 from twins.hopper import Hopper
 from twins.simulated import Given, Sources, once, sources_of
 from twins.torch_attention import inputs
@@ -25,27 +26,39 @@ FORWARD, DQ, DKDV = (
 )
 
 
+PROGRAMS = 2  # that take all tiles: one of them takes none in a last round of an odd one
+
+
 def _run(
     known: Given, kernel: Kernel, sources: Sources, own: Mapping[str, Any], heads: int, *,
-    seed: int, stages: int | None,
+    seed: int, stages: int | None, programs: int | None = None,
 ) -> None:  # fmt: skip
+    """Every tile; those of so many heads by so many programs, or each by its own."""
     places = known.at.places
     order = places.key_order if kernel == "dkdv_sm90" else places.query_order
     own = {**own, "STAGES": stages or TABLE[90, kernel, known.size].stages}
     name = f"{kernel.removesuffix('_sm90')}_kernel"
-    run(sources, name, known.rest(order) | own, (heads, order.numel()), seed, Hopper)
+    grid: tuple[int, ...] = (heads, order.numel())
+    if programs:
+        own["N"] = Scalar(np.asarray(known.heads, np.int32), I32)
+        grid = (min(programs, heads * order.numel()),)
+    run(sources, name, known.rest(order) | own, grid, seed, Hopper)
 
 
 def attend(
-    known: Given, *, seed: int = 0, sources: Sources = FORWARD, stages: int | None = None
-) -> list[Tensor]:
+    known: Given, *, seed: int = 0, sources: Sources = FORWARD, stages: int | None = None,
+    programs: int = PROGRAMS,
+) -> list[Tensor]:  # fmt: skip
     """Output [T, N, H] and log-sum-exp [N, U] as the kernel leaves them."""
     out, lse = (
         known.output(known.heads, ROWS),
         np.full(known.heads * known.room, np.nan, np.float32),
     )
     own = known.boxes(ROWS, TILE, TILE) | {"out_desc": out, "lse_ptr": Pointer(lse)}
-    _run(known, "forward_sm90", sources, own, known.heads, seed=seed, stages=stages)
+    _run(
+        known, "forward_sm90", sources, own, known.heads, seed=seed, stages=stages,
+        programs=programs,
+    )  # fmt: skip
     found = once(out).view(known.tensors[0].shape)
     return [found, torch.from_numpy(lse).view(known.heads, known.room)]
 
