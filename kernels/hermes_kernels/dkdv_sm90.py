@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hermes_kernels.groups_sm90 import (
     GROUP_REGISTERS,
@@ -31,12 +30,12 @@ from hermes_kernels.groups_sm90 import (
     LOG2E,
     REGISTERS,
     ROWS,
-    TYPES,
     WARPS,
     barriers,
     boxes,
     masked,
     next_of,
+    vectors,
 )
 from hermes_kernels.launch import launch_of, on, parts_of, sum_of_parts
 from hermes_kernels.places import Places
@@ -224,15 +223,9 @@ def dkdv_of(
     given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH))
     with on(q_TNH):
         dkdv_kernel[kv_heads * parts, places.key_order.numel()](
-            *given, _vectors(exponents_NSU), _vectors(deltas_NSU), boxes(dk, ROWS),
+            *given, vectors(exponents_NSU), vectors(deltas_NSU), boxes(dk, ROWS),
             boxes(dv, ROWS), *places[:4], places.key_order, scale, tokens,
             exponents_NSU.shape[2], group, parts,
             launch_of(90, "dkdv_sm90", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return sum_of_parts(dk, parts), sum_of_parts(dv, parts)
-
-
-def _vectors(x_NSU: Tensor) -> TensorDescriptor:
-    """Contiguous statistics in boxes of one block's tokens."""
-    layout = gl.NVMMASharedLayout.get_default_for([ROWS], TYPES[x_NSU.dtype])
-    return TensorDescriptor.from_tensor(x_NSU.view(-1), [ROWS], layout)

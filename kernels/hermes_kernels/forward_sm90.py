@@ -77,14 +77,14 @@ def _load(
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = k_desc.block_shape[1]
     done = 0  # blocks of the tiles before
-    for r in range(tiles):
-        tile = tile_of(r)
+    for nth in range(tiles):
+        tile = tile_of(nth)
         row, head = gl.load(order + tile // N) * (2 * HALF), tile % N
         first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
         at = [first, head // G * H]
         fetch(k_desc, at, k, k_ready, k_free, done)
         for x in gl.static_range(2):
-            mbarrier.wait(q_free.index(x), r & 1 ^ 1)
+            mbarrier.wait(q_free.index(x), nth & 1 ^ 1)
             note(told.index(x), (row, head, first, after, rest, count, inner))
             mbarrier.expect(q_ready.index(x), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
@@ -157,8 +157,8 @@ def _attend(
     rows: gl.constexpr = gl.SliceLayout(1, in_s)
     zeros = gl.full([M, J], 0.0, gl.float32, in_s)
     done = 0  # blocks of the tiles before
-    for r in range(tiles):
-        mbarrier.wait(q_ready.index(x), r & 1)
+    for nth in range(tiles):
+        mbarrier.wait(q_ready.index(x), nth & 1)
         place = told.index(x)
         row, head, first, after = noted(place, 0), noted(place, 1), noted(place, 2), noted(place, 3)
         rest, count, inner = noted(place, 4), noted(place, 5), noted(place, 6)

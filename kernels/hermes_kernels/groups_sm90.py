@@ -55,14 +55,14 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(r):
-    """Which tile, of those of all heads in falling length, a program takes as its r-th.
+def tile_of(nth):
+    """Which tile, of those of all heads in falling length, a program takes as its nth.
 
     Forth and back: who has the longest of one round has the shortest of the next, so that programs
     end together. A tile's bits are the same, whoever takes it.
     """
     programs, me = gl.num_programs(0), gl.program_id(0)
-    return r * programs + gl.where(r % 2 == 0, me, programs - 1 - me)
+    return nth * programs + gl.where(nth % 2 == 0, me, programs - 1 - me)
 
 
 @gluon.jit
@@ -140,3 +140,9 @@ def boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
     block = [rows, x_TNH.shape[2]]
     layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x_TNH.dtype])
     return TensorDescriptor.from_tensor(x_TNH.flatten(1), block, layout)
+
+
+def vectors(x_NSU: Tensor) -> TensorDescriptor:
+    """Contiguous statistics in boxes of the tokens that a group multiplies, or of a block's."""
+    layout = gl.NVMMASharedLayout.get_default_for([ROWS], TYPES[x_NSU.dtype])
+    return TensorDescriptor.from_tensor(x_NSU.view(-1), [ROWS], layout)

@@ -64,17 +64,18 @@ def attend(
 
 
 def of_queries(
-    known: Given, *, seed: int = 0, sources: Sources = DQ, stages: int | None = None
-) -> list[Tensor]:
+    known: Given, *, seed: int = 0, sources: Sources = DQ, stages: int | None = None,
+    programs: int = PROGRAMS,
+) -> list[Tensor]:  # fmt: skip
     """dq [T, N, H] as the kernel leaves it."""
-    exponents, deltas = map(Pointer, known.statistics())
+    exponents, deltas = (Box(x, [ROWS], F32) for x in known.statistics())
     dq = known.output(known.heads, ROWS)
     own = known.boxes(*[ROWS] * 4) | {
+        "exponents_desc": exponents,
+        "deltas_desc": deltas,
         "dq_desc": dq,
-        "exponents_ptr": exponents,
-        "deltas_ptr": deltas,
     }
-    _run(known, "dq_sm90", sources, own, known.heads, seed=seed, stages=stages)
+    _run(known, "dq_sm90", sources, own, known.heads, seed=seed, stages=stages, programs=programs)
     return [once(dq).view(known.tensors[0].shape)]
 
 
