@@ -203,7 +203,7 @@ def dq_kernel(
     deltas = gl.allocate_shared_memory(gl.float32, [2, HALF], deltas_desc.layout)
     q_ready, k_ready, v_ready = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     q_free, k_free, v_free = barriers(2, 1), barriers(STAGES, 2), barriers(STAGES, 2)
-    told, tiles = notes(), tiles_of(U // (2 * HALF) * N)
+    told, tiles = notes(2), tiles_of(U // (2 * HALF) * N)
     gl.warp_specialize(
         [
             (_dq, (

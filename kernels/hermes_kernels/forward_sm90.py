@@ -221,7 +221,7 @@ def forward_kernel(
     v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
     q_ready, k_ready, v_ready = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     q_free, k_free, v_free = barriers(2, 1), barriers(STAGES, 2), barriers(STAGES, 2)
-    told, tiles = notes(), tiles_of(U // (2 * HALF) * N)
+    told, tiles = notes(2), tiles_of(U // (2 * HALF) * N)
     scale *= LOG2E
     gl.warp_specialize(
         [

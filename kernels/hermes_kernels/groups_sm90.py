@@ -73,10 +73,10 @@ def tiles_of(tiles):
 
 
 @gluon.jit
-def notes():
-    """Room for what the loading warp tells each group of a tile."""
+def notes(COUNT: gl.constexpr):
+    """Room for what the loading warp tells the groups, so many times."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.allocate_shared_memory(gl.int32, [2, NOTES], layout)
+    return gl.allocate_shared_memory(gl.int32, [COUNT, NOTES], layout)
 
 
 @gluon.jit

@@ -120,23 +120,45 @@ BROKEN_DQ = ANY | RING | TILES | {
         "q_desc.block_type.nbytes + deltas_desc.block_type.nbytes", "q_desc.block_type.nbytes",
         TOO_EARLY + "|deadlock"),
 }  # fmt: skip
+KEYS_FREE = "            mbarrier.wait(kv_free.index(x), nth & 1 ^ 1)\n"
+KEYS_NOTE = (
+    "            note(told.index(2 * (nth & 1) + x), "
+    "(row, share, first, after, rest, count, before, inner))\n"
+)
 BROKEN_DKDV = ANY | {
     "lap that does not change": LAP,
-    "another slot": ("slot, lap, True", "1 - slot, lap, True", "the same phase|deadlock"),
+    "another slot": ("slot, lap, True", "0, lap, True", "the same phase|deadlock"),
     "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
     "replies read too early": ("wait(1, [r])", "wait(2, [r])", TOO_EARLY),
     "sums read too early": ("dk = warpgroup_mma_wait(0, [dk])", "pass", TOO_EARLY),
     "queries read too early": ("    mbarrier.wait(q_ready.index(slot), lap)\n", "", TOO_EARLY),
     "statistics read too early": (
         "    mbarrier.wait(dout_ready.index(slot), lap)\n", "", TOO_EARLY),
-    "keys read too early": ("    mbarrier.wait(kv_ready.index(x), 0)\n", "", TOO_EARLY),
+    "keys read too early": ("mbarrier.wait(kv_ready.index(x), nth & 1)", "pass", TOO_EARLY),
+    "keys of the first tile awaited again": (
+        "kv_ready.index(x), nth & 1", "kv_ready.index(x), 0", "waits for the same phase"),
+    "keys overwritten": (KEYS_FREE, "", TOO_EARLY),
+    "keys never overwritten": ("nth & 1 ^ 1", "nth & 1", "deadlock"),
+    "keys never freed": ("(at == -1)", "(at == 0)", "deadlock"),
+    "keys freed before the replies are there": (
+        "    r = warpgroup_mma_wait(1, [r])\n    if border:\n"
+        "        mbarrier.arrive(kv_free, pred=last)\n",
+        "    if border:\n        mbarrier.arrive(kv_free, pred=last)\n"
+        "    r = warpgroup_mma_wait(1, [r])\n", TOO_EARLY),
+    "keys freed twice": ("pred=count == before + inner", "pred=True", TOO_EARLY + "|arrivals"),
+    "laps of tiles before not counted": (
+        "in range(tiles):\n", "in range(tiles):\n        slot, lap = 0, 0\n",
+        "the same phase|deadlock"),
+    "an output over the one before": ("        tma.store_wait(0)\n", "", TOO_EARLY),
+    "an output over the next keys": ("made_dk.index(x)", "k.index(x)", TOO_EARLY),
+    "notes of the tile after the next": ("2 * (nth & 1) + x", "x", TOO_EARLY),
+    "notes never written": (KEYS_NOTE, "", TOO_EARLY),
     "dout freed before dv has it": ("wait(1, [dv])", "wait(2, [dv])", TOO_EARLY),
     "queries freed before dk has them": (
         "    mbarrier.arrive(dout_free.index(slot))\n",
         "    mbarrier.arrive(dout_free.index(slot))\n    mbarrier.arrive(q_free.index(slot))\n",
         TOO_EARLY + "|more arrivals"),
-    "queries overwritten": (
-        "            mbarrier.wait(q_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
+    "queries overwritten": ("    mbarrier.wait(q_free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
     "vectors not expected": (
         "q_desc.block_type.nbytes + deltas_desc.block_type.nbytes", "q_desc.block_type.nbytes",
         TOO_EARLY + "|deadlock"),

@@ -31,18 +31,18 @@ PROGRAMS = 2  # that take all tiles: one of them takes none in a last round of a
 
 def _run(
     known: Given, kernel: Kernel, sources: Sources, own: Mapping[str, Any], heads: int, *,
-    seed: int, stages: int | None, programs: int | None = None,
+    seed: int, stages: int | None, programs: int,
 ) -> None:  # fmt: skip
-    """Every tile; those of so many heads by so many programs, or each by its own."""
+    """Every tile of so many heads, or shares of them, by so many programs."""
     places = known.at.places
     order = places.key_order if kernel == "dkdv_sm90" else places.query_order
-    own = {**own, "STAGES": stages or TABLE[90, kernel, known.size].stages}
+    own = {
+        **own, "STAGES": stages or TABLE[90, kernel, known.size].stages,
+        "N": Scalar(np.asarray(known.heads, np.int32), I32),
+    }  # fmt: skip
     name = f"{kernel.removesuffix('_sm90')}_kernel"
-    grid: tuple[int, ...] = (heads, order.numel())
-    if programs:
-        own["N"] = Scalar(np.asarray(known.heads, np.int32), I32)
-        grid = (min(programs, heads * order.numel()),)
-    run(sources, name, known.rest(order) | own, grid, seed, Hopper)
+    programs = min(programs, heads * order.numel())
+    run(sources, name, known.rest(order) | own, (programs,), seed, Hopper)
 
 
 def attend(
@@ -81,7 +81,7 @@ def of_queries(
 
 def of_keys(
     known: Given, *, seed: int = 0, sources: Sources = DKDV, stages: int | None = None,
-    parts: int = 1,
+    parts: int = 1, programs: int = PROGRAMS,
 ) -> list[Tensor]:  # fmt: skip
     """dk and dv [T, K, H] as the kernel leaves them."""
     exponents, deltas = (Box(x, [ROWS], F32) for x in known.statistics())
@@ -91,7 +91,7 @@ def of_keys(
         "exponents_desc": exponents, "deltas_desc": deltas, "dk_desc": dk, "dv_desc": dv,
         "S": parts,
     }  # fmt: skip
-    _run(known, "dkdv_sm90", sources, own, heads, seed=seed, stages=stages)
+    _run(known, "dkdv_sm90", sources, own, heads, seed=seed, stages=stages, programs=programs)
     shape = (known.tokens, known.kv_heads, parts, known.size)
     return [once(x).view(shape).sum(2) for x in (dk, dv)]
 
