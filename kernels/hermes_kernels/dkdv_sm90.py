@@ -96,10 +96,8 @@ def _load(
         for x in gl.static_range(2):
             at = [row + x * HALF, share // S * H]
             mbarrier.wait(kv_free.index(x), nth & 1 ^ 1)
-            note(
-                told.index(2 * (nth & 1) + x),
-                (row, share, first, after, rest, count, before, inner),
-            )
+            place = told.index(2 * (nth & 1) + x)
+            note(place, (row, share, first, after, rest, count, before, inner))
             mbarrier.expect(kv_ready.index(x), 2 * k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, at, kv_ready.index(x), k.index(x))
             tma.async_copy_global_to_shared(v_desc, at, kv_ready.index(x), v.index(x))

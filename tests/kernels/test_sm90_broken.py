@@ -121,10 +121,6 @@ BROKEN_DQ = ANY | RING | TILES | {
         TOO_EARLY + "|deadlock"),
 }  # fmt: skip
 KEYS_FREE = "            mbarrier.wait(kv_free.index(x), nth & 1 ^ 1)\n"
-KEYS_NOTE = (
-    "            note(told.index(2 * (nth & 1) + x), "
-    "(row, share, first, after, rest, count, before, inner))\n"
-)
 BROKEN_DKDV = ANY | {
     "lap that does not change": LAP,
     "another slot": ("slot, lap, True", "0, lap, True", "the same phase|deadlock"),
@@ -152,7 +148,8 @@ BROKEN_DKDV = ANY | {
     "an output over the one before": ("        tma.store_wait(0)\n", "", TOO_EARLY),
     "an output over the next keys": ("made_dk.index(x)", "k.index(x)", TOO_EARLY),
     "notes of the tile after the next": ("2 * (nth & 1) + x", "x", TOO_EARLY),
-    "notes never written": (KEYS_NOTE, "", TOO_EARLY),
+    "notes never written": (
+        "note(place, (row, share, first, after, rest, count, before, inner))", "pass", TOO_EARLY),
     "dout freed before dv has it": ("wait(1, [dv])", "wait(2, [dv])", TOO_EARLY),
     "queries freed before dk has them": (
         "    mbarrier.arrive(dout_free.index(slot))\n",
