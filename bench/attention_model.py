@@ -10,8 +10,9 @@ that does not hide behind the products: the one free number, fitted for each arc
 causal rate of FlashAttention and tried on its rate for packed rows; our kernels in Triton have
 their own (`attention_triton`), as their warps have no roles. No turn is faster than the
 units that know exponentials allow. Turns are counted as the tiles lie, masked corners included, and
-dealt to multiprocessors longest first. Our backward is three kernels, one after another, of which
-the first is bound by memory. Everything told here is a prediction.
+dealt to multiprocessors longest first, forth and back where programs stay on them. Our backward is
+three kernels, one after another, of which the first is bound by memory. Everything told here is a
+prediction.
 
 Waits between roles are taken to hide as FlashAttention's do. That may be kind to pairs: Triton's
 own Gluon example, of the same design, is published at about 1,326 TFLOP/s on a GB300 (its PR
@@ -54,6 +55,21 @@ CHIPS = (
 )
 
 
+def makespan(costs: np.ndarray, workers: int) -> float:
+    """When the last worker ends, each taking the next cost as it comes free."""
+    free = [0.0] * workers
+    for cost in costs:
+        heapq.heappush(free, heapq.heappop(free) + float(cost))
+    return max(free)
+
+
+def forth_and_back(costs: np.ndarray, workers: int) -> float:
+    """The same where each takes one cost of every round, as `groups_sm90.tile_of` has it."""
+    rounds, place = np.divmod(np.arange(len(costs)), workers)
+    workers_of = np.where(rounds % 2 == 0, place, workers - 1 - place)
+    return float(np.bincount(workers_of, costs).max())
+
+
 @dataclass(frozen=True)
 class Turn:
     """One turn of a kernel's loop: a block of queries against a block of keys."""
@@ -68,6 +84,7 @@ class Turn:
     masking: int = 0  # instructions more that it issues at a border, where only borders are masked
     heads: int = 1  # query heads that a turn is for
     overlap: float | None = None  # its own, where the kernel itself was measured
+    span: Callable[[np.ndarray, int], float] = makespan  # of all tiles, longest first
 
     def cycles(self, chip: Chip, overlap: float) -> float:
         overlap = overlap if self.overlap is None else self.overlap
@@ -154,7 +171,7 @@ def forward_seconds(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> flo
         alone = replace(turn, queries=2 * turn.queries)
         last = np.repeat(_cycles(alone, chip, overlap, shape), kv_heads)
         cycles = np.concatenate([cycles, last])
-    return _seconds(cycles, chip)
+    return _seconds(cycles, chip, turn)
 
 
 def _cycles(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> np.ndarray:
@@ -213,11 +230,11 @@ def backward_seconds(
 ) -> float:
     """Of a kernel over key tiles, so many programs each that share the query heads."""
     turns = walk_on(shape, turn.keys, turn.queries)[0] * (shape.heads[0] // programs)
-    return _seconds(np.repeat(turns, programs) * turn.cycles(chip, overlap), chip)
+    return _seconds(np.repeat(turns, programs) * turn.cycles(chip, overlap), chip, turn)
 
 
-def _seconds(cycles: np.ndarray, chip: Chip) -> float:
-    return makespan(np.sort(cycles)[::-1], chip.multiprocessors) / chip.clock_hz
+def _seconds(cycles: np.ndarray, chip: Chip, turn: Turn) -> float:
+    return turn.span(np.sort(cycles)[::-1], chip.multiprocessors) / chip.clock_hz
 
 
 def tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
@@ -232,7 +249,7 @@ def backward_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shape) -> flo
     tiles = np.arange(0, shape.tokens, turn.keys)
     last = ends[np.minimum(tiles + turn.keys, shape.tokens) - 1]
     cycles = np.ceil((last - tiles) / turn.queries) * turn.cycles(chip, overlap)
-    seconds = _seconds(np.repeat(cycles, shape.heads[0]), chip)
+    seconds = _seconds(np.repeat(cycles, shape.heads[0]), chip, turn)
     return BACKWARD * shape.flops / seconds / 1e12
 
 
@@ -241,7 +258,7 @@ def unmasked_backward_tflops(turn: Turn, chip: Chip, overlap: float, shape: Shap
     tokens, (heads, _) = shape.tokens, shape.heads
     tiles, turns = tokens // turn.keys, tokens // turn.queries
     cycles = np.full(tiles * heads, turns * turn.cycles(chip, overlap))
-    return BACKWARD * 4 * tokens**2 * heads * shape.size / _seconds(cycles, chip) / 1e12
+    return BACKWARD * 4 * tokens**2 * heads * shape.size / _seconds(cycles, chip, turn) / 1e12
 
 
 def our_backward_tflops(dq: Turn, dkdv: Turn, chip: Chip, overlap: float, shape: Shape) -> float:
@@ -260,14 +277,6 @@ def our_backward_tflops(dq: Turn, dkdv: Turn, chip: Chip, overlap: float, shape:
 
 
 Rate = Callable[[Turn, Chip, float, Shape], float]
-
-
-def makespan(costs: np.ndarray, workers: int) -> float:
-    """When the last worker ends, each taking the next cost as it comes free."""
-    free = [0.0] * workers
-    for cost in costs:
-        heapq.heappush(free, heapq.heappop(free) + float(cost))
-    return max(free)
 
 
 def fit(chip: Chip, known: Published, shape: Shape, rate: Rate = tflops) -> float:

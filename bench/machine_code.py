@@ -68,25 +68,32 @@ class MachineCode:
     def loops(self, *names: str) -> list[Counter[str]]:
         """The instructions of each innermost loop that has one whose name starts so.
 
-        Waits for a barrier stand at the end and jump back into the middle: no loop is innermost
-        around such an instruction because of them, and one that re-divides registers is none.
+        Waits for a barrier that try again stand at the end and jump back into the middle: these are
+        no loops, nor is one that re-divides registers, or one around another such as tiles are
+        taken in.
         """
         code = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(self.sass)]
         spans = []
-        for at, name, rest in code:
+        for i, (at, name, rest) in enumerate(code):
             target = JUMP.search(rest) if name.startswith("BRA") else None
-            if target and (start := int(target[1], 16)) < at:
+            again = any(name.startswith("SYNCS.PHASECHK") for _, name, _ in code[max(i - 2, 0) : i])
+            if target and not again and (start := int(target[1], 16)) < at:
                 spans.append((start, at))
         dividing = [at for at, name, _ in code if name.startswith("USETMAXREG")]
         spans = [s for s in spans if not any(s[0] <= at <= s[1] for at in dividing)]
-        innermost = set()
+        innermost = set[tuple[int, int]]()
         for at, name, _ in code:
             around = [s for s in spans if s[0] <= at <= s[1]]
             if name.startswith(names) and around:
                 innermost.add(min(around, key=lambda s: s[1] - s[0]))
+        outer = {
+            (start, end)
+            for start, end in innermost
+            if any(start <= s and e <= end for s, e in innermost - {(start, end)})
+        }
         return [
             Counter(name for at, name, _ in code if start <= at <= end)
-            for start, end in sorted(innermost)
+            for start, end in sorted(innermost - outer)
         ]
 
     def early_arrivals(self) -> int:

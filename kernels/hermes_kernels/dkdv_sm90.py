@@ -1,11 +1,11 @@
-"""dk and dv of `varlen_attention` for Hopper (sm_90), in Gluon: each program walks over the queries
-of a key tile, of all its query heads.
+"""dk and dv of `varlen_attention` for Hopper (sm_90), in Gluon: a program walks over the queries of
+one key tile after another, of all its query heads.
 
 A group of warps has half of the tile. Of a block of queries it asks for the scores S = k @ q' and
 for R = v @ dout'; it adds P @ dout to dv while R is made, and dS @ q to dk, with
 dS = P * (R - delta). Sums are added head after head, and block after block in each. Masked are only
 the blocks of which some query does not see the whole tile: a head's last and the next head's first
-share a loop.
+share a loop. Tiles follow one another as in `forward_sm90`.
 
 Shapes: T packed tokens, N query heads, K key heads, G = N / K, H head size, U = T rounded up to
 TILE, M queries of a block and J keys of half a tile.
@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hermes_kernels.groups_sm90 import (
     GROUP_REGISTERS,
@@ -31,62 +30,93 @@ from hermes_kernels.groups_sm90 import (
     LOG2E,
     REGISTERS,
     ROWS,
-    TYPES,
     WARPS,
     barriers,
     boxes,
     masked,
     next_of,
+    note,
+    noted,
+    notes,
+    tile_of,
+    tiles_of,
+    vectors,
 )
-from hermes_kernels.launch import launch_of, on, parts_of, sum_of_parts
+from hermes_kernels.launch import launch_of, multiprocessors, on, parts_of, sum_of_parts
 from hermes_kernels.places import Places
 from hermes_kernels.walk import on as walk_on
 from hermes_kernels.walk import part, statistics_of
 
 
 @gluon.jit
-def _load(
-    q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, q, dout, exponents,
-    deltas, kv_ready, q_ready, q_free, dout_ready, dout_free, row, share, heads, first, after,
-    rest, count, blocks, U, S: gl.constexpr,
+def _fetch(
+    q_desc, dout_desc, exponents_desc, deltas_desc, q, dout, exponents, deltas, q_ready, q_free,
+    dout_ready, dout_free, slot, lap, n, head, U,
 ):  # fmt: skip
-    """k and v, then of each query head each block of q, dout and their statistics."""
+    """The block of queries from n on into a slot; returns the slot after it."""
     STAGES: gl.constexpr = q.shape[0]
+    H: gl.constexpr = q_desc.block_shape[1]
+    bytes: gl.constexpr = q_desc.block_type.nbytes + deltas_desc.block_type.nbytes
+    at, place = [n, head * H], [statistics_of(n, head, U)]
+    ready = q_ready.index(slot)
+    mbarrier.wait(q_free.index(slot), lap ^ 1)
+    mbarrier.expect(ready, bytes)
+    tma.async_copy_global_to_shared(q_desc, at, ready, q.index(slot))
+    tma.async_copy_global_to_shared(exponents_desc, place, ready, exponents.index(slot))
+    ready = dout_ready.index(slot)
+    mbarrier.wait(dout_free.index(slot), lap ^ 1)
+    mbarrier.expect(ready, bytes)
+    tma.async_copy_global_to_shared(dout_desc, at, ready, dout.index(slot))
+    tma.async_copy_global_to_shared(deltas_desc, place, ready, deltas.index(slot))
+    return next_of(slot, lap, STAGES)
+
+
+@gluon.jit
+def _load(
+    q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, told, q, dout, exponents,
+    deltas, kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, starts, ends, block_of,
+    blocks, order, tiles, shares, heads, T, U, S: gl.constexpr,
+):  # fmt: skip
+    """Of each tile the first block of queries, its notes, k and v, and its other blocks, of each
+    query head in turn."""
     M: gl.constexpr = q_desc.block_shape[0]
     HALF: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = q_desc.block_shape[1]
-    for x in gl.static_range(2):
-        at = [row + x * HALF, share // S * H]
-        mbarrier.expect(kv_ready.index(x), 2 * k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, at, kv_ready.index(x), k.index(x))
-        tma.async_copy_global_to_shared(v_desc, at, kv_ready.index(x), v.index(x))
-    bytes: gl.constexpr = q_desc.block_type.nbytes + deltas_desc.block_type.nbytes
     slot, lap = 0, 0
-    for h in range(heads):
-        head = share * heads + h
-        for i in range(count):
-            n, _ = part(i, first, after, rest, blocks, M)
-            at, place = [n, head * H], [statistics_of(n, head, U)]
-            ready = q_ready.index(slot)
-            mbarrier.wait(q_free.index(slot), lap ^ 1)
-            mbarrier.expect(ready, bytes)
-            tma.async_copy_global_to_shared(q_desc, at, ready, q.index(slot))
-            tma.async_copy_global_to_shared(exponents_desc, place, ready, exponents.index(slot))
-            ready = dout_ready.index(slot)
-            mbarrier.wait(dout_free.index(slot), lap ^ 1)
-            mbarrier.expect(ready, bytes)
-            tma.async_copy_global_to_shared(dout_desc, at, ready, dout.index(slot))
-            tma.async_copy_global_to_shared(deltas_desc, place, ready, deltas.index(slot))
-            slot, lap = next_of(slot, lap, STAGES)
+    for nth in range(tiles):
+        tile = tile_of(nth)
+        row, share = gl.load(order + tile // shares) * (2 * HALF), tile % shares
+        first, after, rest, count, before, inner = walk_on(
+            row, starts, ends, block_of, blocks, T, 2 * HALF, M
+        )
+        slot, lap = _fetch(
+            q_desc, dout_desc, exponents_desc, deltas_desc, q, dout, exponents, deltas, q_ready,
+            q_free, dout_ready, dout_free, slot, lap, first, share * heads, U,
+        )  # fmt: skip
+        for x in gl.static_range(2):
+            at = [row + x * HALF, share // S * H]
+            mbarrier.wait(kv_free.index(x), nth & 1 ^ 1)
+            place = told.index(2 * (nth & 1) + x)
+            note(place, (row, share, first, after, rest, count, before, inner))
+            mbarrier.expect(kv_ready.index(x), 2 * k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, at, kv_ready.index(x), k.index(x))
+            tma.async_copy_global_to_shared(v_desc, at, kv_ready.index(x), v.index(x))
+        for h in range(heads):
+            for i in range(gl.where(h > 0, 0, 1), count):
+                n, _ = part(i, first, after, rest, blocks, M)
+                slot, lap = _fetch(
+                    q_desc, dout_desc, exponents_desc, deltas_desc, q, dout, exponents, deltas,
+                    q_ready, q_free, dout_ready, dout_free, slot, lap, n, share * heads + h, U,
+                )  # fmt: skip
 
 
 @gluon.jit
 def _step(
-    slot, lap, border: gl.constexpr, dk, dv, k, v, q, dout, exponents, deltas, q_ready, q_free,
-    dout_ready, dout_free, low, high, scale, zeros, LAYOUT: gl.constexpr,
+    slot, lap, border: gl.constexpr, last, dk, dv, k, v, q, dout, exponents, deltas, kv_free,
+    q_ready, q_free, dout_ready, dout_free, low, high, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """dv and dk with what a block of queries adds to them; a key is seen by those from ``low`` to
-    before ``high``, at a border."""
+    before ``high``, at a border, as the ``last`` one of a tile may be."""
     columns: gl.constexpr = gl.SliceLayout(0, zeros.type.layout)
     mbarrier.wait(q_ready.index(slot), lap)
     s = warpgroup_mma(k, q.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -102,6 +132,8 @@ def _step(
         gl.convert_layout(p, LAYOUT).to(q.dtype), dout.index(slot), dv, is_async=True
     )
     r = warpgroup_mma_wait(1, [r])
+    if border:
+        mbarrier.arrive(kv_free, pred=last)
     ds = p * (r - deltas.index(slot).load(columns)[None, :])
     dk = warpgroup_mma(gl.convert_layout(ds, LAYOUT).to(q.dtype), q.index(slot), dk, is_async=True)
     dv = warpgroup_mma_wait(1, [dv])
@@ -113,11 +145,10 @@ def _step(
 
 @gluon.jit
 def _dkdv(
-    x: gl.constexpr, dk_desc, dv_desc, k, v, q, dout, exponents, deltas, kv_ready, q_ready, q_free,
-    dout_ready, dout_free, ends, scale, row, share, heads, first, after, rest, count, before,
-    inner, blocks, T,
+    x: gl.constexpr, dk_desc, dv_desc, k, v, made_dk, made_dv, told, q, dout, exponents, deltas,
+    kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, ends, blocks, scale, tiles, heads, T,
 ):  # fmt: skip
-    """Half x of the tile."""
+    """Half x of each tile."""
     STAGES: gl.constexpr = q.shape[0]
     M: gl.constexpr = q.shape[1]
     HALF: gl.constexpr = k.shape[1]
@@ -125,85 +156,91 @@ def _dkdv(
     in_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     in_dk: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
     in_p: gl.constexpr = gl.DotOperandLayout(0, in_dk, 2)
-    begin = row + x * HALF
-    j = begin + gl.arange(0, HALF, gl.SliceLayout(1, in_s))
-    end = gl.load(ends + gl.minimum(j, T - 1))
     zeros = gl.full([HALF, M], 0.0, gl.float32, in_s)
-    dk = gl.full([HALF, H], 0.0, gl.float32, in_dk)
-    dv = gl.full([HALF, H], 0.0, gl.float32, in_dk)
-    mbarrier.wait(kv_ready.index(x), 0)
     slot, lap = 0, 0
-    behind = count - before - inner
-    for h in range(heads + 1):
-        for at in range(gl.where(h > 0, -behind, 0), gl.where(h < heads, before, 0)):
-            i = gl.where(at < 0, at + count, at)
-            n, stop = part(i, first, after, rest, blocks, M)
-            dk, dv = _step(
-                slot, lap, True, dk, dv, k.index(x), v.index(x), q, dout, exponents, deltas,
-                q_ready, q_free, dout_ready, dout_free, j - n, gl.minimum(end, stop) - n, scale,
-                zeros, in_p,
-            )  # fmt: skip
-            slot, lap = next_of(slot, lap, STAGES)
-        for _ in range(gl.where(h < heads, inner, 0)):
-            dk, dv = _step(
-                slot, lap, False, dk, dv, k.index(x), v.index(x), q, dout, exponents, deltas,
-                q_ready, q_free, dout_ready, dout_free, j, end, scale, zeros, in_p,
-            )  # fmt: skip
-            slot, lap = next_of(slot, lap, STAGES)
-    k.index(x).store((dk * scale).to(k.dtype))
-    v.index(x).store(dv.to(v.dtype))
-    fence_async_shared()
-    # Not kept beside the sums: a walk begins less than a block before its tile.
-    begin = gl.cdiv(first, 2 * HALF) * (2 * HALF) + x * HALF
-    # Rows of their own, if equal: what the stores share would be kept in a register and spilled.
-    tma.async_copy_shared_to_global(dk_desc, [begin, share * H], k.index(x))
-    tma.async_copy_shared_to_global(dv_desc, [gl.minimum(begin, T), share * H], v.index(x))
+    for nth in range(tiles):
+        mbarrier.wait(kv_ready.index(x), nth & 1)
+        # Read again where they are wanted: beside the sums no register is left for all of them.
+        place = told.index(2 * (nth & 1) + x)
+        j = noted(place, 0) + x * HALF + gl.arange(0, HALF, gl.SliceLayout(1, in_s))
+        end = gl.load(ends + gl.minimum(j, T - 1))
+        dk = gl.full([HALF, H], 0.0, gl.float32, in_dk)
+        dv = gl.full([HALF, H], 0.0, gl.float32, in_dk)
+        for h in range(heads + 1):
+            count, before, inner = noted(place, 5), noted(place, 6), noted(place, 7)
+            behind = count - before - inner
+            for at in range(gl.where(h > 0, -behind, 0), gl.where(h < heads, before, 0)):
+                i = gl.where(at < 0, at + count, at)
+                n, stop = part(i, noted(place, 2), noted(place, 3), noted(place, 4), blocks, M)
+                dk, dv = _step(
+                    slot, lap, True, (h == heads) & (at == -1), dk, dv, k.index(x), v.index(x), q,
+                    dout, exponents, deltas, kv_free.index(x), q_ready, q_free, dout_ready,
+                    dout_free, j - n, gl.minimum(end, stop) - n, scale, zeros, in_p,
+                )  # fmt: skip
+                slot, lap = next_of(slot, lap, STAGES)
+            for _ in range(gl.where(h < heads, inner, 0)):
+                dk, dv = _step(
+                    slot, lap, False, False, dk, dv, k.index(x), v.index(x), q, dout, exponents,
+                    deltas, kv_free.index(x), q_ready, q_free, dout_ready, dout_free, j, end, scale,
+                    zeros, in_p,
+                )  # fmt: skip
+                slot, lap = next_of(slot, lap, STAGES)
+        count, before, inner = noted(place, 5), noted(place, 6), noted(place, 7)
+        mbarrier.arrive(kv_free.index(x), pred=count == before + inner)
+        tma.store_wait(0)
+        made_dk.index(x).store((dk * scale).to(k.dtype))
+        made_dv.index(x).store(dv.to(v.dtype))
+        fence_async_shared()
+        begin, share = noted(place, 0) + x * HALF, noted(place, 1)
+        # Rows of their own, if equal: what stores share would be kept in a register and spilled.
+        tma.async_copy_shared_to_global(dk_desc, [begin, share * H], made_dk.index(x))
+        tma.async_copy_shared_to_global(
+            dv_desc, [gl.minimum(begin, T), share * H], made_dv.index(x)
+        )
     tma.store_wait(0)
 
 
 @gluon.jit
 def dkdv_kernel(
     q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, dk_desc, dv_desc, starts, ends,
-    block_of, blocks, order, scale, T, U, G: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
+    block_of, blocks, order, scale, T, U, N, G: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key tile and key head, over one of S shares of its G query heads.
-
-    Outputs are [T, K * S, H]. Grid (K * S, U / 128).
+    """dk and dv of all key tiles and key heads, each over one of S shares of its G query heads, by
+    any number of programs. Outputs are [T, K * S, H].
     """
     M: gl.constexpr = q_desc.block_shape[0]
     HALF: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = k_desc.block_shape[1]
     dtype: gl.constexpr = q_desc.dtype
-    share = gl.program_id(0)
-    row = gl.load(order + gl.program_id(1)) * (2 * HALF)
-    first, after, rest, count, before, inner = walk_on(
-        row, starts, ends, block_of, blocks, T, 2 * HALF, M
-    )
     k = gl.allocate_shared_memory(dtype, [2, HALF, H], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [2, HALF, H], v_desc.layout)
+    made_dk = gl.allocate_shared_memory(dtype, [2, HALF, H], dk_desc.layout)
+    made_dv = gl.allocate_shared_memory(dtype, [2, HALF, H], dv_desc.layout)
     q = gl.allocate_shared_memory(dtype, [STAGES, M, H], q_desc.layout)
     dout = gl.allocate_shared_memory(dtype, [STAGES, M, H], dout_desc.layout)
     exponents = gl.allocate_shared_memory(gl.float32, [STAGES, M], exponents_desc.layout)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, M], deltas_desc.layout)
-    kv_ready = barriers(2, 1)
+    kv_ready, kv_free = barriers(2, 1), barriers(2, 1)
     q_ready, dout_ready = barriers(STAGES, 1), barriers(STAGES, 1)
     q_free, dout_free = barriers(STAGES, 2), barriers(STAGES, 2)
+    shares = N // G * S
+    told, tiles = notes(4), tiles_of(U // (2 * HALF) * shares)
     gl.warp_specialize(
         [
             (_dkdv, (
-                0, dk_desc, dv_desc, k, v, q, dout, exponents, deltas, kv_ready, q_ready, q_free,
-                dout_ready, dout_free, ends, scale, row, share, G // S, first, after, rest,
-                count, before, inner, blocks, T,
+                0, dk_desc, dv_desc, k, v, made_dk, made_dv, told, q, dout, exponents, deltas,
+                kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, ends, blocks, scale,
+                tiles, G // S, T,
             )),
             (_dkdv, (
-                1, dk_desc, dv_desc, k, v, q, dout, exponents, deltas, kv_ready, q_ready, q_free,
-                dout_ready, dout_free, ends, scale, row, share, G // S, first, after, rest,
-                count, before, inner, blocks, T,
+                1, dk_desc, dv_desc, k, v, made_dk, made_dv, told, q, dout, exponents, deltas,
+                kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, ends, blocks, scale,
+                tiles, G // S, T,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, q, dout,
-                exponents, deltas, kv_ready, q_ready, q_free, dout_ready, dout_free, row, share,
-                G // S, first, after, rest, count, blocks, U, S,
+                q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, told, q, dout,
+                exponents, deltas, kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free,
+                starts, ends, block_of, blocks, order, tiles, shares, G // S, T, U, S,
             )),
         ],
         [4, 1],
@@ -222,17 +259,12 @@ def dkdv_of(
     parts = parts_of(kv_heads, group)
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
     given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH))
+    tiles = kv_heads * parts * places.key_order.numel()
     with on(q_TNH):
-        dkdv_kernel[kv_heads * parts, places.key_order.numel()](
-            *given, _vectors(exponents_NSU), _vectors(deltas_NSU), boxes(dk, ROWS),
+        dkdv_kernel[(min(tiles, multiprocessors(q_TNH.device)),)](
+            *given, vectors(exponents_NSU), vectors(deltas_NSU), boxes(dk, ROWS),
             boxes(dv, ROWS), *places[:4], places.key_order, scale, tokens,
-            exponents_NSU.shape[2], group, parts,
+            exponents_NSU.shape[2], heads, group, parts,
             launch_of(90, "dkdv_sm90", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return sum_of_parts(dk, parts), sum_of_parts(dv, parts)
-
-
-def _vectors(x_NSU: Tensor) -> TensorDescriptor:
-    """Contiguous statistics in boxes of one block's tokens."""
-    layout = gl.NVMMASharedLayout.get_default_for([ROWS], TYPES[x_NSU.dtype])
-    return TensorDescriptor.from_tensor(x_NSU.view(-1), [ROWS], layout)

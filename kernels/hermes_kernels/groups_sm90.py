@@ -1,9 +1,11 @@
 """What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, masks and
 boxes.
 
-A program has three parts: two groups of four warps that multiply, half of its tile each, and a warp
-that loads. A group is given most of the registers that the loading warp has no use for. Blocks are
-counted from each segment's start, and a tile meets them in rising order (`walk.part`).
+A program stays on its multiprocessor and takes one tile after another. It has three parts: two
+groups of four warps that multiply, half of each tile each, and a warp that loads, and so looks up
+where the next tile lies while the groups are at this one. A group is given most of the registers
+that the loading warp has no use for. Blocks are counted from each segment's start, and a tile meets
+them in rising order (`walk.part`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ ROWS = 64  # tokens of a box that a group multiplies or stores
 REGISTERS = 168
 GROUP_REGISTERS = gl.constexpr(240)
 LOAD_REGISTERS = gl.constexpr(24)
+NOTES = gl.constexpr(8)  # numbers of a tile that a group is told, no more
 TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 # The compiler may make late what a wait does not need; what might be stored must be there before.
@@ -49,6 +52,46 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=ARRIVALS)
     return bars
+
+
+@gluon.jit
+def tile_of(nth):
+    """Which tile, of those of all heads in falling length, a program takes as its nth.
+
+    Forth and back: who has the longest of one round has the shortest of the next, so that programs
+    end together. A tile's bits are the same, whoever takes it.
+    """
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    return nth * programs + gl.where(nth % 2 == 0, me, programs - 1 - me)
+
+
+@gluon.jit
+def tiles_of(tiles):
+    """How many of so many tiles a program takes."""
+    whole = tiles // gl.num_programs(0)
+    return gl.where(tile_of(whole) < tiles, whole + 1, whole)
+
+
+@gluon.jit
+def notes(COUNT: gl.constexpr):
+    """Room for what the loading warp tells the groups, so many times."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [COUNT, NOTES], layout)
+
+
+@gluon.jit
+def note(place, numbers):
+    """By the loading warp, before it arrives where the group waits."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for i in gl.static_range(len(numbers)):
+        place.slice(i, 1).store(gl.full([1], numbers[i], gl.int32, one))
+
+
+@gluon.jit
+def noted(place, i: gl.constexpr):
+    """The i-th number, by a group."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.sum(place.slice(i, 1).load(one), 0)
 
 
 @gluon.jit
@@ -97,3 +140,9 @@ def boxes(x_TNH: Tensor, rows: int) -> TensorDescriptor:
     block = [rows, x_TNH.shape[2]]
     layout = gl.NVMMASharedLayout.get_default_for(block, TYPES[x_TNH.dtype])
     return TensorDescriptor.from_tensor(x_TNH.flatten(1), block, layout)
+
+
+def vectors(x_NSU: Tensor) -> TensorDescriptor:
+    """Contiguous statistics in boxes of the tokens that a group multiplies, or of a block's."""
+    layout = gl.NVMMASharedLayout.get_default_for([ROWS], TYPES[x_NSU.dtype])
+    return TensorDescriptor.from_tensor(x_NSU.view(-1), [ROWS], layout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -112,6 +113,14 @@ def architecture(device: torch.device) -> int:
 def on(x: Tensor) -> AbstractContextManager[object]:
     """The device of ``x`` current, as Triton wants it; nothing where it is interpreted."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU: as many programs run at once that leave no room for another beside them."""
+    if device.type != "cuda":
+        return 132  # a Hopper's
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def parts_of(kv_heads: int, group: int) -> int:

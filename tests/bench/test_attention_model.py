@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.attention import Shape
+from bench.attention import Shape, gpu_shapes
 from bench.attention_model import (
     BACKWARD_CALIBRATION,
     CALIBRATION,
@@ -19,13 +19,17 @@ from bench.attention_model import (
     backward_seconds,
     backward_tflops,
     fit,
+    forth_and_back,
     forward_seconds,
     makespan,
     our_backward_tflops,
     tflops,
     tried,
     unmasked_backward_tflops,
+    walk_back,
+    walk_on,
 )
+from hermes_kernels.launch import parts_of
 
 SHAPE = Shape("one", (256,), (1, 1), 64, torch.bfloat16)
 TURN = Turn(128, 128, 4 * 128 * 128 * 64, 100, 8)
@@ -35,6 +39,28 @@ def test_costs_go_to_whoever_is_free_first() -> None:
     assert makespan(np.array([5, 4, 3, 3]), 2) == 8
     assert makespan(np.array([3, 3, 4, 5]), 2) == 8
     assert makespan(np.array([4, 1, 1, 1, 1]), 2) == 4
+
+
+def test_who_has_the_longest_of_one_round_has_the_shortest_of_the_next() -> None:
+    assert forth_and_back(np.array([5, 4, 3, 2]), 2) == 7
+    assert forth_and_back(np.array([6, 5, 4, 3, 2]), 2) == 11
+    assert forth_and_back(np.array([6, 5, 4]), 3) == 6
+
+
+@pytest.mark.parametrize("shape", gpu_shapes(), ids=str)
+def test_programs_that_stay_end_within_a_fiftieth_of_those_that_take_what_comes(
+    shape: Shape,
+) -> None:
+    heads, kv_heads = shape.heads
+    shares = kv_heads * parts_of(kv_heads, heads // kv_heads)
+    walks = (
+        np.repeat(walk_back(shape, 128, 128)[0], heads),
+        np.repeat(walk_back(shape, 128, 64)[0], heads),
+        np.repeat(walk_on(shape, 128, 64)[0] * (heads // shares), shares),
+    )
+    for parts in walks:
+        costs = np.sort(parts)[::-1] + 1.0  # and as much as a part for the tile itself
+        assert forth_and_back(costs, 132) <= 1.02 * makespan(costs, 132)
 
 
 def test_a_turn_takes_its_products_and_what_does_not_hide() -> None:

@@ -40,6 +40,20 @@ LOOP = """
         /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3] ;
         /*0070*/                   BRA 0x20 ;
 """
+TILES = """
+        /*0000*/                   MUFU.EX2 R8, R2 ;
+        /*0010*/                   MUFU.EX2 R8, R2 ;
+        /*0020*/                   FADD R1, R1, R1 ;
+        /*0030*/               @P0 BRA 0x10 ;
+        /*0040*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3] ;
+        /*0050*/              @!P1 BRA 0x90 ;
+        /*0060*/                   MUFU.EX2 R8, R2 ;
+        /*0070*/               @P0 BRA 0x0 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3] ;
+        /*00a0*/              @!P1 BRA 0x90 ;
+        /*00b0*/                   BRA 0x60 ;
+"""
 CODE = MachineCode(
     target=90, ptx="", sass=LOOP, ttgir="", registers=168, stack_bytes=0, shared_bytes=1024,
     tensor_memory_columns=0, warps=12,
@@ -73,6 +87,11 @@ def test_waits_that_jump_back_are_no_loops() -> None:
     (loop,) = CODE.hot_loops()
     assert loop.total() == 4
     assert loop["MUFU.EX2"] == 1
+
+
+def test_loops_around_loops_and_waits_from_one_into_another_are_none() -> None:
+    (loop,) = replace(CODE, sass=TILES).hot_loops()
+    assert loop == {"MUFU.EX2": 1, "FADD": 1, "BRA": 1}
 
 
 def test_code_that_fits_has_no_faults() -> None:

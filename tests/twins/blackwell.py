@@ -10,7 +10,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-Launch = tuple[tuple[int, int], Any]  # the grid, and what was compiled
+Launch = tuple[tuple[int, ...], Any]  # the grid, and what was compiled
 
 
 class Launcher:
@@ -19,7 +19,7 @@ class Launcher:
     def __init__(self, kernel: Any, launches: list[Launch]) -> None:
         self.kernel, self.launches = kernel, launches
 
-    def __getitem__(self, grid: tuple[int, int]) -> object:
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
         return lambda *given, **options: self.launches.append(
             (grid, self.kernel.warmup(*given, grid=grid, **options).metadata)
         )

@@ -172,8 +172,8 @@ def insist(condition: object, message: str) -> None:
 class Language:
     """What `gl` and its Blackwell module are for one program."""
 
-    def __init__(self, machine: Machine, program: Sequence[int]) -> None:
-        self.machine, self.program = machine, program
+    def __init__(self, machine: Machine, program: Sequence[int], grid: Sequence[int]) -> None:
+        self.machine, self.program, self.grid = machine, program, grid
         self.barriers = 0
 
     def allocate(self, kind: DType, shape: Sequence[int], layout: object, space: str) -> Any:
@@ -196,12 +196,13 @@ class Language:
             static_assert=insist,
             warp_specialize=lambda parts, warps, registers: m.specialize(parts),
             program_id=lambda axis: Tensor(np.asarray(self.program[axis], np.int32), I32),
+            num_programs=lambda axis: Tensor(np.asarray(self.grid[axis], np.int32), I32),
             allocate_shared_memory=lambda d, s, layout: self.allocate(d, s, layout, "shared"),
             SwizzledSharedLayout=lambda *_, **__: None,
             SliceLayout=lambda *_: None,
             BlockedLayout=lambda *_: None,
             arange=lambda a, b, layout=None: Tensor(np.arange(a, b, dtype=np.int32), I32),
-            full=lambda s, v, d, layout=None: Tensor(np.full(s, v, d.storage), d),
+            full=lambda s, v, d, layout=None: Tensor(np.full(s, number(v, d), d.storage), d),
             load=load,
             store=self.store,
             to_tensor=lambda x: Tensor(np.asarray(x, F32.storage), F32),
@@ -215,7 +216,7 @@ class Language:
             cdiv=lambda a, b: (a + (b - 1)) // b,
             max=lambda x, axis: reckon(lambda v: np.fmax.reduce(v, axis), x),
             min=lambda x, axis: reckon(lambda v: np.fmin.reduce(v, axis), x),
-            sum=lambda x, axis: reckon(lambda v: v.sum(axis), x),
+            sum=lambda x, axis: reckon(lambda v: v.sum(axis, dtype=v.dtype), x),
             exp2=lambda x: reckon(np.exp2, x),
             log2=lambda x: reckon(np.log2, x),
         )
@@ -268,7 +269,9 @@ class Language:
             raise Fault("an element of the output is stored twice")
         pointer.values[places] = value.data
 
-    def arrive(self, barrier: Barrier, count: int = 1) -> None:
+    def arrive(self, barrier: Barrier, count: int = 1, pred: Any = True) -> None:
+        if not pred:
+            return
         self.machine.current.tick()
         barrier.arrive(self.machine.current.clock, count)
         self.machine.pause()
@@ -355,7 +358,7 @@ def run(
     """
     codes = {name: compile(text, name, "exec") for name, text in sources.items()}
     for i, place in enumerate(np.ndindex(*grid)):
-        known = language(Machine(seed + 7919 * i), place).namespaces()
+        known = language(Machine(seed + 7919 * i), place, grid).namespaces()
 
         def bring(name: str, *rest: Any, known: dict[str, Any] = known) -> Any:
             return known.get(name) or builtins.__import__(name, *rest)

@@ -48,8 +48,8 @@ class Promise(Tensor):
 class Hopper(Language):
     """What `gl` and its Hopper module are for one program."""
 
-    def __init__(self, machine: Machine, program: Sequence[int]) -> None:
-        super().__init__(machine, program)
+    def __init__(self, machine: Machine, program: Sequence[int], grid: Sequence[int]) -> None:
+        super().__init__(machine, program, grid)
         self.asked: dict[str, list[Product]] = {}  # by group, those it has not waited for
         self.times: dict[str, int] = {}
 

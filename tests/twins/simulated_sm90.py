@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hermes_kernels.launch import TABLE, TILE, Kernel
 from twins.gluon_simulator import Box, Pointer, run
-from twins.gluon_tensors import F32
+from twins.gluon_tensors import F32, I32
+from twins.gluon_tensors import Tensor as Scalar
 from twins.hopper import Hopper
 from twins.simulated import Given, Sources, once, sources_of
 from twins.torch_attention import inputs
@@ -25,49 +26,62 @@ FORWARD, DQ, DKDV = (
 )
 
 
+PROGRAMS = 2  # that take all tiles: one of them takes none in a last round of an odd one
+
+
 def _run(
     known: Given, kernel: Kernel, sources: Sources, own: Mapping[str, Any], heads: int, *,
-    seed: int, stages: int | None,
+    seed: int, stages: int | None, programs: int,
 ) -> None:  # fmt: skip
+    """Every tile of so many heads, or shares of them, by so many programs."""
     places = known.at.places
     order = places.key_order if kernel == "dkdv_sm90" else places.query_order
-    own = {**own, "STAGES": stages or TABLE[90, kernel, known.size].stages}
+    own = {
+        **own, "STAGES": stages or TABLE[90, kernel, known.size].stages,
+        "N": Scalar(np.asarray(known.heads, np.int32), I32),
+    }  # fmt: skip
     name = f"{kernel.removesuffix('_sm90')}_kernel"
-    run(sources, name, known.rest(order) | own, (heads, order.numel()), seed, Hopper)
+    programs = min(programs, heads * order.numel())
+    run(sources, name, known.rest(order) | own, (programs,), seed, Hopper)
 
 
 def attend(
-    known: Given, *, seed: int = 0, sources: Sources = FORWARD, stages: int | None = None
-) -> list[Tensor]:
+    known: Given, *, seed: int = 0, sources: Sources = FORWARD, stages: int | None = None,
+    programs: int = PROGRAMS,
+) -> list[Tensor]:  # fmt: skip
     """Output [T, N, H] and log-sum-exp [N, U] as the kernel leaves them."""
     out, lse = (
         known.output(known.heads, ROWS),
         np.full(known.heads * known.room, np.nan, np.float32),
     )
     own = known.boxes(ROWS, TILE, TILE) | {"out_desc": out, "lse_ptr": Pointer(lse)}
-    _run(known, "forward_sm90", sources, own, known.heads, seed=seed, stages=stages)
+    _run(
+        known, "forward_sm90", sources, own, known.heads, seed=seed, stages=stages,
+        programs=programs,
+    )  # fmt: skip
     found = once(out).view(known.tensors[0].shape)
     return [found, torch.from_numpy(lse).view(known.heads, known.room)]
 
 
 def of_queries(
-    known: Given, *, seed: int = 0, sources: Sources = DQ, stages: int | None = None
-) -> list[Tensor]:
+    known: Given, *, seed: int = 0, sources: Sources = DQ, stages: int | None = None,
+    programs: int = PROGRAMS,
+) -> list[Tensor]:  # fmt: skip
     """dq [T, N, H] as the kernel leaves it."""
-    exponents, deltas = map(Pointer, known.statistics())
+    exponents, deltas = (Box(x, [ROWS], F32) for x in known.statistics())
     dq = known.output(known.heads, ROWS)
     own = known.boxes(*[ROWS] * 4) | {
+        "exponents_desc": exponents,
+        "deltas_desc": deltas,
         "dq_desc": dq,
-        "exponents_ptr": exponents,
-        "deltas_ptr": deltas,
     }
-    _run(known, "dq_sm90", sources, own, known.heads, seed=seed, stages=stages)
+    _run(known, "dq_sm90", sources, own, known.heads, seed=seed, stages=stages, programs=programs)
     return [once(dq).view(known.tensors[0].shape)]
 
 
 def of_keys(
     known: Given, *, seed: int = 0, sources: Sources = DKDV, stages: int | None = None,
-    parts: int = 1,
+    parts: int = 1, programs: int = PROGRAMS,
 ) -> list[Tensor]:  # fmt: skip
     """dk and dv [T, K, H] as the kernel leaves them."""
     exponents, deltas = (Box(x, [ROWS], F32) for x in known.statistics())
@@ -77,7 +91,7 @@ def of_keys(
         "exponents_desc": exponents, "deltas_desc": deltas, "dk_desc": dk, "dv_desc": dv,
         "S": parts,
     }  # fmt: skip
-    _run(known, "dkdv_sm90", sources, own, heads, seed=seed, stages=stages)
+    _run(known, "dkdv_sm90", sources, own, heads, seed=seed, stages=stages, programs=programs)
     shape = (known.tokens, known.kv_heads, parts, known.size)
     return [once(x).view(shape).sum(2) for x in (dk, dv)]
 
