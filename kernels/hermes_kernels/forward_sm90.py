@@ -45,7 +45,7 @@ from hermes_kernels.groups_sm90 import (
     tile_of,
     tiles_of,
 )
-from hermes_kernels.launch import TILE, launch_of, multiprocessors, on, room_for
+from hermes_kernels.launch import TILE, launch_of, multiprocessors, on, programs_of, room_for
 from hermes_kernels.places import Places
 from hermes_kernels.walk import back, part
 
@@ -70,15 +70,15 @@ MADE = gl.constexpr(
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, q, told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-    starts, ends, block_of, blocks, order, tiles, T, N, G: gl.constexpr,
+    starts, ends, block_of, blocks, order, mine, tiles, stay, T, N, G: gl.constexpr,
 ):  # fmt: skip
     """Of each tile its notes and q, then each block of keys and of values, in turn."""
     HALF: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = k_desc.block_shape[1]
     done = 0  # blocks of the tiles before
-    for nth in range(tiles):
-        tile = tile_of(nth)
+    for nth in range(mine):
+        tile = tile_of(nth, tiles, stay)
         row, head = gl.load(order + tile // N) * (2 * HALF), tile % N
         first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
         for x in gl.static_range(2):
@@ -160,7 +160,7 @@ def _noted(place):
 @gluon.jit
 def _attend(
     x: gl.constexpr, out_desc, q, out, told, k, v, q_ready, q_free, k_ready, k_free, v_ready,
-    v_free, lse_ptr, starts, blocks, scale, tiles, T, U,
+    v_free, lse_ptr, starts, blocks, scale, mine, T, U,
 ):  # fmt: skip
     """Half x of each tile."""
     STAGES: gl.constexpr = k.shape[0]
@@ -182,7 +182,7 @@ def _attend(
     mbarrier.arrive(k_free.index(0))
     p, top, total = _begin(s, scale, t, start, first, after, inner, in_p, v.dtype)
     done = 0  # blocks of the tiles before
-    for nth in range(tiles):
+    for nth in range(mine):
         place = 2 * (nth & 1) + x
         acc = gl.full([M, H], 0.0, gl.float32, in_o)
         for i in range(1, inner):
@@ -198,7 +198,7 @@ def _attend(
             )  # fmt: skip
         done += count
         # After the last tile this one's last scores once more, for nobody.
-        more = nth + 1 < tiles
+        more = nth + 1 < mine
         then, ahead = gl.where(more, done, done - 1), gl.where(more, nth + 1, nth)
         place_then = 2 * (ahead & 1) + x
         slot, before = then % STAGES, (done - 1) % STAGES
@@ -230,7 +230,7 @@ def _attend(
 @gluon.jit
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, ends, block_of, blocks, order, scale, T, U,
-    N, G: gl.constexpr, STAGES: gl.constexpr,
+    N, stay, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out and lse of all query tiles of all heads, by any number of programs."""
     HALF: gl.constexpr = q_desc.block_shape[0]
@@ -243,21 +243,22 @@ def forward_kernel(
     v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
     q_ready, k_ready, v_ready = barriers(4, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     q_free, k_free, v_free = barriers(4, 1), barriers(STAGES, 2), barriers(STAGES, 2)
-    told, tiles = notes(4), tiles_of(U // (2 * HALF) * N)
+    told, tiles = notes(4), U // (2 * HALF) * N
+    mine = tiles_of(tiles, stay)
     scale *= LOG2E
     gl.warp_specialize(
         [
             (_attend, (
                 0, out_desc, q, out, told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                lse_ptr, starts, blocks, scale, tiles, T, U,
+                lse_ptr, starts, blocks, scale, mine, T, U,
             )),
             (_attend, (
                 1, out_desc, q, out, told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                lse_ptr, starts, blocks, scale, tiles, T, U,
+                lse_ptr, starts, blocks, scale, mine, T, U,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, q, told, k, v, q_ready, q_free, k_ready, k_free, v_ready,
-                v_free, starts, ends, block_of, blocks, order, tiles, T, N, G,
+                v_free, starts, ends, block_of, blocks, order, mine, tiles, stay, T, N, G,
             )),
         ],
         [4, 1],
@@ -279,11 +280,12 @@ def forward(
         boxes(x, rows) for x, rows in ((q_TNH, ROWS), (k_TKH, TILE), (v_TKH, TILE), (out, ROWS))
     )
     stages = launch_of(90, "forward_sm90", size).stages
-    programs = min(heads * places.query_order.numel(), multiprocessors(q_TNH.device))
+    tiles = heads * places.query_order.numel()
+    programs, stay = programs_of(tiles, multiprocessors(q_TNH.device))
     with on(q_TNH):
         forward_kernel[(programs,)](
             q_boxes, k_boxes, v_boxes, out_boxes, lse, *places[:4], places.query_order, scale,
-            tokens, lse.shape[1], heads, heads // kv_heads, stages, num_warps=WARPS,
+            tokens, lse.shape[1], heads, stay, heads // kv_heads, stages, num_warps=WARPS,
             maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

@@ -174,7 +174,7 @@ BROKEN_DKDV = ANY | {
         "    r = warpgroup_mma_wait(1, [r])\n", TOO_EARLY),
     "keys freed twice": ("pred=count == before + inner", "pred=True", TOO_EARLY + "|arrivals"),
     "laps of tiles before not counted": (
-        "in range(tiles):\n", "in range(tiles):\n        slot, lap = 0, 0\n",
+        "in range(mine):\n", "in range(mine):\n        slot, lap = 0, 0\n",
         "the same phase|deadlock"),
     "an output over the one before": ("        tma.store_wait(0)\n", "", TOO_EARLY),
     "an output over the next keys": ("made_dk.index(x)", "k.index(x)", TOO_EARLY),
@@ -199,20 +199,20 @@ def told(
     message: str,
     *,
     stages: int = 2,
-    programs: int = 2,
+    stay: int = 2,
 ) -> None:
     """Whatever the order of events, the simulator says what is wrong."""
     known = Given(inputs(896, 1, 1, 64), [428, 84, 128, 128, 128], 4.0)
     for seed in range(3):
         with pytest.raises(Fault, match=message):
-            find(known, seed=seed, sources=sources, stages=stages, programs=programs)
+            find(known, seed=seed, sources=sources, stages=stages, stay=stay)
 
 
 @pytest.mark.parametrize(
     ("wanted", "instead", "message"), BROKEN_FORWARD.values(), ids=BROKEN_FORWARD
 )
 def test_a_broken_forward_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(attend, replaced(FORWARD, (wanted, instead)), message, programs=1)
+    told(attend, replaced(FORWARD, (wanted, instead)), message, stay=1)
 
 
 @pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DQ.values(), ids=BROKEN_DQ)
