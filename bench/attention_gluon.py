@@ -57,7 +57,7 @@ def compile_gluon(
     home = groups_sm90 if hopper else forward_sm100 if kernel == "pairs" else halves_sm100
     rows = groups_sm90.ROWS if hopper else TILE
     constants = {"G": group, "S": parts_of(kv_heads, group), "STAGES": launch.stages}
-    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "N": "i32", "lse_ptr": "*fp32"}
+    kinds = {"scale": "fp32", "T": "i32", "U": "i32", "N": "i32", "stay": "i32", "lse_ptr": "*fp32"}
     kinds |= dict.fromkeys(("order", "starts", "ends", "block_of", "blocks"), "*i32")
     kinds |= dict.fromkeys(("exponents_ptr", "deltas_ptr"), "*fp32")
     vector, block = _boxes("fp32", [rows]), _boxes(dtype, [rows, size])

@@ -10,8 +10,8 @@ that does not hide behind the products: the one free number, fitted for each arc
 causal rate of FlashAttention and tried on its rate for packed rows; our kernels in Triton have
 their own (`attention_triton`), as their warps have no roles. No turn is faster than the
 units that know exponentials allow. Turns are counted as the tiles lie, masked corners included, and
-dealt to multiprocessors longest first, forth and back where programs stay on them. Our backward is
-three kernels, one after another, of which the first is bound by memory. Everything told here is a
+dealt to multiprocessors longest first, or as `launch.programs_of` has it. Our backward is three
+kernels, one after another, of which the first is bound by memory. Everything told here is a
 prediction.
 
 Waits between roles are taken to hide as FlashAttention's do. That may be kind to pairs: Triton's
@@ -31,7 +31,7 @@ import numpy as np
 from bench.attention import Shape
 from hermes_core.backends import GLUON
 from hermes_core.segments import segments
-from hermes_kernels.launch import SHIFTED, TILE, parts_of
+from hermes_kernels.launch import SHIFTED, TILE, parts_of, programs_of
 
 BACKWARD = 2.5  # FLOPs of a backward for each of its forward
 
@@ -63,11 +63,13 @@ def makespan(costs: np.ndarray, workers: int) -> float:
     return max(free)
 
 
-def forth_and_back(costs: np.ndarray, workers: int) -> float:
-    """The same where each takes one cost of every round, as `groups_sm90.tile_of` has it."""
-    rounds, place = np.divmod(np.arange(len(costs)), workers)
-    workers_of = np.where(rounds % 2 == 0, place, workers - 1 - place)
-    return float(np.bincount(workers_of, costs).max())
+def staying(costs: np.ndarray, workers: int) -> float:
+    """The same where most workers take several, as `groups_sm90.tile_of` has it."""
+    programs, stay = programs_of(len(costs), workers)
+    rounds, place = np.divmod(np.arange(len(costs) - programs + stay), stay)
+    programs_that_stay = np.where(rounds % 2 == 0, place, stay - 1 - place)
+    kept = np.bincount(programs_that_stay, costs[: len(rounds)])
+    return makespan(np.concatenate([kept, costs[len(rounds) :]]), workers)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import triton
 from bench.attention import gpu_shapes
 from bench.attention_gluon import HOPPER, compile_gluon, predict_gluon, waits
 from bench.attention_gluon import KERNELS as GLUON
-from bench.attention_model import Turn, forth_and_back, makespan, predict
+from bench.attention_model import Turn, makespan, predict, staying
 from bench.attention_triton import predict_triton, with_overlaps
 from bench.harness import Result
 from bench.machine_code import HOT, MachineCode, compile_kernel
@@ -281,5 +281,5 @@ def turn_of(entry: Entry) -> Turn:
         exponentials=entry.count("MUFU.EX2"),
         masking=entry.masking,
         heads=heads,
-        span=forth_and_back if entry.kernel in HOPPER else makespan,
+        span=staying if entry.kernel in HOPPER else makespan,
     )

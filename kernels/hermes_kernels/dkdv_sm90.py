@@ -42,7 +42,14 @@ from hermes_kernels.groups_sm90 import (
     tiles_of,
     vectors,
 )
-from hermes_kernels.launch import launch_of, multiprocessors, on, parts_of, sum_of_parts
+from hermes_kernels.launch import (
+    launch_of,
+    multiprocessors,
+    on,
+    parts_of,
+    programs_of,
+    sum_of_parts,
+)
 from hermes_kernels.places import Places
 from hermes_kernels.walk import on as walk_on
 from hermes_kernels.walk import part, statistics_of
@@ -75,7 +82,7 @@ def _fetch(
 def _load(
     q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, told, q, dout, exponents,
     deltas, kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, starts, ends, block_of,
-    blocks, order, tiles, shares, heads, T, U, S: gl.constexpr,
+    blocks, order, mine, tiles, stay, shares, heads, T, U, S: gl.constexpr,
 ):  # fmt: skip
     """Of each tile the first block of queries, its notes, k and v, and its other blocks, of each
     query head in turn."""
@@ -83,8 +90,8 @@ def _load(
     HALF: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = q_desc.block_shape[1]
     slot, lap = 0, 0
-    for nth in range(tiles):
-        tile = tile_of(nth)
+    for nth in range(mine):
+        tile = tile_of(nth, tiles, stay)
         row, share = gl.load(order + tile // shares) * (2 * HALF), tile % shares
         first, after, rest, count, before, inner = walk_on(
             row, starts, ends, block_of, blocks, T, 2 * HALF, M
@@ -146,7 +153,7 @@ def _step(
 @gluon.jit
 def _dkdv(
     x: gl.constexpr, dk_desc, dv_desc, k, v, made_dk, made_dv, told, q, dout, exponents, deltas,
-    kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, ends, blocks, scale, tiles, heads, T,
+    kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, ends, blocks, scale, mine, heads, T,
 ):  # fmt: skip
     """Half x of each tile."""
     STAGES: gl.constexpr = q.shape[0]
@@ -158,7 +165,7 @@ def _dkdv(
     in_p: gl.constexpr = gl.DotOperandLayout(0, in_dk, 2)
     zeros = gl.full([HALF, M], 0.0, gl.float32, in_s)
     slot, lap = 0, 0
-    for nth in range(tiles):
+    for nth in range(mine):
         mbarrier.wait(kv_ready.index(x), nth & 1)
         # Read again where they are wanted: beside the sums no register is left for all of them.
         place = told.index(2 * (nth & 1) + x)
@@ -203,7 +210,8 @@ def _dkdv(
 @gluon.jit
 def dkdv_kernel(
     q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, dk_desc, dv_desc, starts, ends,
-    block_of, blocks, order, scale, T, U, N, G: gl.constexpr, S: gl.constexpr, STAGES: gl.constexpr,
+    block_of, blocks, order, scale, T, U, N, stay, G: gl.constexpr, S: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of all key tiles and key heads, each over one of S shares of its G query heads, by
     any number of programs. Outputs are [T, K * S, H].
@@ -224,23 +232,24 @@ def dkdv_kernel(
     q_ready, dout_ready = barriers(STAGES, 1), barriers(STAGES, 1)
     q_free, dout_free = barriers(STAGES, 2), barriers(STAGES, 2)
     shares = N // G * S
-    told, tiles = notes(4), tiles_of(U // (2 * HALF) * shares)
+    told, tiles = notes(4), U // (2 * HALF) * shares
+    mine = tiles_of(tiles, stay)
     gl.warp_specialize(
         [
             (_dkdv, (
                 0, dk_desc, dv_desc, k, v, made_dk, made_dv, told, q, dout, exponents, deltas,
                 kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, ends, blocks, scale,
-                tiles, G // S, T,
+                mine, G // S, T,
             )),
             (_dkdv, (
                 1, dk_desc, dv_desc, k, v, made_dk, made_dv, told, q, dout, exponents, deltas,
                 kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free, ends, blocks, scale,
-                tiles, G // S, T,
+                mine, G // S, T,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, k, v, told, q, dout,
                 exponents, deltas, kv_ready, kv_free, q_ready, q_free, dout_ready, dout_free,
-                starts, ends, block_of, blocks, order, tiles, shares, G // S, T, U, S,
+                starts, ends, block_of, blocks, order, mine, tiles, stay, shares, G // S, T, U, S,
             )),
         ],
         [4, 1],
@@ -260,11 +269,12 @@ def dkdv_of(
     dk, dv = (x.new_empty(tokens, kv_heads * parts, size) for x in (k_TKH, v_TKH))
     given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH))
     tiles = kv_heads * parts * places.key_order.numel()
+    programs, stay = programs_of(tiles, multiprocessors(q_TNH.device))
     with on(q_TNH):
-        dkdv_kernel[(min(tiles, multiprocessors(q_TNH.device)),)](
+        dkdv_kernel[(programs,)](
             *given, vectors(exponents_NSU), vectors(deltas_NSU), boxes(dk, ROWS),
             boxes(dv, ROWS), *places[:4], places.key_order, scale, tokens,
-            exponents_NSU.shape[2], heads, group, parts,
+            exponents_NSU.shape[2], heads, stay, group, parts,
             launch_of(90, "dkdv_sm90", size).stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return sum_of_parts(dk, parts), sum_of_parts(dv, parts)

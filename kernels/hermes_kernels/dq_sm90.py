@@ -43,7 +43,7 @@ from hermes_kernels.groups_sm90 import (
     tiles_of,
     vectors,
 )
-from hermes_kernels.launch import launch_of, multiprocessors, on
+from hermes_kernels.launch import launch_of, multiprocessors, on, programs_of
 from hermes_kernels.places import Places
 from hermes_kernels.walk import SHIFTS, back, part
 
@@ -52,7 +52,7 @@ from hermes_kernels.walk import SHIFTS, back, part
 def _load(
     q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, q, dout, exponents, deltas,
     told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free, starts, ends, block_of, blocks,
-    order, tiles, T, U, N, G: gl.constexpr,
+    order, mine, tiles, stay, T, U, N, G: gl.constexpr,
 ):  # fmt: skip
     """Of each tile its first keys, its notes, q, dout and their statistics, and its other blocks,
     in turn."""
@@ -61,8 +61,8 @@ def _load(
     H: gl.constexpr = k_desc.block_shape[1]
     bytes: gl.constexpr = q_desc.block_type.nbytes + deltas_desc.block_type.nbytes
     done = 0  # blocks of the tiles before
-    for nth in range(tiles):
-        tile = tile_of(nth)
+    for nth in range(mine):
+        tile = tile_of(nth, tiles, stay)
         row, head = gl.load(order + tile // N) * (2 * HALF), tile % N
         first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
         at = [first, head // G * H]
@@ -116,7 +116,7 @@ def _step(
 @gluon.jit
 def _dq(
     x: gl.constexpr, dq_desc, q, dout, exponents, deltas, out, told, k, v, q_ready, q_free, k_ready,
-    k_free, v_ready, v_free, starts, blocks, scale, tiles, T,
+    k_free, v_ready, v_free, starts, blocks, scale, mine, T,
 ):  # fmt: skip
     """Half x of each tile."""
     STAGES: gl.constexpr = k.shape[0]
@@ -130,7 +130,7 @@ def _dq(
     zeros = gl.full([M, J], 0.0, gl.float32, in_s)
     factor = scale * LOG2E
     slot, lap = 0, 0
-    for nth in range(tiles):
+    for nth in range(mine):
         mbarrier.wait(q_ready.index(x), nth & 1)
         place = told.index(x)
         row, head, first, after = noted(place, 0), noted(place, 1), noted(place, 2), noted(place, 3)
@@ -187,7 +187,7 @@ def _dq(
 @gluon.jit
 def dq_kernel(
     q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, dq_desc, starts, ends, block_of,
-    blocks, order, scale, T, U, N, G: gl.constexpr, STAGES: gl.constexpr,
+    blocks, order, scale, T, U, N, stay, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq of all query tiles of all heads, by any number of programs."""
     HALF: gl.constexpr = q_desc.block_shape[0]
@@ -203,21 +203,22 @@ def dq_kernel(
     deltas = gl.allocate_shared_memory(gl.float32, [2, HALF], deltas_desc.layout)
     q_ready, k_ready, v_ready = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
     q_free, k_free, v_free = barriers(2, 1), barriers(STAGES, 2), barriers(STAGES, 2)
-    told, tiles = notes(2), tiles_of(U // (2 * HALF) * N)
+    told, tiles = notes(2), U // (2 * HALF) * N
+    mine = tiles_of(tiles, stay)
     gl.warp_specialize(
         [
             (_dq, (
                 0, dq_desc, q, dout, exponents, deltas, out, told, k, v, q_ready, q_free, k_ready,
-                k_free, v_ready, v_free, starts, blocks, scale, tiles, T,
+                k_free, v_ready, v_free, starts, blocks, scale, mine, T,
             )),
             (_dq, (
                 1, dq_desc, q, dout, exponents, deltas, out, told, k, v, q_ready, q_free, k_ready,
-                k_free, v_ready, v_free, starts, blocks, scale, tiles, T,
+                k_free, v_ready, v_free, starts, blocks, scale, mine, T,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, dout_desc, exponents_desc, deltas_desc, q, dout, exponents,
                 deltas, told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free, starts, ends,
-                block_of, blocks, order, tiles, T, U, N, G,
+                block_of, blocks, order, mine, tiles, stay, T, U, N, G,
             )),
         ],
         [4, 1],
@@ -234,11 +235,12 @@ def dq_of(
     dq = torch.empty_like(q_TNH)
     given = (boxes(x, ROWS) for x in (q_TNH, k_TKH, v_TKH, dout_TNH))
     stages = launch_of(90, "dq_sm90", size).stages
-    programs = min(heads * places.query_order.numel(), multiprocessors(q_TNH.device))
+    tiles = heads * places.query_order.numel()
+    programs, stay = programs_of(tiles, multiprocessors(q_TNH.device))
     with on(q_TNH):
         dq_kernel[(programs,)](
             *given, vectors(exponents_NSU), vectors(deltas_NSU), boxes(dq, ROWS), *places[:4],
-            places.query_order, scale, tokens, exponents_NSU.shape[2], heads,
+            places.query_order, scale, tokens, exponents_NSU.shape[2], heads, stay,
             heads // k_TKH.shape[1], stages, num_warps=WARPS, maxnreg=REGISTERS,
         )  # fmt: skip
     return dq

@@ -5,8 +5,8 @@ A program takes one query tile of M = 128 of one head after another, half of eac
 group asks for the scores of the next block before it asks for the output of this one, so that its
 exponentials are made while the tensor cores work. Blocks are counted from each segment's start and
 come in rising order; masked are only those that not all queries of the tile see whole, the last
-ones. The next tile's q is asked for when no product reads this one's any more, and its first blocks
-as room for them comes free; an output is stored from a place of its own.
+ones. The next tile's q is there before this one ends, and its first blocks come as room for them is
+free: its first scores are made while this one's output is stored, from a place of its own.
 
 As in FlashAttention-3 (arXiv 2407.08608), but equal inputs give equal bits.
 
@@ -45,7 +45,7 @@ from hermes_kernels.groups_sm90 import (
     tile_of,
     tiles_of,
 )
-from hermes_kernels.launch import TILE, launch_of, multiprocessors, on, room_for
+from hermes_kernels.launch import TILE, launch_of, multiprocessors, on, programs_of, room_for
 from hermes_kernels.places import Places
 from hermes_kernels.walk import back, part
 
@@ -70,28 +70,26 @@ MADE = gl.constexpr(
 @gluon.jit
 def _load(
     q_desc, k_desc, v_desc, q, told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-    starts, ends, block_of, blocks, order, tiles, T, N, G: gl.constexpr,
+    starts, ends, block_of, blocks, order, mine, tiles, stay, T, N, G: gl.constexpr,
 ):  # fmt: skip
-    """Of each tile its first keys, its notes and q, and its other blocks, in turn."""
+    """Of each tile its notes and q, then each block of keys and of values, in turn."""
     HALF: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = k_desc.block_shape[1]
     done = 0  # blocks of the tiles before
-    for nth in range(tiles):
-        tile = tile_of(nth)
+    for nth in range(mine):
+        tile = tile_of(nth, tiles, stay)
         row, head = gl.load(order + tile // N) * (2 * HALF), tile % N
         first, after, rest, count, inner = back(row, starts, ends, block_of, blocks, T, 2 * HALF, J)
-        at = [first, head // G * H]
-        fetch(k_desc, at, k, k_ready, k_free, done)
         for x in gl.static_range(2):
-            mbarrier.wait(q_free.index(x), nth & 1 ^ 1)
-            note(told.index(x), (row, head, first, after, rest, count, inner))
-            mbarrier.expect(q_ready.index(x), q_desc.block_type.nbytes)
+            place = 2 * (nth & 1) + x
+            mbarrier.wait(q_free.index(place), nth >> 1 & 1 ^ 1)
+            note(told.index(place), (row, head, first, after, rest, count, inner))
+            mbarrier.expect(q_ready.index(place), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                q_desc, [row + x * HALF, head * H], q_ready.index(x), q.index(x)
+                q_desc, [row + x * HALF, head * H], q_ready.index(place), q.index(place)
             )
-        fetch(v_desc, at, v, v_ready, v_free, done)
-        for i in range(1, count):
+        for i in range(count):
             n, _ = part(i, first, after, rest, blocks, J)
             at = [n, head // G * H]
             fetch(k_desc, at, k, k_ready, k_free, done + i)
@@ -112,11 +110,11 @@ def _weigh(s, top, scale, LAYOUT: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def _step(
-    i, border: gl.constexpr, p, acc, top, total, q, k, v, q_free, k_ready, k_free, v_ready, v_free,
-    last, t, start, n, end, scale, zeros, LAYOUT: gl.constexpr,
+    i, border: gl.constexpr, p, acc, top, total, q, k, v, k_ready, k_free, v_ready, v_free,
+    t, start, n, end, scale, zeros, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Asks for the scores of block i, and for the output of the block before, during which the
-    weights of block i are made. The last one of a tile is at a border."""
+    weights of block i are made."""
     STAGES: gl.constexpr = k.shape[0]
     slot, before = i % STAGES, (i - 1) % STAGES
     mbarrier.wait(k_ready.index(slot), i // STAGES & 1)
@@ -126,7 +124,6 @@ def _step(
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(slot))
     if border:
-        mbarrier.arrive(q_free, pred=i == last)
         s = masked(s, start - n, gl.minimum(t + 1, end) - n)
     p, top, more, shrink = _weigh(s, top, scale, LAYOUT, v.dtype)
     more = gl.inline_asm_elementwise(MADE, "=f,f", [more], dtype=gl.float32, is_pure=False, pack=1)
@@ -142,9 +139,28 @@ def _shrunk(acc, shrink):
 
 
 @gluon.jit
+def _begin(s, scale, t, start, first, after, inner, LAYOUT: gl.constexpr, dtype: gl.constexpr):
+    """Weights of a tile's first block, their maximum and sum."""
+    if inner == 0:
+        s = masked(s, start - first, gl.minimum(t + 1, after) - first)
+    top = gl.full([s.shape[0]], LEAST, gl.float32, t.type.layout)
+    p, top, total, _ = _weigh(s, top, scale, LAYOUT, dtype)
+    return p, top, total
+
+
+@gluon.jit
+def _noted(place):
+    """What a group is told of a tile."""
+    return (
+        noted(place, 0), noted(place, 1), noted(place, 2), noted(place, 3), noted(place, 4),
+        noted(place, 5), noted(place, 6),
+    )  # fmt: skip
+
+
+@gluon.jit
 def _attend(
     x: gl.constexpr, out_desc, q, out, told, k, v, q_ready, q_free, k_ready, k_free, v_ready,
-    v_free, lse_ptr, starts, blocks, scale, tiles, T, U,
+    v_free, lse_ptr, starts, blocks, scale, mine, T, U,
 ):  # fmt: skip
     """Half x of each tile."""
     STAGES: gl.constexpr = k.shape[0]
@@ -156,86 +172,93 @@ def _attend(
     in_p: gl.constexpr = gl.DotOperandLayout(0, in_o, 2)
     rows: gl.constexpr = gl.SliceLayout(1, in_s)
     zeros = gl.full([M, J], 0.0, gl.float32, in_s)
+    mbarrier.wait(q_ready.index(x), 0)
+    row, head, first, after, rest, count, inner = _noted(told.index(x))
+    t = row + x * M + gl.arange(0, M, rows)
+    start = gl.load(starts + gl.minimum(t, T - 1))
+    mbarrier.wait(k_ready.index(0), 0)
+    s = warpgroup_mma(q.index(x), k.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    mbarrier.arrive(k_free.index(0))
+    p, top, total = _begin(s, scale, t, start, first, after, inner, in_p, v.dtype)
     done = 0  # blocks of the tiles before
-    for nth in range(tiles):
-        mbarrier.wait(q_ready.index(x), nth & 1)
-        place = told.index(x)
-        row, head, first, after = noted(place, 0), noted(place, 1), noted(place, 2), noted(place, 3)
-        rest, count, inner = noted(place, 4), noted(place, 5), noted(place, 6)
-        begin = row + x * M
-        t = begin + gl.arange(0, M, rows)
-        start = gl.load(starts + gl.minimum(t, T - 1))
-        last = done + count - 1
-        slot = done % STAGES
-        mbarrier.wait(k_ready.index(slot), done // STAGES & 1)
-        s = warpgroup_mma(
-            q.index(x), k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        s = warpgroup_mma_wait(0, [s])
-        mbarrier.arrive(k_free.index(slot))
-        mbarrier.arrive(q_free.index(x), pred=count == 1)
-        if inner == 0:
-            s = masked(s, start - first, gl.minimum(t + 1, after) - first)
-        top = gl.full([M], LEAST, gl.float32, rows)
-        p, top, total, _ = _weigh(s, top, scale, in_p, v.dtype)
+    for nth in range(mine):
+        place = 2 * (nth & 1) + x
         acc = gl.full([M, H], 0.0, gl.float32, in_o)
         for i in range(1, inner):
             p, acc, top, total = _step(
-                done + i, False, p, acc, top, total, q.index(x), k, v, q_free.index(x), k_ready,
-                k_free, v_ready, v_free, last, t, start, first, after, scale, zeros, in_p,
+                done + i, False, p, acc, top, total, q.index(place), k, v, k_ready, k_free, v_ready,
+                v_free, t, start, first, after, scale, zeros, in_p,
             )  # fmt: skip
         for i in range(gl.maximum(inner, 1), count):
             n, end = part(i, first, after, rest, blocks, J)
             p, acc, top, total = _step(
-                done + i, True, p, acc, top, total, q.index(x), k, v, q_free.index(x), k_ready,
-                k_free, v_ready, v_free, last, t, start, n, end, scale, zeros, in_p,
+                done + i, True, p, acc, top, total, q.index(place), k, v, k_ready, k_free, v_ready,
+                v_free, t, start, n, end, scale, zeros, in_p,
             )  # fmt: skip
-        slot = last % STAGES
-        mbarrier.wait(v_ready.index(slot), last // STAGES & 1)
-        acc = warpgroup_mma(p, v.index(slot), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(v_free.index(slot))
+        done += count
+        # After the last tile this one's last scores once more, for nobody.
+        more = nth + 1 < mine
+        then, ahead = gl.where(more, done, done - 1), gl.where(more, nth + 1, nth)
+        place_then = 2 * (ahead & 1) + x
+        slot, before = then % STAGES, (done - 1) % STAGES
+        mbarrier.wait(v_ready.index(before), (done - 1) // STAGES & 1)
+        acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
+        mbarrier.wait(q_ready.index(place_then), ahead >> 1 & 1, pred=more)
+        mbarrier.wait(k_ready.index(slot), then // STAGES & 1, pred=more)
+        s = warpgroup_mma(
+            q.index(place_then), k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        acc = warpgroup_mma_wait(1, [acc])
+        mbarrier.arrive(v_free.index(before))
         acc = _shrunk(acc, 1 / total)
         tma.store_wait(0)
         out.index(x).store(acc.to(q.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [begin, head * H], out.index(x))
+        tma.async_copy_shared_to_global(out_desc, [row + x * M, head * H], out.index(x))
         gl.store(lse_ptr + head.to(gl.int64) * U + t, (top + gl.log2(total)) * LN2)
-        done += count
+        row, head, first, after, rest, count, inner = _noted(told.index(place_then))
+        t = row + x * M + gl.arange(0, M, rows)
+        start = gl.load(starts + gl.minimum(t, T - 1))
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(q_free.index(place))
+        mbarrier.arrive(k_free.index(slot), pred=more)
+        p, top, total = _begin(s, scale, t, start, first, after, inner, in_p, v.dtype)
     tma.store_wait(0)
 
 
 @gluon.jit
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, starts, ends, block_of, blocks, order, scale, T, U,
-    N, G: gl.constexpr, STAGES: gl.constexpr,
+    N, stay, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """out and lse of all query tiles of all heads, by any number of programs."""
     HALF: gl.constexpr = q_desc.block_shape[0]
     J: gl.constexpr = k_desc.block_shape[0]
     H: gl.constexpr = q_desc.block_shape[1]
     dtype: gl.constexpr = q_desc.dtype
-    q = gl.allocate_shared_memory(dtype, [2, HALF, H], q_desc.layout)
+    q = gl.allocate_shared_memory(dtype, [4, HALF, H], q_desc.layout)
     out = gl.allocate_shared_memory(dtype, [2, HALF, H], out_desc.layout)
     k = gl.allocate_shared_memory(dtype, [STAGES, J, H], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [STAGES, J, H], v_desc.layout)
-    q_ready, k_ready, v_ready = barriers(2, 1), barriers(STAGES, 1), barriers(STAGES, 1)
-    q_free, k_free, v_free = barriers(2, 1), barriers(STAGES, 2), barriers(STAGES, 2)
-    told, tiles = notes(2), tiles_of(U // (2 * HALF) * N)
+    q_ready, k_ready, v_ready = barriers(4, 1), barriers(STAGES, 1), barriers(STAGES, 1)
+    q_free, k_free, v_free = barriers(4, 1), barriers(STAGES, 2), barriers(STAGES, 2)
+    told, tiles = notes(4), U // (2 * HALF) * N
+    mine = tiles_of(tiles, stay)
     scale *= LOG2E
     gl.warp_specialize(
         [
             (_attend, (
                 0, out_desc, q, out, told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                lse_ptr, starts, blocks, scale, tiles, T, U,
+                lse_ptr, starts, blocks, scale, mine, T, U,
             )),
             (_attend, (
                 1, out_desc, q, out, told, k, v, q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                lse_ptr, starts, blocks, scale, tiles, T, U,
+                lse_ptr, starts, blocks, scale, mine, T, U,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, q, told, k, v, q_ready, q_free, k_ready, k_free, v_ready,
-                v_free, starts, ends, block_of, blocks, order, tiles, T, N, G,
+                v_free, starts, ends, block_of, blocks, order, mine, tiles, stay, T, N, G,
             )),
         ],
         [4, 1],
@@ -257,11 +280,12 @@ def forward(
         boxes(x, rows) for x, rows in ((q_TNH, ROWS), (k_TKH, TILE), (v_TKH, TILE), (out, ROWS))
     )
     stages = launch_of(90, "forward_sm90", size).stages
-    programs = min(heads * places.query_order.numel(), multiprocessors(q_TNH.device))
+    tiles = heads * places.query_order.numel()
+    programs, stay = programs_of(tiles, multiprocessors(q_TNH.device))
     with on(q_TNH):
         forward_kernel[(programs,)](
             q_boxes, k_boxes, v_boxes, out_boxes, lse, *places[:4], places.query_order, scale,
-            tokens, lse.shape[1], heads, heads // kv_heads, stages, num_warps=WARPS,
+            tokens, lse.shape[1], heads, stay, heads // kv_heads, stages, num_warps=WARPS,
             maxnreg=REGISTERS,
         )  # fmt: skip
     return out, lse

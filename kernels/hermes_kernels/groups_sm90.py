@@ -1,7 +1,7 @@
 """What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, masks and
 boxes.
 
-A program stays on its multiprocessor and takes one tile after another. It has three parts: two
+A program that stays on its multiprocessor takes one tile after another. It has three parts: two
 groups of four warps that multiply, half of each tile each, and a warp that loads, and so looks up
 where the next tile lies while the groups are at this one. A group is given most of the registers
 that the loading warp has no use for. Blocks are counted from each segment's start, and a tile meets
@@ -55,21 +55,23 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def tile_of(nth):
-    """Which tile, of those of all heads in falling length, a program takes as its nth.
+def tile_of(nth, tiles, stay):
+    """Which of all tiles, in falling length, a program takes as its nth.
 
-    Forth and back: who has the longest of one round has the shortest of the next, so that programs
-    end together. A tile's bits are the same, whoever takes it.
+    The first ``stay`` programs take them forth and back: who has the longest of one round has the
+    shortest of the next. Each of the others has one of the last tiles, and begins as a
+    multiprocessor comes free (`launch.programs_of`). A tile's bits are the same, whoever takes it.
     """
     programs, me = gl.num_programs(0), gl.program_id(0)
-    return nth * programs + gl.where(nth % 2 == 0, me, programs - 1 - me)
+    place = gl.where(nth % 2 == 0, me, stay - 1 - me)
+    return gl.where(me < stay, nth * stay + place, tiles - programs + me)
 
 
 @gluon.jit
-def tiles_of(tiles):
-    """How many of so many tiles a program takes."""
-    whole = tiles // gl.num_programs(0)
-    return gl.where(tile_of(whole) < tiles, whole + 1, whole)
+def tiles_of(tiles, stay):
+    """How many of all tiles a program takes."""
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    return gl.where(me < stay, (tiles - programs) // stay + 1, 1)
 
 
 @gluon.jit

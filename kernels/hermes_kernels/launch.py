@@ -25,6 +25,7 @@ TILE = 128  # the tiles that are ranked by length; every tile size divides it
 # Copies of each head's statistics, from token 0, 1, 2 and 3 on: a walk's boxes begin anywhere, and
 # the places that TMA takes them from lie 16 bytes apart.
 SHIFTED = 4
+TAIL = 2  # tiles a multiprocessor, with which those that ended early catch up
 PROGRAMS = 8  # of a key tile, if there are query heads for it; the bits follow from heads alone
 
 
@@ -121,6 +122,17 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132  # a Hopper's
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs_of(tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """How many programs take so many tiles, and how many of them stay for several.
+
+    One stays on each multiprocessor, with equally many tiles; the shortest tiles, some `TAIL` for
+    each, have programs of their own, which the GPU deals to whoever ends first.
+    """
+    stay = min(tiles, multiprocessors)
+    kept = max(tiles // stay - TAIL, 1)
+    return tiles - (kept - 1) * stay, stay
 
 
 def parts_of(kv_heads: int, group: int) -> int:

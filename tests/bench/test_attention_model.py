@@ -19,17 +19,17 @@ from bench.attention_model import (
     backward_seconds,
     backward_tflops,
     fit,
-    forth_and_back,
     forward_seconds,
     makespan,
     our_backward_tflops,
+    staying,
     tflops,
     tried,
     unmasked_backward_tflops,
     walk_back,
     walk_on,
 )
-from hermes_kernels.launch import parts_of
+from hermes_kernels.launch import parts_of, programs_of
 
 SHAPE = Shape("one", (256,), (1, 1), 64, torch.bfloat16)
 TURN = Turn(128, 128, 4 * 128 * 128 * 64, 100, 8)
@@ -41,26 +41,27 @@ def test_costs_go_to_whoever_is_free_first() -> None:
     assert makespan(np.array([4, 1, 1, 1, 1]), 2) == 4
 
 
-def test_who_has_the_longest_of_one_round_has_the_shortest_of_the_next() -> None:
-    assert forth_and_back(np.array([5, 4, 3, 2]), 2) == 7
-    assert forth_and_back(np.array([6, 5, 4, 3, 2]), 2) == 11
-    assert forth_and_back(np.array([6, 5, 4]), 3) == 6
+def test_programs_that_stay_take_forth_and_back_and_the_shortest_are_dealt_last() -> None:
+    assert programs_of(8192, 132) == (8192 - 59 * 132, 132)
+    assert programs_of(1024, 132) == (1024 - 4 * 132, 132)
+    assert programs_of(300, 132) == (300, 132)
+    assert programs_of(5, 132) == (5, 5)
+    assert staying(np.array([5, 4, 3, 2]), 2) == 7
+    # 10, 7 and 6, and 9, 8 and 5, then 4, 3, 2 and 1 to whoever is free.
+    assert staying(np.arange(10, 0, -1), 2) == 28
 
 
 @pytest.mark.parametrize("shape", gpu_shapes(), ids=str)
-def test_programs_that_stay_end_within_a_fiftieth_of_those_that_take_what_comes(
+def test_programs_that_stay_end_nearly_as_if_each_tile_went_to_whoever_is_free(
     shape: Shape,
 ) -> None:
     heads, kv_heads = shape.heads
     shares = kv_heads * parts_of(kv_heads, heads // kv_heads)
-    walks = (
-        np.repeat(walk_back(shape, 128, 128)[0], heads),
-        np.repeat(walk_back(shape, 128, 64)[0], heads),
-        np.repeat(walk_on(shape, 128, 64)[0] * (heads // shares), shares),
-    )
-    for parts in walks:
-        costs = np.sort(parts)[::-1] + 1.0  # and as much as a part for the tile itself
-        assert forth_and_back(costs, 132) <= 1.02 * makespan(costs, 132)
+    walks = ((walk_back, 128, heads), (walk_back, 64, heads), (walk_on, 64, shares))
+    for walk, size, each in walks:
+        parts, masked = walk(shape, 128, size)
+        costs = np.sort(np.repeat(11 * parts + 2 * masked, each))[::-1]
+        assert staying(costs, 132) <= 1.02 * makespan(costs, 132)
 
 
 def test_a_turn_takes_its_products_and_what_does_not_hide() -> None:

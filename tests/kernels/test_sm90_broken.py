@@ -32,21 +32,85 @@ ANY = {
     "output left to itself": ("    tma.store_wait(0)\n\n", "\n", "before its stores"),
 }
 RING = {
-    "a block overwritten": ("    mbarrier.wait(free.index(slot), lap ^ 1)\n", "", TOO_EARLY),
+    "a block overwritten": (
+        "    mbarrier.wait(free.index(slot), lap ^ 1)\n", "", TOO_EARLY + "|arrivals"),
     "fewer bytes expected": ("desc.block_type.nbytes)\n    tma", "32)\n    tma", "deadlock"),
     "freed by one group": ("barriers(STAGES, 2)", "barriers(STAGES, 1)", TOO_EARLY),
     "freed by three": ("barriers(STAGES, 2)", "barriers(STAGES, 3)", "deadlock"),
 }  # fmt: skip
-NOTE = "            note(told.index(x), (row, head, first, after, rest, count, inner))\n"
-QUERIES_FREE = "            mbarrier.wait(q_free.index(x), nth & 1 ^ 1)\n"
+FORWARD_NOTE = (
+    "            note(told.index(place), (row, head, first, after, rest, count, inner))\n"
+)
+FORWARD_FREE = "            mbarrier.wait(q_free.index(place), nth >> 1 & 1 ^ 1)\n"
 COPY = """\
-            mbarrier.expect(q_ready.index(x), q_desc.block_type.nbytes)
+            mbarrier.expect(q_ready.index(place), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                q_desc, [row + x * HALF, head * H], q_ready.index(x), q.index(x)
+                q_desc, [row + x * HALF, head * H], q_ready.index(place), q.index(place)
             )
 """
-# What only a program with more than one tile does wrong.
-TILES = {
+BROKEN_FORWARD = ANY | RING | {
+    "queries read too early": ("mbarrier.wait(q_ready.index(x), 0)", "pass", TOO_EARLY),
+    "next queries read too early": (
+        "mbarrier.wait(q_ready.index(place_then), ahead >> 1 & 1, pred=more)", "pass", TOO_EARLY),
+    "queries of another lap": ("ahead >> 1 & 1", "ahead & 1", TOO_EARLY + "|the same phase"),
+    "queries overwritten": (FORWARD_FREE, "", TOO_EARLY),
+    "queries never overwritten": ("nth >> 1 & 1 ^ 1", "nth >> 1 & 1", "deadlock"),
+    "queries never freed": ("mbarrier.arrive(q_free.index(place))", "pass", "deadlock"),
+    "queries freed before they are multiplied": (
+        "acc = gl.full(", "mbarrier.arrive(q_free.index(place))\n        acc = gl.full(",
+        TOO_EARLY + "|arrivals"),
+    "the next queries freed": (
+        "arrive(q_free.index(place))", "arrive(q_free.index(place_then))",
+        TOO_EARLY + "|arrivals|deadlock"),
+    "notes where the last ones are": ("told.index(place)", "told.index(x)", TOO_EARLY),
+    "notes after q was asked for": (FORWARD_NOTE + COPY, COPY + FORWARD_NOTE, TOO_EARLY),
+    "notes never written": (FORWARD_NOTE, "", TOO_EARLY),
+    "notes of the other group": ("_noted(told.index(x))", "_noted(told.index(1 - x))", TOO_EARLY),
+    "blocks of tiles before not counted": (
+        "        done += count\n", "", "the same phase|deadlock"),
+    "values of tiles before not counted": (
+        "(done - 1) // STAGES & 1", "(count - 1) // STAGES & 1", "the same phase"),
+    "an output over the one before": ("        tma.store_wait(0)\n", "", TOO_EARLY),
+    "an output over the next queries": (" out.index(x)", " q.index(place_then)", TOO_EARLY),
+    "keys read too early": (
+        "    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
+    "next keys read too early": (
+        "mbarrier.wait(k_ready.index(slot), then // STAGES & 1, pred=more)", "pass", TOO_EARLY),
+    "phase of another lap": (
+        "k_ready.index(slot), i // STAGES & 1", "k_ready.index(slot), i // (STAGES + 1) & 1",
+        "waits for the same phase"),
+    "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
+    "scores read beside the wait": (
+        "    s = warpgroup_mma_wait(1, [s])\n", "    warpgroup_mma_wait(1, [s])\n", TOO_EARLY),
+    "first scores not awaited": (
+        "    s = warpgroup_mma_wait(0, [s])\n    mbarrier", "    mbarrier", TOO_EARLY),
+    "next scores not awaited": ("        s = warpgroup_mma_wait(0, [s])\n", "", TOO_EARLY),
+    "output read too early": ("wait(0, [acc, p])", "wait(1, [acc, p])", TOO_EARLY),
+    "last output read too early": ("wait(1, [acc])", "wait(2, [acc])", TOO_EARLY),
+    "values freed before the output has them": (
+        "    acc, p = warpgroup_mma_wait(0, [acc, p])\n    mbarrier.arrive(v_free.index(before))\n",
+        "    mbarrier.arrive(v_free.index(before))\n    acc, p = warpgroup_mma_wait(0, [acc, p])\n",
+        TOO_EARLY),
+    "last values freed before the output has them": (
+        "acc = warpgroup_mma_wait(1, [acc])\n        mbarrier.arrive(v_free.index(before))\n",
+        "mbarrier.arrive(v_free.index(before))\n        acc = warpgroup_mma_wait(1, [acc])\n",
+        TOO_EARLY),
+    "values read too early": (
+        "    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)\n", "", TOO_EARLY),
+    "keys never freed": ("mbarrier.arrive(k_free.index(slot))", "pass", "deadlock"),
+    "first keys of a tile never freed": (
+        "mbarrier.arrive(k_free.index(slot), pred=more)", "pass", "deadlock"),
+    "next keys freed before the scores are there": (
+        "        s = warpgroup_mma_wait(0, [s])\n        mbarrier.arrive(q_free.index(place))\n"
+        "        mbarrier.arrive(k_free.index(slot), pred=more)\n",
+        "        mbarrier.arrive(k_free.index(slot), pred=more)\n"
+        "        s = warpgroup_mma_wait(0, [s])\n        mbarrier.arrive(q_free.index(place))\n",
+        TOO_EARLY),
+}  # fmt: skip
+NOTE = "            note(told.index(x), (row, head, first, after, rest, count, inner))\n"
+QUERIES_FREE = "            mbarrier.wait(q_free.index(x), nth & 1 ^ 1)\n"
+LAP = ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase")
+BROKEN_DQ = ANY | RING | {
     "queries read too early": ("mbarrier.wait(q_ready.index(x), nth & 1)", "pass", TOO_EARLY),
     "queries of the first tile awaited again": (
         "q_ready.index(x), nth & 1", "q_ready.index(x), 0", "waits for the same phase"),
@@ -60,39 +124,6 @@ TILES = {
     "notes of the next tile": (QUERIES_FREE + NOTE, NOTE + QUERIES_FREE, TOO_EARLY),
     "notes never written": (NOTE, "", TOO_EARLY),
     "notes of the other group": ("place = told.index(x)", "place = told.index(1 - x)", TOO_EARLY),
-}  # fmt: skip
-BROKEN_FORWARD = ANY | RING | TILES | {
-    "notes after q was asked for": (NOTE + COPY, COPY + NOTE, TOO_EARLY),
-    "queries never freed": ("pred=i == last", "pred=i < 0", "deadlock"),
-    "keys read too early": (
-        "    mbarrier.wait(k_ready.index(slot), i // STAGES & 1)\n", "", TOO_EARLY),
-    "phase of another lap": (
-        "k_ready.index(slot), i // STAGES & 1", "k_ready.index(slot), i // (STAGES + 1) & 1",
-        "waits for the same phase"),
-    "scores read too early": ("wait(1, [s])", "wait(2, [s])", TOO_EARLY),
-    "scores read beside the wait": (
-        "    s = warpgroup_mma_wait(1, [s])\n", "    warpgroup_mma_wait(1, [s])\n", TOO_EARLY),
-    "first scores not awaited": ("s = warpgroup_mma_wait(0, [s])", "pass", TOO_EARLY),
-    "output read too early": ("wait(0, [acc, p])", "wait(1, [acc, p])", TOO_EARLY),
-    "last output read too early": ("warpgroup_mma_wait(0, [acc])", "acc", TOO_EARLY),
-    "values freed before the output has them": (
-        "    acc, p = warpgroup_mma_wait(0, [acc, p])\n    mbarrier.arrive(v_free.index(before))\n",
-        "    mbarrier.arrive(v_free.index(before))\n    acc, p = warpgroup_mma_wait(0, [acc, p])\n",
-        TOO_EARLY),
-    "values read too early": (
-        "    mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)\n", "", TOO_EARLY),
-    "keys never freed": ("mbarrier.arrive(k_free.index(slot))", "pass", "deadlock"),
-    "queries freed before the scores are there": (
-        "    s = warpgroup_mma_wait(1, [s])\n    mbarrier.arrive(k_free.index(slot))\n"
-        "    if border:\n        mbarrier.arrive(q_free, pred=i == last)\n",
-        "    if border:\n        mbarrier.arrive(q_free, pred=i == last)\n"
-        "    s = warpgroup_mma_wait(1, [s])\n    mbarrier.arrive(k_free.index(slot))\n"
-        "    if border:\n        pass\n", TOO_EARLY),
-    "values of tiles before not counted": (
-        "last // STAGES & 1", "(count - 1) // STAGES & 1", "the same phase"),
-}  # fmt: skip
-LAP = ("gl.where(last, lap ^ 1, lap)", "lap", "the same phase")
-BROKEN_DQ = ANY | RING | TILES | {
     "queries never freed": ("pred=last", "pred=False", "deadlock"),
     "queries freed before the replies are there": (
         "    r = warpgroup_mma_wait(1, [r])\n    mbarrier.arrive(v_free.index(slot))\n"
@@ -143,7 +174,7 @@ BROKEN_DKDV = ANY | {
         "    r = warpgroup_mma_wait(1, [r])\n", TOO_EARLY),
     "keys freed twice": ("pred=count == before + inner", "pred=True", TOO_EARLY + "|arrivals"),
     "laps of tiles before not counted": (
-        "in range(tiles):\n", "in range(tiles):\n        slot, lap = 0, 0\n",
+        "in range(mine):\n", "in range(mine):\n        slot, lap = 0, 0\n",
         "the same phase|deadlock"),
     "an output over the one before": ("        tma.store_wait(0)\n", "", TOO_EARLY),
     "an output over the next keys": ("made_dk.index(x)", "k.index(x)", TOO_EARLY),
@@ -162,19 +193,26 @@ BROKEN_DKDV = ANY | {
 }  # fmt: skip
 
 
-def told(find: Callable[..., object], sources: Sources, message: str, *, stages: int = 2) -> None:
+def told(
+    find: Callable[..., object],
+    sources: Sources,
+    message: str,
+    *,
+    stages: int = 2,
+    stay: int = 2,
+) -> None:
     """Whatever the order of events, the simulator says what is wrong."""
     known = Given(inputs(896, 1, 1, 64), [428, 84, 128, 128, 128], 4.0)
     for seed in range(3):
         with pytest.raises(Fault, match=message):
-            find(known, seed=seed, sources=sources, stages=stages)
+            find(known, seed=seed, sources=sources, stages=stages, stay=stay)
 
 
 @pytest.mark.parametrize(
     ("wanted", "instead", "message"), BROKEN_FORWARD.values(), ids=BROKEN_FORWARD
 )
 def test_a_broken_forward_is_found_out(wanted: str, instead: str, message: str) -> None:
-    told(attend, replaced(FORWARD, (wanted, instead)), message)
+    told(attend, replaced(FORWARD, (wanted, instead)), message, stay=1)
 
 
 @pytest.mark.parametrize(("wanted", "instead", "message"), BROKEN_DQ.values(), ids=BROKEN_DQ)
@@ -206,6 +244,7 @@ WRONG_BACK = WRONG_WALK | {
     "a first block unmasked": ("if inner == 0", "if inner < 0"),
 }  # fmt: skip
 WRONG_FORWARD = WRONG_BACK | {
+    "notes of this tile for the next": ("told.index(place_then)", "told.index(place)"),
     "what came before not shrunk": ("_shrunk(acc, shrink), top", "acc, top"),
 }
 WRONG_DQ = WRONG_BACK | {

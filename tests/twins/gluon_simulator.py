@@ -238,7 +238,9 @@ class Language:
                 init=lambda barrier, count: barrier.start(count),
                 arrive=self.arrive,
                 expect=self.expect,
-                wait=lambda barrier, phase: barrier.wait(operator.index(phase)),
+                wait=lambda barrier, phase, pred=True: (
+                    barrier.wait(operator.index(phase)) if pred else None
+                ),
             ),
             tma=SimpleNamespace(
                 async_copy_global_to_shared=self.fetch,

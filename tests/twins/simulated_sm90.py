@@ -26,28 +26,31 @@ FORWARD, DQ, DKDV = (
 )
 
 
-PROGRAMS = 2  # that take all tiles: one of them takes none in a last round of an odd one
+STAY = 2  # programs that take tile after tile; of an odd number the last has one of its own
 
 
 def _run(
     known: Given, kernel: Kernel, sources: Sources, own: Mapping[str, Any], heads: int, *,
-    seed: int, stages: int | None, programs: int,
+    seed: int, stages: int | None, stay: int,
 ) -> None:  # fmt: skip
-    """Every tile of so many heads, or shares of them, by so many programs."""
+    """Every tile of so many heads, or shares of them, by programs of which so many stay."""
     places = known.at.places
     order = places.key_order if kernel == "dkdv_sm90" else places.query_order
+    stay = min(stay, heads * order.numel())
     own = {
         **own, "STAGES": stages or TABLE[90, kernel, known.size].stages,
         "N": Scalar(np.asarray(known.heads, np.int32), I32),
+        "stay": Scalar(np.asarray(stay, np.int32), I32),
     }  # fmt: skip
     name = f"{kernel.removesuffix('_sm90')}_kernel"
-    programs = min(programs, heads * order.numel())
+    tiles = heads * order.numel()
+    programs = tiles - (tiles // stay - 1) * stay
     run(sources, name, known.rest(order) | own, (programs,), seed, Hopper)
 
 
 def attend(
     known: Given, *, seed: int = 0, sources: Sources = FORWARD, stages: int | None = None,
-    programs: int = PROGRAMS,
+    stay: int = STAY,
 ) -> list[Tensor]:  # fmt: skip
     """Output [T, N, H] and log-sum-exp [N, U] as the kernel leaves them."""
     out, lse = (
@@ -57,7 +60,7 @@ def attend(
     own = known.boxes(ROWS, TILE, TILE) | {"out_desc": out, "lse_ptr": Pointer(lse)}
     _run(
         known, "forward_sm90", sources, own, known.heads, seed=seed, stages=stages,
-        programs=programs,
+        stay=stay,
     )  # fmt: skip
     found = once(out).view(known.tensors[0].shape)
     return [found, torch.from_numpy(lse).view(known.heads, known.room)]
@@ -65,7 +68,7 @@ def attend(
 
 def of_queries(
     known: Given, *, seed: int = 0, sources: Sources = DQ, stages: int | None = None,
-    programs: int = PROGRAMS,
+    stay: int = STAY,
 ) -> list[Tensor]:  # fmt: skip
     """dq [T, N, H] as the kernel leaves it."""
     exponents, deltas = (Box(x, [ROWS], F32) for x in known.statistics())
@@ -75,13 +78,13 @@ def of_queries(
         "deltas_desc": deltas,
         "dq_desc": dq,
     }
-    _run(known, "dq_sm90", sources, own, known.heads, seed=seed, stages=stages, programs=programs)
+    _run(known, "dq_sm90", sources, own, known.heads, seed=seed, stages=stages, stay=stay)
     return [once(dq).view(known.tensors[0].shape)]
 
 
 def of_keys(
     known: Given, *, seed: int = 0, sources: Sources = DKDV, stages: int | None = None,
-    parts: int = 1, programs: int = PROGRAMS,
+    parts: int = 1, stay: int = STAY,
 ) -> list[Tensor]:  # fmt: skip
     """dk and dv [T, K, H] as the kernel leaves them."""
     exponents, deltas = (Box(x, [ROWS], F32) for x in known.statistics())
@@ -91,7 +94,7 @@ def of_keys(
         "exponents_desc": exponents, "deltas_desc": deltas, "dk_desc": dk, "dv_desc": dv,
         "S": parts,
     }  # fmt: skip
-    _run(known, "dkdv_sm90", sources, own, heads, seed=seed, stages=stages, programs=programs)
+    _run(known, "dkdv_sm90", sources, own, heads, seed=seed, stages=stages, stay=stay)
     shape = (known.tokens, known.kv_heads, parts, known.size)
     return [once(x).view(shape).sum(2) for x in (dk, dv)]
 
