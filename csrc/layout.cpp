@@ -67,9 +67,29 @@ constexpr std::array<decltype(&deal_many), 9> kDealFew{nullptr,     deal_few<1>,
                                                        deal_few<3>, deal_few<4>, deal_few<5>,
                                                        deal_few<6>, deal_few<7>, deal_few<8>};
 
+// Asks for each line of `count` elements that will be written; of few, it costs more than it spares.
+void expect_writes(const std::uint32_t* begin, std::size_t count) {
+    constexpr std::size_t line = 64 / sizeof *begin, many = 256;
+    for (std::size_t i = 0; i < std::min(count, many); i += line) {
+        __builtin_prefetch(begin + i, 1);
+    }
+}
+
 // Puts sorted ids where their rows are; what they were sorted by is the order of the placements.
 void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::uint32_t* packed) {
-    for (const Placement& p : plan.placements) {
+    constexpr std::uint32_t few = 32;  // rows of a placement that lie in a few lines
+    constexpr std::size_t soon = 8;    // placements: the rows of each lie together, but anywhere
+    const std::vector<Placement>& all = plan.placements;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        if (i + 2 * soon < all.size() && all[i + 2 * soon].rows >= few) {
+            expect_writes(ends + all[i + 2 * soon].first, all[i + 2 * soon].rows);
+        }
+        if (i + soon < all.size() && all[i + soon].rows >= few) {
+            const Placement& p = all[i + soon];
+            const std::uint32_t begin = ends[p.first];
+            expect_writes(packed + begin, ends[p.first + p.rows - 1] + p.each - begin);
+        }
+        const Placement& p = all[i];
         const auto deal_some = p.each < kDealFew.size() ? kDealFew[p.each] : deal_many;
         deal_some(ids, p.each, ends + p.first, p.rows, packed);
         ids += std::size_t{p.rows} * p.each;
@@ -80,8 +100,8 @@ void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::
 // last where its ids begin.
 void gather(const std::uint32_t* packed, std::int64_t count, std::int64_t rows, std::uint32_t* out,
             std::int64_t* words) {
-    constexpr std::int64_t few = 8;   // so many are copied at once, needed or not
-    constexpr std::int64_t far = 64;  // rows ahead: they lie anywhere in what may fit in no cache
+    constexpr std::int64_t few = 8;    // so many are copied at once, needed or not
+    constexpr std::int64_t far = 192;  // rows ahead: they lie anywhere in what may fit in no cache
     constexpr std::uint32_t line = 64 / sizeof *out;
     std::int64_t written = 0;
     for (std::int64_t i = 0; i < rows; ++i) {
@@ -91,7 +111,7 @@ void gather(const std::uint32_t* packed, std::int64_t count, std::int64_t rows, 
             for (std::uint32_t at = 0; at < row.size; at += line) {
                 __builtin_prefetch(next + at);
             }
-            __builtin_prefetch(next + row.size - 1);
+            __builtin_prefetch(next + std::max<std::int64_t>(row.size, few) - 1);
         }
         const auto [begin, size] = Row::of(words[i]);
         if (size <= few && std::max<std::int64_t>(begin, written) + few <= count) {
