@@ -67,32 +67,33 @@ constexpr std::array<decltype(&deal_many), 9> kDealFew{nullptr,     deal_few<1>,
                                                        deal_few<3>, deal_few<4>, deal_few<5>,
                                                        deal_few<6>, deal_few<7>, deal_few<8>};
 
-// Asks for each line of `count` elements that will be written; of few, it costs more than it spares.
+// Asks for the lines of `count` elements that will be written, as far as a cache holds them.
 void expect_writes(const std::uint32_t* begin, std::size_t count) {
-    constexpr std::size_t line = 64 / sizeof *begin, many = 256;
-    for (std::size_t i = 0; i < std::min(count, many); i += line) {
+    constexpr std::size_t line = 64 / sizeof *begin, most = 512;
+    for (std::size_t i = 0; i < std::min(count, most); i += line) {
         __builtin_prefetch(begin + i, 1);
     }
 }
 
 // Puts sorted ids where their rows are; what they were sorted by is the order of the placements.
 void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::uint32_t* packed) {
-    constexpr std::uint32_t few = 32;  // rows of a placement that lie in a few lines
-    constexpr std::size_t soon = 8;    // placements: the rows of each lie together, but anywhere
+    // The rows of a placement lie together, those of the next anywhere: first their ends are asked
+    // for, then where those point. Of few rows that takes longer than it spares.
+    constexpr std::uint32_t many = 32;
+    constexpr std::size_t soon = 8, later = 16;  // placements ahead
     const std::vector<Placement>& all = plan.placements;
     for (std::size_t i = 0; i < all.size(); ++i) {
-        if (i + 2 * soon < all.size() && all[i + 2 * soon].rows >= few) {
-            expect_writes(ends + all[i + 2 * soon].first, all[i + 2 * soon].rows);
+        if (i + later < all.size() && all[i + later].rows >= many) {
+            expect_writes(ends + all[i + later].first, all[i + later].rows);
         }
-        if (i + soon < all.size() && all[i + soon].rows >= few) {
-            const Placement& p = all[i + soon];
-            const std::uint32_t begin = ends[p.first];
-            expect_writes(packed + begin, ends[p.first + p.rows - 1] + p.each - begin);
+        if (i + soon < all.size() && all[i + soon].rows >= many) {
+            const auto [first, rows, each] = all[i + soon];
+            expect_writes(packed + ends[first], ends[first + rows - 1] + each - ends[first]);
         }
-        const Placement& p = all[i];
-        const auto deal_some = p.each < kDealFew.size() ? kDealFew[p.each] : deal_many;
-        deal_some(ids, p.each, ends + p.first, p.rows, packed);
-        ids += std::size_t{p.rows} * p.each;
+        const auto [first, rows, each] = all[i];
+        const auto deal_some = each < kDealFew.size() ? kDealFew[each] : deal_many;
+        deal_some(ids, each, ends + first, rows, packed);
+        ids += std::size_t{rows} * each;
     }
 }
 

@@ -49,30 +49,13 @@ struct Keys {
 
 // The same where no length is above `top`.
 template <class T>
-struct KeysBelow {
+struct FittingKeys {
     const T* lengths;
     std::int64_t top;
     std::uint32_t operator()(std::size_t i) const {
         return static_cast<std::uint32_t>(top) - static_cast<std::uint32_t>(lengths[i]);
     }
 };
-
-constexpr std::size_t kGroup = 8;  // elements of a loop that are handled without a test between
-
-// Calls ahead(i) for the first of each whole group, and work(i) for all.
-template <class Ahead, class Work>
-void in_groups(std::size_t begin, std::size_t end, const Ahead& ahead, const Work& work) {
-    std::size_t i = begin;
-    for (; i + kGroup <= end; i += kGroup) {
-        ahead(i);
-        for (std::size_t k = 0; k < kGroup; ++k) {
-            work(i + k);
-        }
-    }
-    for (; i < end; ++i) {
-        work(i);
-    }
-}
 
 // `bits` and those of (length - 1).
 template <class T, class U = std::make_unsigned_t<T>>
@@ -93,42 +76,43 @@ std::make_unsigned_t<T> bits_of(const T* values, std::int64_t count) {
 // Counts every key, and gathers the bits of (length - 1): a length below 1 makes them no less than
 // the largest of a signed type.
 //
-// Groups whose bits show that no length is beyond `few` are counted there by length. In words of 16
-// bits, emptied before one can overflow, 16,384 lengths stay in the innermost cache.
+// A group whose bits show that all its lengths have a counter in `few` is counted there, by length.
+// In words of 16 bits, emptied before one can overflow, 16,384 of them stay in the innermost cache.
 template <class T>
 std::make_unsigned_t<T> count_keys(const Keys<T>& keys, std::size_t count,
                                    std::vector<std::uint32_t>& counts) {
     using U = std::make_unsigned_t<T>;
-    constexpr std::size_t ahead = 8192 / sizeof(T);  // farther than the hardware looks
-    constexpr std::size_t most = std::numeric_limits<std::uint16_t>::max();
-    const std::size_t below = std::size_t{1} << bit_width(std::max<std::int64_t>(keys.top, 2) - 2);
-    std::vector<std::uint16_t> few(below + 1);
-    std::vector<std::uint32_t> by_length(below + 1);
+    constexpr std::size_t group = 8, ahead = 8192 / sizeof(T);  // farther than the hardware looks
+    constexpr std::size_t most = std::numeric_limits<std::uint16_t>::max() / group * group;
+    const std::size_t longest = std::size_t{1}
+                                << bit_width(std::max<std::int64_t>(keys.top, 2) - 2);
+    std::vector<std::uint16_t> few(longest + 1);
+    std::vector<std::uint32_t> by_length(longest + 1);
     U bits = 0;
-    for (std::size_t i = 0; i < count;) {
-        const std::size_t end = std::min(count, i + most);
-        for (; i + kGroup <= end; i += kGroup) {
-            const U of_group = bits_of(keys.lengths + i, kGroup);
+    std::size_t i = 0;
+    for (const std::size_t grouped = count / group * group; i < grouped;) {
+        for (const std::size_t end = std::min(grouped, i + most); i < end; i += group) {
             __builtin_prefetch(keys.lengths + i + ahead);
+            const U of_group = bits_of(keys.lengths + i, group);
             bits |= of_group;
-            for (std::size_t k = i; k < i + kGroup; ++k) {
-                if (of_group < below) {
+            for (std::size_t k = i; k < i + group; ++k) {
+                if (of_group < longest) {
                     ++few[static_cast<U>(keys.lengths[k])];
                 } else {
                     ++counts[keys(k)];
                 }
             }
         }
-        for (; i < end; ++i) {
-            bits = with_bits_of(keys.lengths[i], bits);
-            ++counts[keys(i)];
-        }
-        for (std::size_t length = 0; length <= below; ++length) {
+        for (std::size_t length = 0; length <= longest; ++length) {
             by_length[length] += few[length];
             few[length] = 0;
         }
     }
-    for (std::size_t length = 0; length <= below; ++length) {
+    for (; i < count; ++i) {
+        bits = with_bits_of(keys.lengths[i], bits);
+        ++counts[keys(i)];
+    }
+    for (std::size_t length = 0; length <= longest; ++length) {
         counts[keys.top - std::min<std::int64_t>(length, keys.top)] += by_length[length];
     }
     return bits;
@@ -145,9 +129,9 @@ inline void expect_write(const std::uint32_t* place) {
 template <class K>
 void sort_in_two_passes(const K& keys, std::size_t count, const std::vector<std::uint32_t>& begins,
                         std::uint32_t* ids, std::uint32_t* spare) {
-    constexpr std::size_t ahead = 1 << 16;  // about a part: its ids are written in any order
+    constexpr std::size_t ahead = 1 << 16;  // about a part, in which ids are written anywhere
     const std::size_t key_count = begins.size() - 1;
-    const int key_bits = bit_width(key_count - 1);
+    const int key_bits = std::max(1, bit_width(key_count - 1));
     const int id_bits = std::max(1, bit_width(count - 1));
     const int low_bits = std::min(32 - id_bits, (key_bits + 1) / 2);
     const int id_shift = 32 - low_bits;
@@ -158,23 +142,22 @@ void sort_in_two_passes(const K& keys, std::size_t count, const std::vector<std:
     }
     std::vector<std::uint32_t> ends_of_parts = parts, ends_of_keys = begins;
     std::uint32_t* ends = ends_of_parts.data();
-    in_groups(
-        0, count, [](std::size_t) {},
-        [&](std::size_t i) {
-            const std::uint32_t key = keys(i), place = ends[key >> low_bits]++;
-            spare[place] = key << id_shift | static_cast<std::uint32_t>(i);
-            expect_write(spare + place);
-        });
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::uint32_t key = keys(i), place = ends[key >> low_bits]++;
+        spare[place] = key << id_shift | static_cast<std::uint32_t>(i);
+        expect_write(spare + place);
+    }
     parts.push_back(static_cast<std::uint32_t>(count));
     for (std::size_t part = 0; part + 1 < parts.size(); ++part) {
         ends = ends_of_keys.data() + (part << low_bits);
-        in_groups(
-            parts[part], parts[part + 1],
-            [&](std::size_t i) { __builtin_prefetch(ids + i + ahead, 1); },
-            [&](std::size_t i) {
-                const std::uint32_t word = spare[i];
-                ids[ends[word >> id_shift]++] = word & id_mask;
-            });
+        const std::uint32_t end = parts[part + 1];
+#pragma GCC unroll 8
+        for (std::uint32_t i = parts[part]; i < end; ++i) {
+            const std::uint32_t word = spare[i];
+            ids[ends[word >> id_shift]++] = word & id_mask;
+            __builtin_prefetch(ids + i + ahead, 1);
+        }
     }
 }
 
@@ -276,8 +259,8 @@ Sorted sort_by_length(const Lengths& lengths, const Scan& scanned, std::int64_t 
             return;
         }
         if (scanned.too_long < 0) {
-            const KeysBelow<T> below{values, scanned.top};
-            sort_in_two_passes(below, count, scanned.begins, ids, spare);
+            const FittingKeys<T> fitting{values, scanned.top};
+            sort_in_two_passes(fitting, count, scanned.begins, ids, spare);
         } else {
             sort_in_two_passes(keys, count, scanned.begins, ids, spare);
         }
