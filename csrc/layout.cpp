@@ -67,12 +67,33 @@ constexpr std::array<decltype(&deal_many), 9> kDealFew{nullptr,     deal_few<1>,
                                                        deal_few<3>, deal_few<4>, deal_few<5>,
                                                        deal_few<6>, deal_few<7>, deal_few<8>};
 
+// Asks for the lines of `count` elements that will be written, as far as a cache holds them.
+void expect_writes(const std::uint32_t* begin, std::size_t count) {
+    constexpr std::size_t line = 64 / sizeof *begin, most = 512;
+    for (std::size_t i = 0; i < std::min(count, most); i += line) {
+        __builtin_prefetch(begin + i, 1);
+    }
+}
+
 // Puts sorted ids where their rows are; what they were sorted by is the order of the placements.
 void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::uint32_t* packed) {
-    for (const Placement& p : plan.placements) {
-        const auto deal_some = p.each < kDealFew.size() ? kDealFew[p.each] : deal_many;
-        deal_some(ids, p.each, ends + p.first, p.rows, packed);
-        ids += std::size_t{p.rows} * p.each;
+    // The rows of a placement lie together, those of the next anywhere: first their ends are asked
+    // for, then where those point. Of few rows that takes longer than it spares.
+    constexpr std::uint32_t many = 32;
+    constexpr std::size_t soon = 8, later = 16;  // placements ahead
+    const std::vector<Placement>& all = plan.placements;
+    for (std::size_t i = 0; i < all.size(); ++i) {
+        if (i + later < all.size() && all[i + later].rows >= many) {
+            expect_writes(ends + all[i + later].first, all[i + later].rows);
+        }
+        if (i + soon < all.size() && all[i + soon].rows >= many) {
+            const auto [first, rows, each] = all[i + soon];
+            expect_writes(packed + ends[first], ends[first + rows - 1] + each - ends[first]);
+        }
+        const auto [first, rows, each] = all[i];
+        const auto deal_some = each < kDealFew.size() ? kDealFew[each] : deal_many;
+        deal_some(ids, each, ends + first, rows, packed);
+        ids += std::size_t{rows} * each;
     }
 }
 
@@ -80,8 +101,8 @@ void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::
 // last where its ids begin.
 void gather(const std::uint32_t* packed, std::int64_t count, std::int64_t rows, std::uint32_t* out,
             std::int64_t* words) {
-    constexpr std::int64_t few = 8;   // so many are copied at once, needed or not
-    constexpr std::int64_t far = 64;  // rows ahead: they lie anywhere in what may fit in no cache
+    constexpr std::int64_t few = 8;    // so many are copied at once, needed or not
+    constexpr std::int64_t far = 192;  // rows ahead: they lie anywhere in what may fit in no cache
     constexpr std::uint32_t line = 64 / sizeof *out;
     std::int64_t written = 0;
     for (std::int64_t i = 0; i < rows; ++i) {
@@ -91,7 +112,7 @@ void gather(const std::uint32_t* packed, std::int64_t count, std::int64_t rows, 
             for (std::uint32_t at = 0; at < row.size; at += line) {
                 __builtin_prefetch(next + at);
             }
-            __builtin_prefetch(next + row.size - 1);
+            __builtin_prefetch(next + std::max<std::int64_t>(row.size, few) - 1);
         }
         const auto [begin, size] = Row::of(words[i]);
         if (size <= few && std::max<std::int64_t>(begin, written) + few <= count) {

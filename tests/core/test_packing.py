@@ -294,6 +294,29 @@ def test_any_integer_dtype_gives_the_same_plan(dtype: str) -> None:
     assert np.array_equal(got.samples, expected.samples)
 
 
+@pytest.mark.parametrize("dtype", ["int16", "uint16", "int64", "uint64"])
+@pytest.mark.parametrize("row_length", [1, 2, 50, 64, 65, 1000])
+@pytest.mark.parametrize("share", [0.01, 0.6])
+def test_samples_too_long_are_told_from_thousands_that_fit(
+    share: float, row_length: int, dtype: str
+) -> None:
+    rng = np.random.default_rng(row_length)
+    lengths = rng.integers(1, row_length + 1, 5_003)
+    too_long = np.flatnonzero(rng.random(lengths.size) < share)
+    lengths[too_long] += rng.integers(row_length, 20 * row_length, too_long.size)
+    kept = np.setdiff1d(np.arange(lengths.size), too_long)
+    given = lengths.astype(dtype)
+    dropped = pack(given, row_length=row_length, too_long="drop", seed=None)
+    expected = pack(lengths[kept], row_length=row_length, seed=None)
+    assert np.array_equal(dropped.dropped, too_long)
+    assert np.array_equal(dropped.samples, kept[expected.samples])
+    assert np.array_equal(dropped.row_offsets, expected.row_offsets)
+    truncated = pack(given, row_length=row_length, too_long="truncate", seed=None)
+    cut = pack(np.minimum(lengths, row_length), row_length=row_length, seed=None)
+    assert np.array_equal(truncated.truncated, too_long)
+    assert np.array_equal(truncated.samples, cut.samples)
+
+
 def test_strided_and_read_only_and_big_endian_lengths_are_packed() -> None:
     lengths = np.arange(1, 101)
     expected = pack(lengths, row_length=128).samples
