@@ -78,9 +78,10 @@ def linear_cross_entropy(
         vocab_size: the whole vocabulary, all shards together. Give it wherever the weight may be
             sharded: without it a softmax over one rank's share would pass in silence.
         chunk_bytes: room for the logits of one chunk; a CPU takes no more than 128 MiB of it, in
-            half precision 256 MiB. On a GPU halves take no more than this and a sum of the
-            weight's gradient in fp32: all logits are one chunk where that is room for them, else
-            a chunk may also have the place of the gradient, which is made after the last.
+            half precision 256 MiB. In half precision "triton" takes, beyond the gradients, no
+            more than this and a sum of the weight's gradient in fp32: all logits are one chunk
+            where that is room for them, else a chunk has the place of the gradient, too, which
+            is made after the last.
         backend: "triton", "torch", "reference" (every logit, one process) or "auto".
 
     Raises:

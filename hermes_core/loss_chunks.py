@@ -62,7 +62,7 @@ class Plan:
         self, labels_T: Tensor, kept: Tensor | None, ignore_index: int, chunk_bytes: int,
         shard: list[int], group: str, like: Tensor,
     ) -> None:  # fmt: skip
-        self.first, self.total, largest = shard
+        self.first, self.total, self.largest = shard
         # An operator takes no group; torch's own collectives look it up by its name, too.
         self.group = _resolve_process_group(c10d.GroupName(group)) if group else None
         if kept is None:
@@ -75,24 +75,28 @@ class Plan:
         if self.on_cpu or os.environ.get("HERMES_CORE_DEBUG") == "1":
             _check_labels(self.labels_M, kept, self.total)
         self.one_product = self.on_cpu and like.dtype == torch.bfloat16
-        self.most = max(1, chunk_bytes // (like.element_size() * max(1, largest)))
+        self.most = max(1, chunk_bytes // (like.element_size() * max(1, self.largest)))
         if self.one_product and self.most > ROWS:
             self.most -= self.most % ROWS
 
-    def use_room(self, weight: Tensor, *, late: bool) -> None:
-        """Fewer chunks on a GPU, where the weight's gradient leaves room for their logits.
+    def use_room(self, size: int, dtype: torch.dtype, *, late: bool) -> None:
+        """Fewer chunks on a GPU, where the gradient of a weight [V, ``size``] leaves room for them.
 
-        Summed in fp32 it takes twice the memory that it has at the end, and one chunk needs no such
-        sum, unless it is divided ``late``: its logits may have that room too. Where chunks are
-        added up, the gradient itself is made when their logits are gone: they may have its.
+        Summed in fp32 it takes twice the memory beside what it has at the end, and one chunk needs
+        no such sum, unless it is divided ``late``: its rows may have that room too. Where chunks
+        are added up, the gradient itself is made when their logits are gone: they may have its.
+        A row is its logits, its hidden state and the gradient of that. As the largest share counts,
+        all ranks of a group have the same chunks.
         """
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if self.on_cpu or wide == weight.dtype:  # on a CPU small chunks stay best
+        wide = torch.promote_types(dtype, torch.float32)
+        if self.on_cpu or wide == dtype:  # on a CPU small chunks stay best
             return
-        rows = weight.shape[1]  # of logits that are as large as the gradient
-        whole = self.most + rows * wide.itemsize // weight.itemsize
-        one = not late and len(self.kept_M) <= whole
-        self.most = max(self.most, len(self.kept_M)) if one else self.most + rows
+        room, gradient = self.most * self.largest, self.largest * size  # in elements
+        summed = gradient * wide.itemsize // dtype.itemsize
+        row = self.largest + 2 * size
+        kept = len(self.kept_M)
+        one = not late and kept * row <= room + summed
+        self.most = max(self.most, kept if one else (room + gradient) // row)
 
     def chunks(self) -> list[slice]:
         """Even ones; where the weight's gradient is one product, a rest and then full ones."""
@@ -228,8 +232,8 @@ def linear_op(
     plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
     weights = Weights(plan, token_weights, denominator, hidden)
     factor = weights.inverse if weights.late else None
-    if wants_weight:
-        plan.use_room(weight, late=weights.late)
+    if wants_weight and backend == "triton":
+        plan.use_room(weight.shape[1], weight.dtype, late=weights.late)
     rows = rows_of(backend)
     sums_2 = torch.zeros(2, dtype=weights.plain_M.dtype, device=hidden.device)
     lse_M = torch.empty_like(weights.folded_M)

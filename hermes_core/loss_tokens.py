@@ -109,7 +109,8 @@ def tokens_backward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden and weight, out of logits that are computed once more."""
     plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
-    plan.use_room(weight, late=False)
+    if backend == "triton":
+        plan.use_room(weight.shape[1], weight.dtype, late=False)
     d_hidden = torch.zeros_like(hidden)
     # d nll = p - [target]; d entropy = -p * (log p + entropy)
     scale = d_nll - d_entropy * entropy

@@ -1,10 +1,10 @@
-"""`cross_entropy.loss_and_gradient_` with the row held in shared memory, in Gluon, for Hopper and
-Blackwell: each bf16 logit is read once and written once, 4 bytes of memory traffic.
+"""`cross_entropy.loss_and_gradient_` with rows held in shared memory, in Gluon, for Hopper and
+Blackwell: as far as a row fits, each 16-bit logit is read once and written once.
 
 Without it the second pass over a row reads memory again: a GPU has more rows in work than its
 second level of cache has room for. One program works on a row. Copies into shared memory run ahead
-of the first pass; what there is no room for is read once more, which is little and read last, so
-that the second pass, which takes it first, finds it in cache.
+of the first pass. What there is no room for, from some 110,000 logits on, is read twice: last by
+the first pass and first by the second, which may find it in cache.
 
 In the first pass each thread keeps a maximum and a sum of its own, so that threads wait for one
 another only at its end.
@@ -29,6 +29,7 @@ ALIGNED = 16  # elements: what a row's first address and its stride must be mult
 VECTORS = ("columns", "weights", "lse_out", "target_out")  # as in `cross_entropy`
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+LEAST = gl.constexpr(-3e38)  # a first maximum that is finite, so that no difference is -inf - -inf
 
 
 @gluon.jit
@@ -40,19 +41,16 @@ def _capped(z, SOFTCAP: gl.constexpr):
 
 
 @gluon.jit
-def _base(largest):
-    """A maximum in powers of two, 0 while there is none, so that no difference is -inf - -inf."""
-    return gl.where(largest == -float("inf"), 0.0, largest * LOG2E)
+def _joined(z, top, sums, SOFTCAP: gl.constexpr):
+    """Each thread's maximum in powers of two and its sum of exponentials under it, with a block's
+    logits.
 
-
-@gluon.jit
-def _joined(z, largest, sums, SOFTCAP: gl.constexpr):
-    """Each thread's maximum and its sum of exponentials under it, with a block's logits."""
+    The maximum is kept as it was rounded: where it does not rise, the sum is multiplied by just 1.
+    """
     z = _capped(z, SOFTCAP)
-    risen = gl.maximum(largest, gl.max(z, 1))
-    base = _base(risen)
-    part = gl.sum(gl.exp2(z * LOG2E - base[:, None]), 1)
-    return risen, sums * gl.exp2(largest * LOG2E - base) + part
+    risen = gl.maximum(top, gl.max(z, 1) * LOG2E)
+    part = gl.sum(gl.exp2(z * LOG2E - risen[:, None]), 1)
+    return risen, sums * gl.exp2(top - risen) + part
 
 
 @gluon.jit
@@ -100,7 +98,7 @@ def held_kernel(
         async_copy.commit_group()
     target = _capped(gl.load(row + column, mask=column >= 0, other=0.0).to(gl.float32), SOFTCAP)
 
-    largest = gl.full([THREADS], -float("inf"), gl.float32, gl.SliceLayout(1, layout))
+    top = gl.full([THREADS], LEAST, gl.float32, gl.SliceLayout(1, layout))
     sums = gl.full([THREADS], 0.0, gl.float32, gl.SliceLayout(1, layout))
     for i in range(HELD):
         async_copy.wait_group(AHEAD - 1)
@@ -110,21 +108,19 @@ def held_kernel(
                 held.index(i + AHEAD), row + (i + AHEAD) * STEP + at
             )
         async_copy.commit_group()
-        largest, sums = _joined(z, largest, sums, SOFTCAP)
+        top, sums = _joined(z, top, sums, SOFTCAP)
     for start in range(HELD * STEP, size, STEP):
         inside = start + at < size
         z = gl.load(row + start + at, mask=inside, other=-float("inf")).to(gl.float32)
         if SOFTCAP != 0:
             z = gl.where(inside, z, -float("inf"))
-        largest, sums = _joined(z, largest, sums, SOFTCAP)
-    top = gl.max(largest, 0)
-    total = gl.sum(sums * gl.exp2(largest * LOG2E - _base(top)), 0)
-    lse = top + gl.log2(total) * LN2
-    gl.store(lse_out + at_row, lse)
+        top, sums = _joined(z, top, sums, SOFTCAP)
+    largest = gl.max(top, 0)
+    lse = largest + gl.log2(gl.sum(sums * gl.exp2(top - largest), 0))
+    gl.store(lse_out + at_row, lse * LN2)
     gl.store(target_out + at_row, target)
 
-    scale = weight * (1 + 2 * z_loss * lse)
-    lse *= LOG2E
+    scale = weight * (1 + 2 * z_loss * (lse * LN2))
     for start in range(HELD * STEP, size, STEP):
         inside = start + at < size
         z = gl.load(row + start + at, mask=inside, other=0.0).to(gl.float32)
@@ -147,7 +143,7 @@ def constants(size: int) -> dict[str, int]:
 
 def takes(logits_CV: Tensor) -> bool:
     """Whether the kernel can work on them: 16 bits each, rows that start at whole vectors and have
-    two blocks at least (Triton indexes no ring of one), on a GPU that has room for most of one."""
+    two blocks at least (Triton indexes no ring of one), on a GPU of sm_90 or sm_100."""
     return (
         logits_CV.is_cuda
         and logits_CV.dtype in (torch.bfloat16, torch.float16)

@@ -33,7 +33,8 @@ def test_machine_code_of_every_kernel_passes_its_gate(repository: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     compiled = [r for r in results if r["op"] == "loss, static"]
-    kernels = 2 * len(loss_static.POINTERS) + 1  # capped or not, but for the one that scales
+    # Capped or not, rows held of two lengths; and the one that scales.
+    kernels = 2 * (len(loss_static.POINTERS) + 1) + 1
     assert len(compiled) == kernels * len(loss_static.TARGETS)
 
 

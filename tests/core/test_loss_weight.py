@@ -94,26 +94,41 @@ def test_room_is_aligned_and_outlives_its_maker() -> None:
     assert all(bool((x == rows).all()) for rows, x in enumerate(rooms, 1))
 
 
+def on_a_gpu(kept: int, dtype: torch.dtype, first: int, ids: int, largest: int) -> Plan:
+    """Of a share of the vocabulary, 10 rows of logits at a time; on no CPU, so as on a GPU."""
+    like = torch.empty(ids, SIZE, dtype=dtype, device="meta")
+    labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
+    room, shard = like.itemsize * largest * 10, [first, VOCABULARY, largest]
+    return Plan(labels, labels[:kept], -100, room, shard, "", like)
+
+
+ROW = (VOCABULARY + 2 * SIZE) / VOCABULARY  # with its hidden state and the gradient of that
+
+
 @pytest.mark.parametrize(
-    ("kept", "dtype", "late", "chunks"),
+    ("dtype", "late", "most"),
     [
-        (10 + 2 * SIZE, torch.bfloat16, False, 1),
-        (10 + 2 * SIZE + 1, torch.bfloat16, False, 2),
-        (10 + SIZE, torch.float16, True, 1),
-        (10 + SIZE + 1, torch.float16, True, 2),
-        (60, torch.float32, False, 12),
+        (torch.bfloat16, False, int((10 + 2 * SIZE) / ROW)),  # as one chunk
+        (torch.float16, True, int((10 + SIZE) / ROW)),
+        (torch.float32, False, 10),
     ],
 )
 def test_chunks_on_a_gpu_take_what_the_gradient_leaves_them(
-    kept: int, dtype: torch.dtype, late: bool, chunks: int
+    dtype: torch.dtype, late: bool, most: int
 ) -> None:
-    weight = torch.empty(VOCABULARY, SIZE, dtype=dtype, device="meta")  # no CPU's, so a GPU's
-    labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
-    room = 2 * VOCABULARY * 10
-    plan = Plan(labels, labels[:kept], -100, room, [0, VOCABULARY, VOCABULARY], "", weight)
-    assert len(plan.chunks()) == -(-kept // (room // (weight.itemsize * VOCABULARY)))
-    plan.use_room(weight, late=late)
-    assert len(plan.chunks()) == chunks
+    for kept, chunks in ((most, 1), (most + 1, 2)):
+        plan = on_a_gpu(kept, dtype, 0, VOCABULARY, VOCABULARY)
+        assert len(plan.chunks()) == -(-kept // 10)
+        plan.use_room(SIZE, dtype, late=late)
+        assert len(plan.chunks()) == chunks
+
+
+def test_ranks_with_shares_of_other_sizes_have_the_same_chunks() -> None:
+    for kept in range(1, TOKENS):
+        first, second = (on_a_gpu(kept, torch.bfloat16, *at, 751) for at in ((0, 751), (751, 750)))
+        for plan in (first, second):
+            plan.use_room(SIZE, torch.bfloat16, late=False)
+        assert first.chunks() == second.chunks()
 
 
 def test_rows_of_logits_start_at_whole_vectors_on_a_gpu() -> None:

@@ -10,6 +10,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from hermes_core import loss_rows
 from hermes_core.loss import linear_cross_entropy, masked_cross_entropy, token_nll
+from hermes_core.loss_chunks import Plan
 from hermes_kernels import cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,3 +187,22 @@ def test_more_values_than_programs_at_once_are_scaled(monkeypatch: pytest.Monkey
     values = torch.ones(9 * cross_entropy.BLOCK + 5, device=DEVICE)
     cross_entropy.scale_(values, torch.tensor(2.0, device=DEVICE))
     assert (values == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "denominator", "late"),
+    [(torch.bfloat16, 9.0, False), (torch.float16, 9.0, True), (torch.float16, None, False)],
+)
+def test_what_is_divided_late_is_no_single_product(
+    dtype: torch.dtype, denominator: float | None, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(Plan, "use_room", lambda _, *sizes, late: asked.append((*sizes, late)))
+    hidden, weight, labels, _ = problem(dtype)
+    loss = linear_cross_entropy(hidden, weight, labels, denominator=denominator, backend="triton")
+    assert asked == [(16, dtype, late)]
+    loss.total.backward()
+    token_nll(hidden, weight, labels, backend="triton").nll_T.sum().backward()
+    assert asked == [(16, dtype, late), (16, dtype, False)]
+    linear_cross_entropy(hidden, weight, labels, backend="torch").total.backward()
+    assert len(asked) == 2  # PyTorch's rows take more memory than their logits

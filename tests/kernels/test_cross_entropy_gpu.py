@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -214,18 +214,34 @@ def test_rows_held_equal_rows_read_twice(
     assert buffer[:, columns:].isnan().all()
 
 
-def test_the_sum_in_fp32_is_all_the_memory_there_is() -> None:
-    """Beside inputs, gradients and a chunk; where all logits are one chunk, they are."""
-    chunk = OPTIONS["all"]["chunk_bytes"]
-    for kept, room in (("all", chunk + 4 * LLAMA * SIZE), ("30 %", 2 * LLAMA * 1_100)):
-        given = problem(LLAMA, kept)
-        run(given, **OPTIONS[kept])  # cuBLAS takes its own memory once
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() + sum(x.nbytes for x in given[:2])
-        found = run(given, chunk_bytes=chunk)
-        del found
-        assert torch.cuda.max_memory_allocated() - before < room + 5e7
+def statistics_of(given: tuple[Tensor, Tensor, Tensor], **options: object) -> list[Tensor]:
+    found = token_nll(*given, backend="triton", **options)  # type: ignore[arg-type]
+    return list(torch.autograd.grad(found.nll_T.sum(), given[:2]))
+
+
+@pytest.mark.parametrize(
+    ("kept", "dtype", "call", "sums"),
+    [
+        ("all", torch.bfloat16, run, True),
+        ("all", torch.float16, run, True),
+        ("all", torch.bfloat16, statistics_of, True),
+        ("30 %", torch.bfloat16, run, False),  # all logits are one chunk
+    ],
+)
+def test_a_chunk_and_the_sum_in_fp32_are_all_the_memory_there_is(
+    kept: str, dtype: torch.dtype, call: Callable[..., list[Tensor]], sums: bool
+) -> None:
+    """Beside inputs and gradients."""
+    given, chunk = problem(LLAMA, kept, dtype), 2**26
+    room = chunk + 4 * LLAMA * SIZE if sums else 2 * LLAMA * 1_100
+    options = {"denominator": TOKENS} if dtype == torch.float16 else {}
+    call(given, chunk_bytes=chunk, **options)  # cuBLAS takes its own memory once
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() + sum(x.nbytes for x in given[:2])
+    found = call(given, chunk_bytes=chunk, **options)
+    del found
+    assert torch.cuda.max_memory_allocated() - before < room + 5e7
 
 
 def test_token_statistics_err_no_more_than_in_pytorch() -> None:

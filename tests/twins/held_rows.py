@@ -40,8 +40,8 @@ class Logits(Pointer):
 class Copies(Language):
     """What `gl` and its Ampere module are for one program: copies in groups, stores in place."""
 
-    def __init__(self, machine: Machine, program: Any) -> None:
-        super().__init__(machine, program)
+    def __init__(self, machine: Machine, *program: Any) -> None:
+        super().__init__(machine, *program)
         self.open: list[Event] = []
         self.groups: list[list[Event]] = []
         self.stored: dict[int, NDArray[np.int64]] = {}  # by vector, how often each element was
