@@ -42,11 +42,13 @@ class Launch:
 GRID = 65_535  # programs that CUDA has in the second dimension of a grid
 STATISTICS = Launch(32, 0, 4, 1)  # bound by memory: small enough to keep a tile in registers
 
-# Triton's of 90 are the fastest of a sweep on an H100 (`python -m bench attention --sweep`, Triton
-# 3.6.0), but for dkdv's stages at 128: two were faster, and spill since walks are in blocks. Of 100
-# nothing was timed: rows of 128 where they fit, as fewer take the tensor cores as long, and tiles
-# of which a multiprocessor holds two where that was found, by the machine code (`python -m bench
-# attention --static`). 80 stands for every other GPU, only compiled.
+# Triton's of 90 are by sweeps on an H100 (`bench.attention_sweep`, Triton 3.6.0). Those at 128 were
+# swept at commit 68aca0e, 19 launches: dq's is the fastest; the forward's is at mean 1,024, and
+# within 2 % at 4,096; dkdv's is the fastest that spills nothing, as (64, 64, 4, 2), which took 0.9
+# of its time, does. Those at 64 and 256 were the fastest before walks were in blocks, and have not
+# been swept since. Of 100 nothing was timed: rows of 128 where they fit, as fewer take the tensor
+# cores as long, and tiles of which a multiprocessor holds two where that was found, by the machine
+# code (`python -m bench attention --static`). 80 stands for every other GPU, only compiled.
 # "pairs" is the forward of `forward_sm100`. Stages of kernels in Gluon are blocks, as many as
 # shared memory has room for.
 TABLE: dict[tuple[int, Kernel, int], Launch] = {
@@ -54,10 +56,10 @@ TABLE: dict[tuple[int, Kernel, int], Launch] = {
     (90, "forward", 128): Launch(64, 128, 4, 1),
     (90, "forward", 256): Launch(128, 64, 8, 2),
     (90, "dq", 64): Launch(64, 64, 4, 2),
-    (90, "dq", 128): Launch(128, 32, 8, 3),
+    (90, "dq", 128): Launch(64, 32, 4, 3),
     (90, "dq", 256): Launch(128, 32, 8, 3),
     (90, "dkdv", 64): Launch(64, 64, 4, 3),
-    (90, "dkdv", 128): Launch(64, 64, 4, 1),
+    (90, "dkdv", 128): Launch(32, 64, 4, 3),
     (90, "dkdv", 256): Launch(32, 64, 8, 2),
     (90, "forward_sm90", 64): Launch(128, 128, 4, 4),
     (90, "forward_sm90", 128): Launch(128, 128, 4, 2),
