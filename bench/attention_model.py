@@ -193,8 +193,8 @@ def walk_back(shape: Shape, queries: int, keys: int) -> tuple[np.ndarray, np.nda
     last = np.minimum(rows + queries, shape.tokens) - 1
     own = -((starts[rows] - np.minimum(after[rows], rows + queries)) // keys)
     parts = own + _beyond(after[rows], last, part_of)
-    whole = np.where(starts[last] == starts[rows], (rows + 1 - starts[rows]) // keys, 0)
-    return parts, parts - whole
+    whole = np.minimum((rows + 1 - starts[rows]) // keys, parts - 1)  # the last one is masked
+    return parts, parts - np.where(starts[last] == starts[rows], whole, 0)
 
 
 def walk_on(shape: Shape, keys: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
