@@ -64,12 +64,17 @@ def makespan(costs: np.ndarray, workers: int) -> float:
 
 
 def staying(costs: np.ndarray, workers: int) -> float:
-    """The same where most workers take several, as `groups_sm90.tile_of` has it."""
-    programs, stay = programs_of(len(costs), workers)
+    """The same where programs take several, as Hopper's do."""
+    return makespan(dealt(costs, workers), workers)
+
+
+def dealt(costs: np.ndarray, multiprocessors: int) -> np.ndarray:
+    """Of each program in turn what its tiles cost, as `groups_sm90.tile_of` has them."""
+    programs, stay = programs_of(len(costs), multiprocessors)
     rounds, place = np.divmod(np.arange(len(costs) - programs + stay), stay)
     programs_that_stay = np.where(rounds % 2 == 0, place, stay - 1 - place)
     kept = np.bincount(programs_that_stay, costs[: len(rounds)])
-    return makespan(np.concatenate([kept, costs[len(rounds) :]]), workers)
+    return np.concatenate([kept, costs[len(rounds) :]])
 
 
 @dataclass(frozen=True)
