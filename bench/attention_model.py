@@ -64,12 +64,17 @@ def makespan(costs: np.ndarray, workers: int) -> float:
 
 
 def staying(costs: np.ndarray, workers: int) -> float:
-    """The same where most workers take several, as `groups_sm90.tile_of` has it."""
-    programs, stay = programs_of(len(costs), workers)
+    """The same where programs take several, as Hopper's do."""
+    return makespan(dealt(costs, workers), workers)
+
+
+def dealt(costs: np.ndarray, multiprocessors: int) -> np.ndarray:
+    """Of each program in turn what its tiles cost, as `groups_sm90.tile_of` has them."""
+    programs, stay = programs_of(len(costs), multiprocessors)
     rounds, place = np.divmod(np.arange(len(costs) - programs + stay), stay)
     programs_that_stay = np.where(rounds % 2 == 0, place, stay - 1 - place)
     kept = np.bincount(programs_that_stay, costs[: len(rounds)])
-    return makespan(np.concatenate([kept, costs[len(rounds) :]]), workers)
+    return np.concatenate([kept, costs[len(rounds) :]])
 
 
 @dataclass(frozen=True)
@@ -193,8 +198,8 @@ def walk_back(shape: Shape, queries: int, keys: int) -> tuple[np.ndarray, np.nda
     last = np.minimum(rows + queries, shape.tokens) - 1
     own = -((starts[rows] - np.minimum(after[rows], rows + queries)) // keys)
     parts = own + _beyond(after[rows], last, part_of)
-    whole = np.where(starts[last] == starts[rows], (rows + 1 - starts[rows]) // keys, 0)
-    return parts, parts - whole
+    whole = np.minimum((rows + 1 - starts[rows]) // keys, parts - 1)  # the last one is masked
+    return parts, parts - np.where(starts[last] == starts[rows], whole, 0)
 
 
 def walk_on(shape: Shape, keys: int, queries: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,9 @@
 """What the kernels for Hopper (sm_90) share: how warps are divided, barriers, operands, masks and
 boxes.
 
-A program that stays on its multiprocessor takes one tile after another. It has three parts: two
-groups of four warps that multiply, half of each tile each, and a warp that loads, and so looks up
-where the next tile lies while the groups are at this one. A group is given most of the registers
+A program takes one tile, or some, one after another (`launch.programs_of`). It has three parts:
+two groups of four warps that multiply, half of each tile each, and a warp that loads, and so looks
+up where the next tile lies while the groups are at this one. A group is given most of the registers
 that the loading warp has no use for. Blocks are counted from each segment's start, and a tile meets
 them in rising order (`walk.part`).
 """
@@ -59,8 +59,8 @@ def tile_of(nth, tiles, stay):
     """Which of all tiles, in falling length, a program takes as its nth.
 
     The first ``stay`` programs take them forth and back: who has the longest of one round has the
-    shortest of the next. Each of the others has one of the last tiles, and begins as a
-    multiprocessor comes free (`launch.programs_of`). A tile's bits are the same, whoever takes it.
+    shortest of the next. Each of the others has one of the last tiles (`launch.programs_of`). A
+    tile's bits are the same, whoever takes it.
     """
     programs, me = gl.num_programs(0), gl.program_id(0)
     place = gl.where(nth % 2 == 0, me, stay - 1 - me)

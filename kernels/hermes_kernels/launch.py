@@ -25,7 +25,8 @@ TILE = 128  # the tiles that are ranked by length; every tile size divides it
 # Copies of each head's statistics, from token 0, 1, 2 and 3 on: a walk's boxes begin anywhere, and
 # the places that TMA takes them from lie 16 bytes apart.
 SHIFTED = 4
-TAIL = 2  # tiles a multiprocessor, with which those that ended early catch up
+KEPT = 8  # tiles of a program, at most
+TAIL = 3  # rounds of tiles, with which those that ended early catch up
 PROGRAMS = 8  # of a key tile, if there are query heads for it; the bits follow from heads alone
 
 
@@ -127,13 +128,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def programs_of(tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """How many programs take so many tiles, and how many of them stay for several.
+    """How many programs take so many tiles, and how many of them, the first, stay for several.
 
-    One stays on each multiprocessor, with equally many tiles; the shortest tiles, some `TAIL` for
-    each, have programs of their own, which the GPU deals to whoever ends first.
+    A program of several tiles starts and ends once for all of them, but nothing else fits on its
+    multiprocessor meanwhile, and where another kernel has one, as NCCL's beside attention, the
+    programs meant for it come after all others. So each has about an eighth of a multiprocessor's
+    tiles, at most `KEPT`: one that comes late adds that much. They are a multiple of the
+    multiprocessors, of equal work; the shortest tiles, of the last `TAIL` rounds or more, have
+    programs of their own. The longest come first, and the GPU deals them to whoever is free.
     """
-    stay = min(tiles, multiprocessors)
-    kept = max(tiles // stay - TAIL, 1)
+    rounds = -(-tiles // multiprocessors)
+    kept = min(1 + rounds // 8, KEPT)
+    stay = min(tiles, max((rounds - TAIL) // kept, 1) * multiprocessors)
     return tiles - (kept - 1) * stay, stay
 
 

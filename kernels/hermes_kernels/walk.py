@@ -23,7 +23,8 @@ def back(row, starts, ends, block_of, blocks, T, M, J: tl.constexpr):
 
     Returns:
         What `part` wants: first, after and rest; how many parts; and how many of them, the
-        first ones, every query sees whole.
+        first ones, every query sees whole. The last part is none of these, though a tile's only
+        query may see it whole.
     """
     last = tl.minimum(row + M, T) - 1
     first, end = tl.load(starts + row), tl.load(ends + row)
@@ -32,7 +33,7 @@ def back(row, starts, ends, block_of, blocks, T, M, J: tl.constexpr):
     own = tl.cdiv(tl.minimum(after, row + M) - first, J)
     rest, more = _beyond(after, last, block_of, blocks, J)
     count = own + more
-    inner = tl.where(one, (row + 1 - first) // J, 0)
+    inner = tl.where(one, tl.minimum((row + 1 - first) // J, count - 1), 0)
     return first, after, rest - own, count, inner
 
 

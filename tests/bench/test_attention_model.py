@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from bench.attention_model import (
     Turn,
     backward_seconds,
     backward_tflops,
+    dealt,
     fit,
     forward_seconds,
     makespan,
@@ -30,9 +32,24 @@ from bench.attention_model import (
     walk_on,
 )
 from hermes_kernels.launch import parts_of, programs_of
+from twins.gluon_simulator import run
+from twins.gluon_tensors import I32
+from twins.gluon_tensors import Tensor as Scalar
+from twins.hopper import Hopper
+from twins.simulated import sources_of
 
 SHAPE = Shape("one", (256,), (1, 1), 64, torch.bfloat16)
 TURN = Turn(128, 128, 4 * 128 * 128 * 64, 100, 8)
+DEAL = sources_of("groups_sm90") | {
+    "deal": """
+from triton.experimental.gluon import language as gl
+from hermes_kernels.groups_sm90 import tile_of, tiles_of
+
+def deal_kernel(found, tiles, stay):
+    for nth in range(tiles_of(tiles, stay)):
+        found.append((int(gl.program_id(0)), int(tile_of(nth, tiles, stay))))
+"""
+}
 
 
 def test_costs_go_to_whoever_is_free_first() -> None:
@@ -42,26 +59,57 @@ def test_costs_go_to_whoever_is_free_first() -> None:
 
 
 def test_programs_that_stay_take_forth_and_back_and_the_shortest_are_dealt_last() -> None:
-    assert programs_of(8192, 132) == (8192 - 59 * 132, 132)
-    assert programs_of(1024, 132) == (1024 - 4 * 132, 132)
-    assert programs_of(300, 132) == (300, 132)
+    assert programs_of(8192, 132) == (8192 - 7 * 7 * 132, 7 * 132)
+    assert programs_of(5120, 132) == (5120 - 4 * 7 * 132, 7 * 132)
+    assert programs_of(1024, 132) == (1024 - 2 * 132, 2 * 132)
+    assert programs_of(924, 132) == (924, 4 * 132)
     assert programs_of(5, 132) == (5, 5)
-    assert staying(np.array([5, 4, 3, 2]), 2) == 7
-    # 10, 7 and 6, and 9, 8 and 5, then 4, 3, 2 and 1 to whoever is free.
-    assert staying(np.arange(10, 0, -1), 2) == 28
+    # Two each, 17 and 6, 16 and 7, and so on to 12 and 11; then one each.
+    assert dealt(np.arange(17, 0, -1), 2).tolist() == [23] * 6 + [5, 4, 3, 2, 1]
+    assert staying(np.arange(17, 0, -1), 2) == 3 * 23 + 4 + 3 + 1
+
+
+def tiles_of_hopper(shape: Shape) -> Iterator[np.ndarray]:
+    """Costs of forward's, dq's and dkdv's, falling: 11 a block, where a program's start and end
+    take some 15."""
+    heads, kv_heads = shape.heads
+    shares = kv_heads * parts_of(kv_heads, heads // kv_heads)
+    walks = ((walk_back, 128, heads), (walk_back, 64, heads), (walk_on, 64, shares))
+    for walk, size, each in walks:
+        parts, masked = walk(shape, 128, size)
+        yield np.sort(np.repeat((11 * parts + 2 * masked) * (heads // each), each))[::-1]
 
 
 @pytest.mark.parametrize("shape", gpu_shapes(), ids=str)
 def test_programs_that_stay_end_nearly_as_if_each_tile_went_to_whoever_is_free(
     shape: Shape,
 ) -> None:
-    heads, kv_heads = shape.heads
-    shares = kv_heads * parts_of(kv_heads, heads // kv_heads)
-    walks = ((walk_back, 128, heads), (walk_back, 64, heads), (walk_on, 64, shares))
-    for walk, size, each in walks:
-        parts, masked = walk(shape, 128, size)
-        costs = np.sort(np.repeat(11 * parts + 2 * masked, each))[::-1]
+    for costs in tiles_of_hopper(shape):
         assert staying(costs, 132) <= 1.02 * makespan(costs, 132)
+        assert makespan(dealt(costs, 132) + 15, 132) <= 1.003 * makespan(costs + 15, 132)
+
+
+@pytest.mark.parametrize("shape", gpu_shapes(), ids=str)
+@pytest.mark.parametrize(("free", "times"), [(131, 1.15), (124, 1.15), (116, 1.2)])
+def test_multiprocessors_that_are_busy_cost_little_more_than_they_are(
+    shape: Shape, free: int, times: float
+) -> None:
+    for costs in tiles_of_hopper(shape):
+        programs = dealt(costs, 132) + 15
+        assert makespan(programs, free) <= times * makespan(programs, 132)
+
+
+@pytest.mark.parametrize("tiles", [5, 16, 17, 50, 155])
+def test_the_kernels_deal_each_tile_once_and_as_it_is_counted(tiles: int) -> None:
+    programs, stay = programs_of(tiles, 2)
+    found: list[tuple[int, int]] = []
+    given = {"tiles": tiles, "stay": stay}
+    numbers = {name: Scalar(np.asarray(n, np.int32), I32) for name, n in given.items()}
+    run(DEAL, "deal_kernel", {"found": found, **numbers}, (programs,), 0, Hopper)
+    assert sorted(tile for _, tile in found) == list(range(tiles))
+    costs = np.arange(tiles, 0, -1) ** 2
+    mine = np.bincount(*np.array([(me, costs[tile]) for me, tile in found]).T)
+    assert mine.tolist() == dealt(costs, 2).tolist()
 
 
 def test_a_turn_takes_its_products_and_what_does_not_hide() -> None:

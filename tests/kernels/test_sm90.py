@@ -55,6 +55,17 @@ def test_every_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
     check(inputs(sum(lengths), 2, 1, 64), lengths, 0.125, seed=sum(lengths))
 
 
+@pytest.mark.parametrize("stay", [1, 2])
+@pytest.mark.parametrize("length", [128, 256, 384])
+def test_a_tile_whose_one_query_sees_all_blocks_whole_lets_the_next_one_in(
+    length: int, stay: int
+) -> None:
+    known = Given(inputs(1 + length, 2, 1, 64), [1, length], 0.125)
+    for find in (attend, of_queries, of_keys):
+        for one, other in zip(find(known, stay=stay), find(known, stay=99), strict=True):
+            assert torch.equal(one, other)
+
+
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=4), st.sampled_from([(2, 1), (1, 1)]))
 @settings(max_examples=10, deadline=None)
 def test_any_packing_in_any_order_of_events_is_right(

@@ -225,6 +225,15 @@ def test_a_broken_dkdv_is_found_out(wanted: str, instead: str, message: str) -> 
     told(of_keys, replaced(DKDV, (wanted, instead)), message)
 
 
+def test_a_last_block_taken_as_seen_whole_is_found_out_by_the_tile_alone() -> None:
+    known = Given(inputs(129, 1, 1, 64), [1, 128], 4.0)
+    wrong = replaced(
+        DQ, ("tl.minimum((row + 1 - first) // J, count - 1)", "(row + 1 - first) // J")
+    )
+    with pytest.raises(Fault, match="with one tile more"):
+        of_queries(known, sources=wrong, stay=2)
+
+
 # What is put in place of what, in the kernel or in its walk.
 WRONG_WALK = {
     "own parts one too few": ("    rest, more", "    own -= 1\n    rest, more"),

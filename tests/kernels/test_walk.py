@@ -77,6 +77,7 @@ def walks(
 @given(lengths=LENGTHS, tail=st.integers(0, 150))
 @example(lengths=[500, 12], tail=0)
 @example(lengths=[1] * 300, tail=0)
+@example(lengths=[1, 128], tail=0)
 @example(lengths=[100, 1, 1, 1, 156, 1, 2], tail=140)
 @settings(max_examples=20, deadline=None)
 def test_a_tile_meets_each_token_that_it_must_once(
@@ -91,6 +92,7 @@ def test_a_tile_meets_each_token_that_it_must_once(
     met = seen if kernel is back_kernel else seen.T
     told = walks(kernel, at.places, tile, part)
     for i, (parts, whole) in enumerate(told):
+        assert kernel is on_kernel or len(parts) - 1 not in whole
         rows = slice(i * tile, min((i + 1) * tile, at.tokens))
         times = np.zeros(at.tokens, int)
         begins = []

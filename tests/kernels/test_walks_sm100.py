@@ -82,8 +82,8 @@ ASTRAY_FORWARD = BACK | {
     "the second tile's own keys left out": ("T, M + down, J", "T, M, J"),
 }
 ASTRAY_DQ = BACK | {
-    "a diagonal without a mask": ("(row + 1 - first) // J", "(row + J - first) // J"),
-    "others' keys without a mask": ("tl.where(one, (row", "tl.where(True, (row"),
+    "a diagonal without a mask": ("tl.minimum((row + 1 - first) // J, count - 1)", "count"),
+    "others' keys without a mask": ("tl.where(one, tl.min", "tl.where(True, tl.min"),
     "the other half's mask": ("begin + x * (J // 2)", "begin + (1 - x) * (J // 2)"),
     "statistics of another head": ("head.to(gl.int64) * SHIFTS * U", "head.to(gl.int64) * U"),
 }
@@ -128,7 +128,7 @@ MOVED = {
     "the diagonal first in dq": (
         of_queries, ("n, _ = part(i,", "n, _ = part(gl.where(i == 0, count - 1, i - 1),"),
         ("begin, end = part(i,", "begin, end = part(gl.where(i == 0, count - 1, i - 1),"),
-        ("tl.where(one, (row + 1 - first) // J, 0)", "0")),
+        ("tl.where(one, tl.minimum((row + 1 - first) // J, count - 1), 0)", "0")),
     "parts from the tile's start in dkdv": (
         of_keys, ("first = row - (row - start) % M", "first = row * 1")),
     "the first part last in dkdv": (

@@ -267,6 +267,7 @@ class Barrier:
         self.gathered: Clock = {}
         self.known: list[Clock] = []  # of each phase that has ended
         self.expected: dict[str, int] = {}  # by role: the phase it waits for next
+        self.hosts: set[str] = set()  # roles that wait for room, of which there was some before
 
     def start(self, count: int) -> None:
         self.count = self.pending = count
@@ -298,8 +299,16 @@ class Barrier:
             raise Fault(f"{role.name} waits for the same phase of {self.name} again")
         if self.phase > phase + 1:
             raise Fault(f"{role.name} missed a phase of {self.name}")
+        if phase < 0:
+            self.hosts.add(role.name)
         self.expected[role.name] = phase
         self.machine.pause(lambda: self.phase > phase, f"{self.name}, phase {phase}")
         self.expected[role.name] = phase + 1
         if phase >= 0:
             role.clock = joined(role.clock, self.known[phase])
+
+    def end(self) -> None:
+        """After a program that might have taken one tile more: all room must be free again."""
+        for who in self.hosts:
+            if self.phase <= self.expected[who]:
+                raise Fault(f"deadlock: with one tile more {who} would wait for {self.name}")

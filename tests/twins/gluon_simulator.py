@@ -174,13 +174,15 @@ class Language:
 
     def __init__(self, machine: Machine, program: Sequence[int], grid: Sequence[int]) -> None:
         self.machine, self.program, self.grid = machine, program, grid
-        self.barriers = 0
+        self.allocations = 0  # of barriers
+        self.barriers: list[Barrier] = []
 
     def allocate(self, kind: DType, shape: Sequence[int], layout: object, space: str) -> Any:
         if layout == "barrier":
-            self.barriers += 1
-            name = f"barriers {self.barriers}"
+            self.allocations += 1
+            name = f"barriers {self.allocations}"
             made = [Barrier(self.machine, f"{name}[{i}]") for i in range(shape[0])]
+            self.barriers += made
             return SimpleNamespace(index=lambda i: made[operator.index(i)], shape=shape)
         memory = Memory(self.machine, tuple(shape), kind, space)
         slots, _, width = memory.bytes.shape
@@ -262,6 +264,9 @@ class Language:
             "triton.experimental.gluon": gluon,
             "triton.experimental.gluon.language.nvidia.blackwell": blackwell,
         }
+
+    def end(self) -> None:
+        """Check what a program leaves behind."""
 
     def store(self, pointer: Pointer, value: Tensor, mask: Tensor) -> None:
         kept = mask.data
@@ -360,7 +365,8 @@ def run(
     """
     codes = {name: compile(text, name, "exec") for name, text in sources.items()}
     for i, place in enumerate(np.ndindex(*grid)):
-        known = language(Machine(seed + 7919 * i), place, grid).namespaces()
+        program = language(Machine(seed + 7919 * i), place, grid)
+        known = program.namespaces()
 
         def bring(name: str, *rest: Any, known: dict[str, Any] = known) -> Any:
             return known.get(name) or builtins.__import__(name, *rest)
@@ -370,3 +376,4 @@ def run(
             exec(code, space)
             known[name] = SimpleNamespace(**space)
         getattr(known[name], kernel)(**arguments)
+        program.end()

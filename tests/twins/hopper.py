@@ -75,6 +75,11 @@ class Hopper(Language):
             "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(TensorDescriptor=None),
         }
 
+    def end(self) -> None:
+        """A program takes any number of tiles: after each it could take one more."""
+        for barrier in self.barriers:
+            barrier.end()
+
     def ask(
         self, a: View | Tensor, b: View, acc: Tensor, *, use_acc: bool = True, is_async: bool
     ) -> Promise:
