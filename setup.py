@@ -13,13 +13,12 @@ from setuptools import setup
 SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "simplex.cpp", "guide.cpp"]
 SOURCES += ["guided.cpp", "choice.cpp", "layout.cpp", "window.cpp", "shards.cpp", "rows.cpp"]
 SOURCES += ["pool.cpp", "mapping.cpp", "attention.cpp", "bindings.cpp", "row_bindings.cpp"]
-SOURCES += ["attention_bindings.cpp", "loss.cpp", "loss_bindings.cpp"]
+SOURCES += ["attention_bindings.cpp"]
 HEADERS = ["isa.hpp", "buffer.hpp", "sorting.hpp", "packing.hpp", "layout.hpp", "rows.hpp"]
 HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp", "bit_tree.hpp"]
 HEADERS += ["simplex.hpp", "knots.hpp", "knapsack.hpp", "guide.hpp", "guided.hpp", "choice.hpp"]
 HEADERS += ["shards.hpp", "pool.hpp", "arrays.hpp", "write_rows.hpp", "attention.hpp"]
 HEADERS += ["attention_vectors.hpp", "attention_blocks.hpp", "threads.hpp"]
-HEADERS += ["vectors.hpp", "loss.hpp", "loss_rows.hpp"]
 
 DEBUG = os.environ.get("HERMES_CORE_DEBUG") == "1"  # asserts, address and UB sanitizers
 

@@ -22,7 +22,6 @@
 
 void bind_rows(py::module_& m);       // row_bindings.cpp
 void bind_attention(py::module_& m);  // attention_bindings.cpp
-void bind_loss(py::module_& m);       // loss_bindings.cpp
 
 namespace {
 
@@ -285,7 +284,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
     bind_rows(m);
     bind_attention(m);
-    bind_loss(m);
 
     m.def("map_file", &map_file, "path"_a,
           "The bytes of a file, mapped read-only; holds no file descriptor.");

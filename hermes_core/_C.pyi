@@ -24,9 +24,6 @@ __all__: list[str] = [
     "attend",
     "build_rows",
     "differentiate_attention",
-    "differentiate_loss",
-    "differentiate_rows",
-    "find_statistics",
     "map_file",
     "pack",
     "pack_windows",
@@ -139,50 +136,6 @@ def differentiate_attention(
 ) -> None:
     """
     Gradients of q, k and v for a gradient of attention's output, written to the last three.
-    """
-
-def differentiate_loss(
-    logits: numpy.ndarray,
-    column: numpy.ndarray,
-    weight: numpy.ndarray,
-    lse: numpy.ndarray,
-    target: numpy.ndarray,
-    *,
-    z_loss: typing.SupportsFloat | typing.SupportsIndex,
-    dtype: str,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> None:
-    """
-    Overwrite logits by the loss's gradient; writes log-sum-exp and target logit.
-    """
-
-def differentiate_rows(
-    logits: numpy.ndarray,
-    column: numpy.ndarray,
-    lse: numpy.ndarray,
-    scale: numpy.ndarray,
-    tilt: numpy.ndarray | None,
-    weight: numpy.ndarray,
-    *,
-    dtype: str,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> None:
-    """
-    Overwrite logits by p * (scale + tilt * log p) - weight * [target].
-    """
-
-def find_statistics(
-    logits: numpy.ndarray,
-    column: numpy.ndarray,
-    lse: numpy.ndarray,
-    target: numpy.ndarray,
-    expected: numpy.ndarray,
-    *,
-    dtype: str,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> None:
-    """
-    Log-sum-exp, target logit and expected logit of each row, written to the last three.
     """
 
 def map_file(path: bytes) -> numpy.typing.NDArray[numpy.uint8]:

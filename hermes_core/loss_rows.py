@@ -1,8 +1,6 @@
-"""Statistics and gradients of a chunk of logits: on a CPU in C++, else in PyTorch.
+"""Statistics and gradients of a chunk of logits in PyTorch, a block of rows in cache at a time.
 
-In C++ a row is read three times and written once while it lies in cache, by one thread. PyTorch
-takes fp64, soft caps and other devices, a block of rows in cache at a time. The Triton kernels in
-`hermes_kernels.cross_entropy` offer the same three functions.
+The Triton kernels in `hermes_kernels.cross_entropy` offer the same three functions.
 
 Shapes: C rows of the chunk, B rows of a block, V vocabulary (this rank's share of it).
 """
@@ -10,14 +8,9 @@ Shapes: C rows of the chunk, B rows of a block, V vocabulary (this rank's share 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-from hermes_core import _C
-from hermes_core.backends import HALF
 
 # Of a block in fp32: several passes over it find it in the second or third level of cache.
 BLOCK_BYTES = 2**22
@@ -29,10 +22,6 @@ def statistics(logits_CV: Tensor, column_C: Tensor, softcap: float) -> Tensor:
     ``column_C`` is the target's column, -1 where it is in another share: its logit is then 0.
     """
     out_3C = _empty(3, logits_CV)
-    if _in_cpp(logits_CV, softcap):
-        given = map(_array, (logits_CV, _columns(column_C), *out_3C))
-        _C.find_statistics(*given, **_settings(logits_CV))
-        return out_3C
     for at, scratch_BV in _blocks(logits_CV):
         z_BV = _capped(logits_CV[at], softcap, scratch_BV)
         largest_B1 = z_BV.amax(1, keepdim=True)
@@ -52,10 +41,6 @@ def loss_and_gradient_(
         [2, C]: log-sum-exp and target logit.
     """
     out_2C = _empty(2, logits_CV)
-    if _in_cpp(logits_CV, softcap):
-        given = map(_array, (logits_CV, _columns(column_C), _floats(weight_C), *out_2C))
-        _C.differentiate_loss(*given, z_loss=z_loss, **_settings(logits_CV))
-        return out_2C
     for at, scratch_BV in _blocks(logits_CV):
         logits_BV, weight_B1 = logits_CV[at], weight_C[at, None]
         z_BV = _capped(logits_BV, softcap, scratch_BV)
@@ -83,12 +68,6 @@ def gradient_(
 
     ``lse_C`` is that of the whole vocabulary, of which these columns may be a share; no tilt is 0.
     """
-    if _in_cpp(logits_CV, softcap):
-        tilt = None if tilt_C is None else _array(_floats(tilt_C))
-        lse, scale, target = (_array(_floats(x)) for x in (lse_C, scale_C, target_C))
-        given = (_array(logits_CV), _array(_columns(column_C)), lse, scale, tilt, target)
-        _C.differentiate_rows(*given, **_settings(logits_CV))
-        return
     for at, scratch_BV in _blocks(logits_CV):
         z_BV = _capped(logits_CV[at], softcap, scratch_BV)
         slope_BV = _slope(z_BV, softcap)
@@ -98,30 +77,6 @@ def gradient_(
             factor_BV = (log_p_BV * tilt_C[at, None]).nan_to_num_(0.0).add_(factor_BV)
         p_BV = log_p_BV.exp_().mul_(factor_BV)
         _finish(logits_CV[at], p_BV, column_C[at], target_C[at, None], slope_BV)
-
-
-def _in_cpp(logits_CV: Tensor, softcap: float) -> bool:
-    rows = logits_CV.device.type == "cpu" and logits_CV.stride(1) == 1 and logits_CV.numel() > 0
-    return rows and softcap == 0 and logits_CV.dtype in (torch.float32, *HALF)
-
-
-def _array(x: Tensor) -> NDArray[Any]:
-    """The tensor's memory; NumPy knows no bfloat16, so the bits of half precision."""
-    x = x.detach()
-    return (x.view(torch.uint16) if x.dtype in HALF else x).numpy()
-
-
-def _columns(column_C: Tensor) -> Tensor:
-    return column_C.long().contiguous()
-
-
-def _floats(x_C: Tensor) -> Tensor:
-    return x_C.float().contiguous()
-
-
-def _settings(logits_CV: Tensor) -> dict[str, Any]:
-    threads = min(torch.get_num_threads(), _C.MAX_THREADS)
-    return {"dtype": str(logits_CV.dtype).removeprefix("torch."), "threads": threads}
 
 
 def _blocks(logits_CV: Tensor) -> Iterator[tuple[slice, Tensor]]:

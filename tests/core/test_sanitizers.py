@@ -15,7 +15,6 @@ pytestmark = pytest.mark.heavy
 TESTED = (
     "test_packing.py", "test_guided.py", "test_windows.py", "test_rows.py", "test_rows_memory.py",
     "test_loader.py", "test_samples.py", "test_bindings.py", "test_attention_core.py",
-    "test_loss_core.py",
 )  # fmt: skip
 
 
