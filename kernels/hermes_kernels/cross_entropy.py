@@ -208,10 +208,11 @@ def loss_and_gradient_(
     logits_CV: Tensor, column_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float
 ) -> Tensor:
     """Overwrite logits by the loss's gradient; [2, C] fp32: log-sum-exp and target logit."""
-    if _can_hold(logits_CV):
-        from hermes_kernels import cross_entropy_held
+    if not triton.knobs.runtime.interpret and TRITON_VERSION >= GLUON_SINCE:
+        from hermes_kernels import cross_entropy_held as held
 
-        return cross_entropy_held.loss_and_gradient_(logits_CV, column_C, weight_C, z_loss, softcap)
+        if held.takes(logits_CV):
+            return held.loss_and_gradient_(logits_CV, column_C, weight_C, z_loss, softcap)
     out_2C = torch.empty(2, len(logits_CV), dtype=torch.float32, device=logits_CV.device)
     vectors = (column_C, weight_C.contiguous(), *out_2C)
     _launch(loss_and_gradient_kernel, logits_CV, softcap, *vectors, z_loss=float(z_loss))
@@ -244,15 +245,6 @@ def scale_(values: Tensor, factor: Tensor) -> None:
     programs = min(PROGRAMS, triton.cdiv(values.numel(), BLOCK))
     with on(values):
         scale_kernel[(programs,)](values, factor, values.numel(), BLOCK=BLOCK, num_warps=WARPS)
-
-
-def _can_hold(logits_CV: Tensor) -> bool:
-    """Whether these rows can be held in shared memory, by a kernel in Gluon."""
-    if not logits_CV.is_cuda or triton.knobs.runtime.interpret or TRITON_VERSION < GLUON_SINCE:
-        return False
-    from hermes_kernels import cross_entropy_held
-
-    return cross_entropy_held.takes(logits_CV)
 
 
 def _launch(

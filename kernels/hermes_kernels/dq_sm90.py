@@ -30,6 +30,7 @@ from hermes_kernels.groups_sm90 import (
     REGISTERS,
     ROWS,
     WARPS,
+    all_noted,
     barriers,
     boxes,
     fetch,
@@ -37,7 +38,6 @@ from hermes_kernels.groups_sm90 import (
     masked,
     next_of,
     note,
-    noted,
     notes,
     tile_of,
     tiles_of,
@@ -133,8 +133,7 @@ def _dq(
     for nth in range(mine):
         mbarrier.wait(q_ready.index(x), nth & 1)
         place = told.index(x)
-        row, head, first, after = noted(place, 0), noted(place, 1), noted(place, 2), noted(place, 3)
-        rest, count, inner = noted(place, 4), noted(place, 5), noted(place, 6)
+        row, head, first, after, rest, count, inner = all_noted(place)
         begin = row + x * M
         t = begin + gl.arange(0, M, rows)
         start = gl.load(starts + gl.minimum(t, T - 1))

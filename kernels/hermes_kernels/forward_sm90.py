@@ -35,12 +35,12 @@ from hermes_kernels.groups_sm90 import (
     REGISTERS,
     ROWS,
     WARPS,
+    all_noted,
     barriers,
     boxes,
     fetch,
     masked,
     note,
-    noted,
     notes,
     tile_of,
     tiles_of,
@@ -149,15 +149,6 @@ def _begin(s, scale, t, start, first, after, inner, LAYOUT: gl.constexpr, dtype:
 
 
 @gluon.jit
-def _noted(place):
-    """What a group is told of a tile."""
-    return (
-        noted(place, 0), noted(place, 1), noted(place, 2), noted(place, 3), noted(place, 4),
-        noted(place, 5), noted(place, 6),
-    )  # fmt: skip
-
-
-@gluon.jit
 def _attend(
     x: gl.constexpr, out_desc, q, out, told, k, v, q_ready, q_free, k_ready, k_free, v_ready,
     v_free, lse_ptr, starts, blocks, scale, mine, T, U,
@@ -173,7 +164,7 @@ def _attend(
     rows: gl.constexpr = gl.SliceLayout(1, in_s)
     zeros = gl.full([M, J], 0.0, gl.float32, in_s)
     mbarrier.wait(q_ready.index(x), 0)
-    row, head, first, after, rest, count, inner = _noted(told.index(x))
+    row, head, first, after, rest, count, inner = all_noted(told.index(x))
     t = row + x * M + gl.arange(0, M, rows)
     start = gl.load(starts + gl.minimum(t, T - 1))
     mbarrier.wait(k_ready.index(0), 0)
@@ -217,7 +208,7 @@ def _attend(
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [row + x * M, head * H], out.index(x))
         gl.store(lse_ptr + head.to(gl.int64) * U + t, (top + gl.log2(total)) * LN2)
-        row, head, first, after, rest, count, inner = _noted(told.index(place_then))
+        row, head, first, after, rest, count, inner = all_noted(told.index(place_then))
         t = row + x * M + gl.arange(0, M, rows)
         start = gl.load(starts + gl.minimum(t, T - 1))
         s = warpgroup_mma_wait(0, [s])

@@ -97,6 +97,15 @@ def noted(place, i: gl.constexpr):
 
 
 @gluon.jit
+def all_noted(place):
+    """What a group is told of a query tile: its first token and head, and `walk.back`'s."""
+    return (
+        noted(place, 0), noted(place, 1), noted(place, 2), noted(place, 3), noted(place, 4),
+        noted(place, 5), noted(place, 6),
+    )  # fmt: skip
+
+
+@gluon.jit
 def fetch(desc, at, ring, ready, free, i):
     """The i-th block into its place in a ring."""
     STAGES: gl.constexpr = ring.shape[0]

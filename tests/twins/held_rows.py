@@ -28,7 +28,7 @@ THREADS, WIDE = 4, 8
 
 @dataclass(frozen=True)
 class Logits(Pointer):
-    """16-bit logits, decoded, and how often each was overwritten."""
+    """16-bit logits, decoded."""
 
     kind: DType = F32
 
