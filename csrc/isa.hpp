@@ -9,7 +9,7 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define HERMES_X86_DISPATCH 1
-#define HERMES_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define HERMES_TARGET_AVX2 __attribute__((target("avx2,fma,prfchw")))
 #define HERMES_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define HERMES_INLINE __attribute__((always_inline)) inline
 #else

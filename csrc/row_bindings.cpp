@@ -89,47 +89,120 @@ void load_shards(Shards& shards, const Load& load, const std::vector<std::int64_
 
 // ---- a plan -----------------------------------------------------------------------------------
 
-hermes::Request request_of(const Int64Array& samples, const Int64Array& row_offsets,
-                           const Int64Array& rows, std::int64_t row_length, bool truncate) {
+// As data_of, for what every call of a loop passes: an array_t in a signature has NumPy convert an
+// array to itself.
+const std::int64_t* int64_of(const py::handle& object, const char* name) {
+    if (!Int64Array::check_(object)) {
+        throw py::type_error(std::string(name) + " is " + described(object) +
+                             ", want a contiguous array of int64");
+    }
+    return data_of(py::reinterpret_borrow<Int64Array>(object), 1, name);
+}
+
+hermes::Request request_of(const py::array& samples, const py::array& row_offsets,
+                           const std::int64_t* rows, std::int64_t row_count,
+                           std::int64_t row_length, bool truncate) {
     check_range("row_length", row_length, 1, hermes::kMaxRowLength);
     check_range("len(row_offsets)", row_offsets.size(), 1, INT64_MAX);
-    if (rows.size() > INT32_MAX / row_length) {
-        throw py::value_error(std::to_string(rows.size()) + " rows of " +
-                              std::to_string(row_length) +
+    if (row_count > INT32_MAX / row_length) {
+        throw py::value_error(std::to_string(row_count) + " rows of " + std::to_string(row_length) +
                               " tokens are more than the 2**31 - 1 that cu_seqlens can count; "
                               "build fewer rows at once");
     }
-    return {data_of(samples, 1, "samples"),
+    return {int64_of(samples, "samples"),
             samples.size(),
-            data_of(row_offsets, 1, "row_offsets"),
+            int64_of(row_offsets, "row_offsets"),
             row_offsets.size() - 1,
-            data_of(rows, 1, "rows"),
-            rows.size(),
+            rows,
+            row_count,
             row_length,
             truncate};
 }
 
-// Where the samples of these rows lie, in shards that are there by now.
-hermes::Places found_places(Shards& shards, const Load& load, const hermes::Request& request) {
+// Calls `then`, without Python's lock, with where the samples of these rows lie, in shards that are
+// there by now.
+template <class Then>
+void with_places(Shards& shards, const Load& load, const hermes::Request& request,
+                 const Then& then) {
     for (;;) {
-        hermes::Places places;
+        std::vector<std::int64_t> missing;
         {
             py::gil_scoped_release release;
-            places = hermes::find_places(shards.table, request);
+            hermes::Places places = hermes::find_places(shards.table, request);
+            if (places.missing.empty()) {
+                then(places);
+                return;
+            }
+            missing = std::move(places.missing);
         }
-        if (places.missing.empty()) {
-            return places;
-        }
-        load_shards(shards, load, places.missing);
+        load_shards(shards, load, missing);
     }
 }
 
-void read_ahead(Shards& shards, const Load& load, const Int64Array& samples,
-                const Int64Array& row_offsets, const Int64Array& rows, std::int64_t row_length) {
-    const hermes::Request request = request_of(samples, row_offsets, rows, row_length, true);
-    const hermes::Places places = found_places(shards, load, request);
-    py::gil_scoped_release release;
-    hermes::read_ahead(shards.table, places, row_length);
+void read_ahead(Shards& shards, const Load& load, const py::array& samples,
+                const py::array& row_offsets, const py::array& rows, std::int64_t row_length) {
+    const hermes::Request request =
+        request_of(samples, row_offsets, int64_of(rows, "rows"), rows.size(), row_length, true);
+    with_places(shards, load, request, [&](const hermes::Places& places) {
+        hermes::read_ahead(shards.table, places, row_length);
+    });
+}
+
+// ---- options of a call ------------------------------------------------------------------------
+
+std::int64_t integer_of(const char* name, const py::object& value, std::int64_t low,
+                        std::int64_t high) {
+    const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    if (!number) {
+        PyErr_Clear();
+        throw py::type_error(std::string(name) + " is " + std::string(py::repr(value)) +
+                             ", want an integer");
+    }
+    int overflow = 0;
+    const std::int64_t integer = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+    if (overflow != 0 || integer < low || integer > high) {
+        throw py::value_error(std::string(name) + " is " + std::string(py::str(number)) +
+                              ", outside [" + std::to_string(low) + ", " + std::to_string(high) +
+                              "]");
+    }
+    return integer;
+}
+
+// The numbers of a range, each inside [0, count).
+std::vector<std::int64_t> numbers_of(const py::handle& range, std::int64_t count) {
+    const auto item = [&](py::ssize_t i) {
+        return py::reinterpret_steal<py::object>(PySequence_GetItem(range.ptr(), i));
+    };
+    const auto number = [&](py::ssize_t i) {  // -1: outside
+        int overflow = 0;
+        const std::int64_t n = PyLong_AsLongLongAndOverflow(item(i).ptr(), &overflow);
+        return overflow == 0 && n >= 0 && n < count ? n : -1;
+    };
+    py::ssize_t size = PyObject_Size(range.ptr());
+    if (size < 0) {  // more than can be counted, or listed
+        PyErr_Clear();
+        size = PY_SSIZE_T_MAX;
+    }
+    if (size == 0) {
+        return {};
+    }
+    const std::int64_t first = number(0), last = number(size - 1);
+    if (first < 0 || last < 0) {
+        py::ssize_t inside = -1, outside = first < 0 ? 0 : size - 1;
+        while (outside - inside > 1) {
+            const py::ssize_t middle = inside + (outside - inside) / 2;
+            (number(middle) < 0 ? outside : inside) = middle;
+        }
+        throw py::value_error("rows[" + std::to_string(outside) + "] is " +
+                              std::string(py::str(item(outside))) + ", outside [0, " +
+                              std::to_string(count) + ")");
+    }
+    std::vector<std::int64_t> numbers(static_cast<std::size_t>(size), first);
+    const std::int64_t step = size == 1 ? 0 : (last - first) / (size - 1);
+    for (std::size_t i = 1; i < numbers.size(); ++i) {
+        numbers[i] = numbers[i - 1] + step;
+    }
+    return numbers;
 }
 
 // ---- memory of a batch ------------------------------------------------------------------------
@@ -219,7 +292,6 @@ Arrays<Id> new_arrays(std::int64_t rows, std::int64_t row_length, std::int64_t e
 template <class Id>
 Arrays<Id> given_arrays(const py::tuple& out, std::int64_t rows, std::int64_t row_length,
                         std::int64_t ends) {
-    check_size("out", static_cast<std::int64_t>(out.size()), 4);
     bool fits = false;
     if (py::isinstance<py::array>(out[3])) {
         const auto array = py::reinterpret_borrow<py::array>(out[3]);
@@ -239,11 +311,51 @@ Arrays<Id> given_arrays(const py::tuple& out, std::int64_t rows, std::int64_t ro
 // ---- rows -------------------------------------------------------------------------------------
 
 using Columns = py::typing::Tuple<py::array, py::array, py::array, Array<std::int32_t>>;
-using Built = py::typing::Tuple<py::array, py::array, py::array, Array<std::int32_t>, py::int_>;
+
+// Bytes of an id by a dtype as the caller gave it; None is that of `out`, or int64.
+std::int64_t id_bytes_of(const py::object& dtype, const std::optional<Columns>& out) {
+    py::object wanted = dtype;
+    if (wanted.is_none()) {
+        if (!out || !py::isinstance<py::array>((*out)[0])) {
+            return 8;
+        }
+        wanted = (*out)[0].attr("dtype");
+    }
+    const py::dtype ids = py::dtype::from_args(wanted);
+    if (ids.equal(py::dtype::of<std::int64_t>())) {
+        return 8;
+    }
+    if (ids.equal(py::dtype::of<std::int32_t>())) {
+        return 4;
+    }
+    throw py::type_error("dtype is " + std::string(py::str(ids)) + ", want int64 or int32");
+}
+
+// A `Rows` with these fields, set past its __init__, which takes longer than all else that a call
+// does for a small batch; its __setattr__ refuses, as that of a frozen dataclass.
+template <class Id>
+py::object made(const py::type& rows_type, const Arrays<Id>& all, std::int64_t kept) {
+    static const std::array<PyObject*, 5> names{
+        PyUnicode_InternFromString("input_ids"), PyUnicode_InternFromString("labels"),
+        PyUnicode_InternFromString("positions"), PyUnicode_InternFromString("cu_seqlens"),
+        PyUnicode_InternFromString("_kept_count")};
+    const py::int_ count(kept);
+    const std::array<PyObject*, 5> values{all.input_ids.ptr(), all.labels.ptr(),
+                                          all.positions.ptr(), all.cu_seqlens.ptr(), count.ptr()};
+    auto* const python = reinterpret_cast<PyTypeObject*>(rows_type.ptr());
+    const auto rows = py::reinterpret_steal<py::object>(python->tp_alloc(python, 0));
+    for (std::size_t i = 0; i < names.size(); ++i) {
+        if (!rows || PyObject_GenericSetAttr(rows.ptr(), names[i], values[i]) != 0) {
+            throw py::error_already_set();
+        }
+    }
+    return rows;
+}
 
 template <class Id>
-Built filled(const hermes::Layout& layout, const hermes::Request& request, std::int64_t pad_id,
-             const std::optional<Columns>& out, std::int64_t threads) {
+py::object filled(const py::type& rows_type, const hermes::Layout& layout,
+                  const hermes::Request& request, std::int64_t pad_id,
+                  const std::optional<Columns>& out, std::int64_t threads) {
     const std::int64_t rows = request.row_count, row_length = request.row_length;
     const auto ends = static_cast<std::int64_t>(layout.segments.size()) + 1;
     Arrays<Id> all = out ? given_arrays<Id>(*out, rows, row_length, ends)
@@ -256,27 +368,39 @@ Built filled(const hermes::Layout& layout, const hermes::Request& request, std::
         hermes::fill_rows(layout, static_cast<Id>(pad_id), batch, threads);
         hermes::fill_cu_seqlens(layout, cu_seqlens);
     }
-    return py::make_tuple(std::move(all.input_ids), std::move(all.labels), std::move(all.positions),
-                          std::move(all.cu_seqlens), layout.kept);
+    return made(rows_type, all, layout.kept);
 }
 
-Built build_rows(Shards& shards, const Load& load, const Int64Array& samples,
-                 const Int64Array& row_offsets, const Int64Array& rows, std::int64_t row_length,
-                 bool truncate, std::int64_t pad_id, std::int64_t id_bytes,
-                 const std::optional<Columns>& out, std::int64_t threads) {
-    check_range("threads", threads, 1, hermes::kMaxThreads);
-    const hermes::Request request = request_of(samples, row_offsets, rows, row_length, truncate);
-    const hermes::Places places = found_places(shards, load, request);
+py::object build_rows(const py::type& rows_type, Shards& shards, const Load& load,
+                      const py::array& samples, const py::array& row_offsets,
+                      const py::object& rows, std::int64_t row_length, bool truncate,
+                      const py::object& pad_id, const py::object& dtype,
+                      const std::optional<Columns>& out, const py::object& threads) {
+    if (out) {
+        check_size("out", static_cast<std::int64_t>(out->size()), 4);
+    }
+    const bool wide = id_bytes_of(dtype, out) == 8;
+    const std::int64_t pad = integer_of("pad_id", pad_id, 0, wide ? INT64_MAX : INT32_MAX);
+    const std::int64_t writers = integer_of("threads", threads, 1, hermes::kMaxThreads);
+    std::vector<std::int64_t> numbers;
+    const std::int64_t* row_numbers = nullptr;
+    std::int64_t row_count = 0;
+    if (PyRange_Check(rows.ptr())) {
+        numbers = numbers_of(rows, row_offsets.size() - 1);
+        row_numbers = numbers.data();
+        row_count = static_cast<std::int64_t>(numbers.size());
+    } else {
+        row_numbers = int64_of(rows, "rows");
+        row_count = py::reinterpret_borrow<py::array>(rows).size();
+    }
+    const hermes::Request request =
+        request_of(samples, row_offsets, row_numbers, row_count, row_length, truncate);
     hermes::Layout layout;
-    {
-        py::gil_scoped_release release;
+    with_places(shards, load, request, [&](const hermes::Places& places) {
         layout = hermes::lay_out_rows(shards.table, places, request);
-    }
-    switch (id_bytes) {
-        case 4: return filled<std::int32_t>(layout, request, pad_id, out, threads);
-        case 8: return filled<std::int64_t>(layout, request, pad_id, out, threads);
-        default: throw py::value_error("id_bytes is " + std::to_string(id_bytes) + ", want 4 or 8");
-    }
+    });
+    return wide ? filled<std::int64_t>(rows_type, layout, request, pad, out, writers)
+                : filled<std::int32_t>(rows_type, layout, request, pad, out, writers);
 }
 
 }  // namespace
@@ -295,12 +419,18 @@ void bind_rows(py::module_& m) {
                 return Int64Array(static_cast<py::ssize_t>(first.size()), first.data());
             },
             [](const Int64Array& first) { return std::make_unique<Shards>(first); }));
-    m.def("build_rows", &build_rows, "shards"_a, "load"_a, "samples"_a.noconvert(),
-          "row_offsets"_a.noconvert(), "rows"_a.noconvert(), "row_length"_a, "truncate"_a,
-          "pad_id"_a, "id_bytes"_a, "out"_a, "threads"_a,
-          "Input ids, labels, positions, cu_seqlens of these rows of a plan; how many are kept.");
-    m.def("read_ahead", &read_ahead, "shards"_a, "load"_a, "samples"_a.noconvert(),
-          "row_offsets"_a.noconvert(), "rows"_a.noconvert(), "row_length"_a,
+    m.def("build_rows", &build_rows, "rows_type"_a, "shards"_a, "load"_a, "samples"_a,
+          "row_offsets"_a, "rows"_a, "row_length"_a, "truncate"_a, "pad_id"_a, "dtype"_a, "out"_a,
+          "threads"_a, "These rows of a plan, as a `Rows`; rows: a range, or an array of int64.");
+    m.def(
+        "range_numbers",
+        [](const py::object& range, std::int64_t count) {
+            const std::vector<std::int64_t> numbers = numbers_of(range, count);
+            return Int64Array(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+        },
+        "range"_a, "count"_a, "The numbers of a range, each inside [0, count).");
+    m.def("read_ahead", &read_ahead, "shards"_a, "load"_a, "samples"_a, "row_offsets"_a, "rows"_a,
+          "row_length"_a,
           "Ask the kernel to read what these rows will need, and do not wait for it.");
     m.def("pool_state", &hermes::pool_state, "Blocks and bytes that wait to be used again.");
 }

@@ -7,9 +7,14 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "isa.hpp"
 #include "threads.hpp"
+
+#if HERMES_X86_DISPATCH
+#include <immintrin.h>
+#endif
 
 namespace hermes {
 namespace {
@@ -61,15 +66,24 @@ private:
     std::int64_t stride_ = 0, token_ = 0, left_ = 0;
 };
 
-// Measured on Zen 5, where neither wider vectors nor stores past the caches are faster.
+// Measured: neither wider vectors nor stores past the caches are faster.
 constexpr std::int64_t kBlock = Ahead::kBlock;
-constexpr std::int64_t kLanes = 4;
 constexpr std::int64_t kPiece = 4 * kBlock;  // of a column, written at once; slower by lines
-constexpr std::int64_t kAhead = 1024;        // tokens; as fast as 4096, slower at 256
+constexpr std::int64_t kAhead = 1024;        // tokens; as fast as 4096, on Zen 5 slower at 256
+constexpr std::int64_t kExpected = 128;      // tokens; as fast as 64, slower at 32 and 512
 constexpr std::int64_t kTokensOfOneThread = 1 << 17;  // 50 us, which outweigh starting a thread
 
 namespace scalar {
 #define HERMES_TARGET
+template <class T>
+using Vector __attribute__((vector_size(4 * sizeof(T)))) = T;
+
+template <class Id, class Token>
+HERMES_INLINE void load(const Token* tokens, Vector<Id>& ids) {
+    Vector<Token> narrow;
+    std::memcpy(&narrow, tokens, sizeof narrow);
+    ids = __builtin_convertvector(narrow, Vector<Id>);
+}
 #include "write_rows.hpp"
 #undef HERMES_TARGET
 }  // namespace scalar
@@ -77,6 +91,23 @@ namespace scalar {
 #if HERMES_X86_DISPATCH
 namespace avx2 {
 #define HERMES_TARGET HERMES_TARGET_AVX2
+template <class T>
+using Vector __attribute__((vector_size(32))) = T;
+
+// GCC 12 makes four instructions and more of a conversion where there is one.
+template <class Id, class Token>
+HERMES_TARGET HERMES_INLINE void load(const Token* tokens, Vector<Id>& ids) {
+    const auto* at = reinterpret_cast<const __m128i*>(tokens);
+    if constexpr (sizeof(Id) == 8 && sizeof(Token) == 4) {
+        ids = (Vector<Id>)_mm256_cvtepu32_epi64(_mm_loadu_si128(at));
+    } else if constexpr (sizeof(Id) == 8) {
+        ids = (Vector<Id>)_mm256_cvtepu16_epi64(_mm_loadl_epi64(at));
+    } else if constexpr (sizeof(Token) == 2) {
+        ids = (Vector<Id>)_mm256_cvtepu16_epi32(_mm_loadu_si128(at));
+    } else {
+        std::memcpy(&ids, tokens, sizeof ids);
+    }
+}
 #include "write_rows.hpp"
 #undef HERMES_TARGET
 }  // namespace avx2

@@ -2,59 +2,80 @@
 //
 // Vectors are spelled out, and every function is compiled for its instruction set from the start:
 // a compiler that splits wide vectors before it inlines, as GCC does, would split these.
-// HERMES_TARGET: its attribute. kLanes, kPiece, kBlock, kAhead, Ahead: of rows.cpp.
+// HERMES_TARGET: its attribute; Vector, load: its own. The constants and Ahead: of rows.cpp.
 
-template <class T>
-using Vector __attribute__((vector_size(kLanes * sizeof(T)))) = T;
+// Asks for the lines of a column's block to come: what is written past the second-level cache comes
+// from memory first, and a core waits for that.
+template <class Id>
+HERMES_TARGET HERMES_INLINE void expect(const Id* block) {
+    constexpr std::int64_t line = 64 / sizeof(Id);
+    for (std::int64_t i = 0; i < kBlock; i += line) {
+        __builtin_prefetch(block + kExpected + i, 1);
+    }
+}
 
-// A run of labels that are all kept, or none of them; `seen` gathers the bits of its token ids.
+// A run of labels that are all kept, or none of them; `seen` gathers the bits of ids that may not
+// fit.
 template <bool kKept, class Token, class Id>
 HERMES_TARGET HERMES_INLINE void write_run(const Token* __restrict tokens, std::int64_t position,
                                            std::int64_t count, Id* __restrict input_ids,
                                            Id* __restrict labels, Id* __restrict positions,
                                            Ahead& ahead, std::uint32_t& seen) {
-    using Narrow = Vector<Token>;
-    using Wide = Vector<Id>;
+    using Place = std::make_unsigned_t<Id>;
+    constexpr std::int64_t lanes = sizeof(Vector<Id>) / sizeof(Id);
+    constexpr bool may_not_fit = sizeof(Token) >= sizeof(Id);
     constexpr auto kIgnored = static_cast<Id>(kIgnoreIndex);
-    const Wide ignored = Wide{} + kIgnored;
-    Narrow bits{};
+    const Vector<Id> ignored = Vector<Id>{} + kIgnored;
+    Vector<Id> bits{};
+    Vector<Place> places;
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        places[lane] = static_cast<Place>(position + lane);
+    }
     std::int64_t i = 0;
     while (count - i >= kBlock) {
         const std::int64_t end = i + std::min(kPiece, (count - i) / kBlock * kBlock);
         for (std::int64_t block = i; block < end; block += kBlock) {
             ahead.step();
+            expect(input_ids + block);
 #pragma GCC unroll 4
-            for (std::int64_t j = block; j < block + kBlock; j += kLanes) {
-                Narrow some;
-                std::memcpy(&some, tokens + j, sizeof some);
-                const Wide ids = __builtin_convertvector(some, Wide);
+            for (std::int64_t j = block; j < block + kBlock; j += lanes) {
+                Vector<Id> ids;
+                load<Id>(tokens + j, ids);
                 std::memcpy(input_ids + j, &ids, sizeof ids);
-                bits |= some;
+                if (may_not_fit) {
+                    bits |= ids;
+                }
             }
         }
+        for (std::int64_t block = i; block < end; block += kBlock) {
+            expect(labels + block);
 #pragma GCC unroll 4
-        for (std::int64_t j = i; j < end; j += kLanes) {
-            Wide next = ignored;
-            if (kKept) {
-                Narrow some;
-                std::memcpy(&some, tokens + j + 1, sizeof some);
-                next = __builtin_convertvector(some, Wide);
+            for (std::int64_t j = block; j < block + kBlock; j += lanes) {
+                Vector<Id> next = ignored;
+                if (kKept) {
+                    load<Id>(tokens + j + 1, next);
+                }
+                std::memcpy(labels + j, &next, sizeof next);
             }
-            std::memcpy(labels + j, &next, sizeof next);
         }
-        for (std::int64_t j = i; j < end; ++j) {
-            positions[j] = static_cast<Id>(position + j);
+        for (std::int64_t block = i; block < end; block += kBlock) {
+            expect(positions + block);
+#pragma GCC unroll 4
+            for (std::int64_t j = block; j < block + kBlock; j += lanes) {
+                std::memcpy(positions + j, &places, sizeof places);
+                places += static_cast<Place>(lanes);
+            }
         }
         i = end;
     }
-    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-        seen |= bits[lane];
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        seen |= static_cast<std::uint32_t>(bits[lane]);
     }
     for (; i < count; ++i) {
         input_ids[i] = static_cast<Id>(tokens[i]);
         labels[i] = kKept ? static_cast<Id>(tokens[i + 1]) : kIgnored;
         positions[i] = static_cast<Id>(position + i);
-        seen |= tokens[i];
+        seen |= may_not_fit ? tokens[i] : 0;
     }
 }
 
@@ -91,7 +112,7 @@ HERMES_TARGET HERMES_INLINE void write_padding(const Segment& segment, Id pad_id
               Id{0});
 }
 
-// Returns the bits of all token ids.
+// Returns the bits of all token ids that may exceed Id.
 template <class Id>
 HERMES_TARGET std::uint32_t write(const Segment* segment, const Segment* end, Id pad_id,
                                   const Batch<Id>& batch) {

@@ -28,6 +28,7 @@ __all__: list[str] = [
     "pack",
     "pack_windows",
     "pool_state",
+    "range_numbers",
     "read_ahead",
     "shuffle",
 ]
@@ -96,15 +97,16 @@ def attend(
     """
 
 def build_rows(
+    rows_type: type,
     shards: Shards,
     load: collections.abc.Callable[[int], typing.Any],
-    samples: numpy.typing.NDArray[numpy.int64],
-    row_offsets: numpy.typing.NDArray[numpy.int64],
-    rows: numpy.typing.NDArray[numpy.int64],
+    samples: numpy.ndarray,
+    row_offsets: numpy.ndarray,
+    rows: typing.Any,
     row_length: typing.SupportsInt | typing.SupportsIndex,
     truncate: bool,
-    pad_id: typing.SupportsInt | typing.SupportsIndex,
-    id_bytes: typing.SupportsInt | typing.SupportsIndex,
+    pad_id: typing.Any,
+    dtype: typing.Any,
     out: tuple[
         numpy.ndarray,
         numpy.ndarray,
@@ -112,10 +114,10 @@ def build_rows(
         typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
     ]
     | None,
-    threads: typing.SupportsInt | typing.SupportsIndex,
-) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.typing.NDArray[numpy.int32], int]:
+    threads: typing.Any,
+) -> typing.Any:
     """
-    Input ids, labels, positions, cu_seqlens of these rows of a plan; how many are kept.
+    These rows of a plan, as a `Rows`; rows: a range, or an array of int64.
     """
 
 def differentiate_attention(
@@ -176,12 +178,19 @@ def pool_state() -> tuple[int, int]:
     Blocks and bytes that wait to be used again.
     """
 
+def range_numbers(
+    range: typing.Any, count: typing.SupportsInt | typing.SupportsIndex
+) -> numpy.typing.NDArray[numpy.int64]:
+    """
+    The numbers of a range, each inside [0, count).
+    """
+
 def read_ahead(
     shards: Shards,
     load: collections.abc.Callable[[int], typing.Any],
-    samples: numpy.typing.NDArray[numpy.int64],
-    row_offsets: numpy.typing.NDArray[numpy.int64],
-    rows: numpy.typing.NDArray[numpy.int64],
+    samples: numpy.ndarray,
+    row_offsets: numpy.ndarray,
+    rows: numpy.ndarray,
     row_length: typing.SupportsInt | typing.SupportsIndex,
 ) -> None:
     """

@@ -20,7 +20,6 @@ from hermes_core.rows import (
     RowNumbers,
     Rows,
     build_rows,
-    check_options,
     check_row_numbers,
     row_numbers,
 )
@@ -70,8 +69,8 @@ class RowLoader(Iterator[Rows]):
         check_row_numbers(self._rows, packing.rows)
         self._batch_rows = check_integer("batch_rows", batch_rows, 1, (1 << 31) - 1)
         self._depth = check_integer("depth", depth, 1, 1 << 16)
-        ids, pad_id, threads = check_options(pad_id, dtype, threads)
-        self._options: dict[str, Any] = {"pad_id": pad_id, "dtype": ids, "threads": threads}
+        self._options: dict[str, Any] = {"pad_id": pad_id, "dtype": dtype, "threads": threads}
+        build_rows(samples, packing, range(0), **self._options)  # refuses here, not in the thread
         self._taken = check_integer("start", start, 0, len(self._rows))
         self._ahead: deque[tuple[int, Future[Rows]]] = deque()  # by first row
         self._asked = self._taken  # how far the kernel was asked; for the thread alone

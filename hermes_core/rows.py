@@ -11,13 +11,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from hermes_core import _C
 from hermes_core.packing import Packing
-from hermes_core.samples import IGNORE_INDEX, Samples, check_integer
+from hermes_core.samples import IGNORE_INDEX, Samples
 from hermes_core.windows import PackedRows
 
 RowNumbers = Sequence[int] | range | NDArray[np.integer]
 Column = NDArray[np.int64] | NDArray[np.int32]
-
-LARGEST_ID = {np.dtype(dtype): int(np.iinfo(dtype).max) for dtype in (np.int64, np.int32)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,32 +105,27 @@ def build_rows(
         ValueError: row numbers of another shape or out of range, a plan of other samples, a corrupt
             store, an array of ``out`` that cannot be written so, a token id over int32.
     """
-    if dtype is None:
-        dtype = np.int64 if out is None else np.asarray(out.input_ids).dtype
-    ids, pad_id, threads = check_options(pad_id, dtype, threads)
-    built = _C.build_rows(  # by place: names would cost a tenth of a small batch
+    built: Rows = _C.build_rows(  # by place: names would cost a tenth of a small batch
+        Rows,
         samples._in_use,
         samples.shard,
         packing.samples,
         packing.row_offsets,
-        row_numbers(rows, packing.rows),
+        rows if isinstance(rows, range) else row_numbers(rows, packing.rows),
         packing.row_length,
         packing.too_long == "truncate",
         pad_id,
-        ids.itemsize,
+        dtype,
         None if out is None else (out.input_ids, out.labels, out.positions, out.cu_seqlens),
         threads,
     )
-    return Rows(*built)
+    return built
 
 
 def row_numbers(rows: RowNumbers, count: int) -> NDArray[np.int64]:
     """Numbers of rows as an array; those of a range are inside [0, count), others are 64 bits."""
     if isinstance(rows, range):
-        if rows and not (0 <= rows[0] < count and 0 <= rows[-1] < count):
-            i, number = next((i, n) for i, n in enumerate(rows) if not 0 <= n < count)
-            raise ValueError(f"rows[{i}] is {number}, outside [0, {count})")
-        return np.arange(rows.start, rows.stop, rows.step, np.int64)
+        return _C.range_numbers(rows, count)
     numbers = np.asarray(rows)
     if numbers.ndim != 1:
         raise ValueError(f"rows has shape {list(numbers.shape)}, want [rows]")
@@ -150,15 +143,8 @@ def check_row_numbers(numbers: NDArray[np.integer], count: int) -> None:
         raise ValueError(f"rows[{bad[0]}] is {numbers[bad[0]]}, outside [0, {count})")
 
 
-def check_options(pad_id: int, dtype: DTypeLike, threads: int) -> tuple[np.dtype[Any], int, int]:
-    """The dtype of ids, the padding's id and how many threads write, as `build_rows` takes them."""
-    ids = _id_dtype(dtype)
-    pad_id = check_integer("pad_id", pad_id, 0, LARGEST_ID[ids])
-    return ids, pad_id, check_integer("threads", threads, 1, _C.MAX_THREADS)
-
-
 def _id_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     ids = np.dtype(dtype)
-    if ids not in LARGEST_ID:
+    if ids not in (np.int64, np.int32):
         raise TypeError(f"dtype is {ids}, want int64 or int32")
     return ids

@@ -58,7 +58,7 @@ def a_batch() -> dict[str, Any]:
         "row_length": 8,
         "truncate": False,
         "pad_id": 0,
-        "id_bytes": 8,
+        "dtype": None,
         "out": None,
         "threads": 1,
     }
@@ -69,7 +69,9 @@ def build(batch: dict[str, Any]) -> Rows:
     shards = _C.Shards(batch["first_samples"])
     load = batch.get("load", lambda _: shard)
     rest = [value for name, value in batch.items() if name not in (*PARTS, "first_samples", "load")]
-    return Rows(*_C.build_rows(shards, load, *rest))
+    rows = _C.build_rows(Rows, shards, load, *rest)
+    assert isinstance(rows, Rows)
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,8 @@ def test_wrong_array_of_a_shard_is_refused_by_name(
         ({"samples": np.array([0, -1])}, ValueError, "the plan names sample -1 but there are 2"),
         ({"samples": np.array([1 << 62, 0])}, ValueError, "names sample 4611686018427387904 but"),
         ({"samples": np.array([0])}, ValueError, r"row 0 of the plan has samples \[0, 2\) of 1"),
-        ({"samples": np.array([0.0, 1.0])}, TypeError, "samples: "),
+        ({"samples": np.array([0.0, 1.0])}, TypeError, r"samples is float64 \[2\], want a contig"),
+        ({"samples": [0, 1]}, TypeError, "samples: "),
         ({"samples": np.array([[0, 1]])}, ValueError, "samples is 2-D, want 1-D"),
         ({"row_offsets": np.array([], np.int64)}, ValueError, r"len\(row_offsets\) is 0"),
         (
@@ -181,18 +184,26 @@ def test_wrong_array_of_a_shard_is_refused_by_name(
         ),
         ({"row_offsets": np.array([0, 3])}, ValueError, r"has samples \[0, 3\) of 2: the plan is"),
         ({"row_offsets": np.array([2, 1])}, ValueError, r"has samples \[2, 1\) of 2: the plan is"),
-        ({"row_offsets": np.array([0, 2], np.int32)}, TypeError, "row_offsets: "),
+        ({"row_offsets": np.array([0, 2], np.int32)}, TypeError, "row_offsets is int32"),
         ({"rows": np.array([1])}, ValueError, r"rows\[0\] is 1, outside \[0, 1\)"),
         ({"rows": np.array([0, -1])}, ValueError, r"rows\[1\] is -1, outside \[0, 1\)"),
+        ({"rows": [0]}, TypeError, "rows is list, want a contiguous array of int64"),
+        ({"rows": np.arange(4)[::2]}, TypeError, r"rows is int64 \[2\], not contiguous, want"),
+        ({"rows": range(-1, 1)}, ValueError, r"rows\[0\] is -1, outside \[0, 1\)"),
+        ({"rows": range(3)}, ValueError, r"rows\[1\] is 1, outside \[0, 1\)"),
+        ({"rows": range(0, -9, -4)}, ValueError, r"rows\[1\] is -4, outside \[0, 1\)"),
+        ({"rows": range(10**30)}, ValueError, r"rows\[1\] is 1, outside \[0, 1\)"),
+        ({"rows": range(10**30, 10**31)}, ValueError, rf"rows\[0\] is {10**30}, outside"),
         ({"row_length": 7}, ValueError, "sample 1 of shard 0 ends at token 8 of a row of 7"),
         ({"row_length": 1}, ValueError, "row 0 of the plan has 2 samples, more than the 1 tokens"),
         ({"row_length": 0}, ValueError, "row_length is 0, outside"),
         ({"row_length": -1}, ValueError, "row_length is -1, outside"),
         ({"row_length": 1 << 31}, ValueError, "1 rows of 2147483648 tokens are more than the 2"),
         ({"row_length": 1 << 62}, ValueError, "row_length is 4611686018427387904, outside"),
-        ({"pad_id": 1 << 63}, TypeError, "pad_id: "),
-        ({"pad_id": 0.5}, TypeError, "pad_id: "),
-        ({"id_bytes": 2}, ValueError, "id_bytes is 2, want 4 or 8"),
+        ({"pad_id": 1 << 63}, ValueError, "pad_id is 9223372036854775808, outside"),
+        ({"pad_id": 0.5}, TypeError, "pad_id is 0.5, want an integer"),
+        ({"dtype": np.int16}, TypeError, "dtype is int16, want int64 or int32"),
+        ({"dtype": "no"}, TypeError, "data type 'no' not understood"),
         ({"out": ()}, ValueError, "out has 0 elements, want 4"),
         ({"out": [1, 2, 3, 4]}, TypeError, "out: "),
     ],
@@ -277,7 +288,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         batch[name] = spoil(draw, batch[name])
     batch["row_length"] = draw(st.sampled_from([8, 8, 9, 100, 8, 8, 9, 5, 0, -1, 1 << 62]))
     batch["truncate"] = draw(st.booleans())
-    batch["id_bytes"] = draw(st.sampled_from([8, 8, 4, 4, 2, -4]))
+    batch["dtype"] = draw(st.sampled_from([None, "i8", "i4", np.int32, ">i8", np.int16]))
     batch["pad_id"] = draw(st.sampled_from([0, 0, -1, 1 << 31, (1 << 63) - 1]))
     batch["threads"] = draw(st.sampled_from([1, 1, 2, 1000, 0, -1]))
     batch["out"] = draw(st.none() | outs())
