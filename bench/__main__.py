@@ -36,12 +36,15 @@ def main() -> None:
     ):
         mode.add_argument(f"--{word}", dest="mode", action="store_const", const=word, help=what)
     parser.add_argument(
-        "--only", metavar="TEXT", default="", help="attention: shapes whose name has this in it"
+        "--only",
+        metavar="TEXT",
+        default="",
+        help="attention, loss on a CPU: shapes whose name has this in it",
     )
     arguments = parser.parse_args()
     name = arguments.benchmark
-    if arguments.only and (arguments.mode or name != "attention"):
-        parser.error("--only is for attention, where it is run")
+    if arguments.only and (arguments.mode or name not in ("attention", "loss")):
+        parser.error("--only is for attention and loss, where they are run")
     known = MODES[arguments.mode] if arguments.mode else {name: name}
     if name not in known:
         parser.error(f"--{arguments.mode} is for {', '.join(known)}, not for {name}")

@@ -134,21 +134,31 @@ def mask(labels: Tensor, share: float) -> tuple[Tensor, int]:
     return labels, int((labels != IGNORE).sum())
 
 
-def run() -> Iterator[Result | str]:
-    """The GPU's table where there is one, else the CPU's."""
+def run(only: str = "") -> Iterator[Result | str]:
+    """The table of the GPU that is here, else the CPU's, of shapes with ``only`` in their name."""
     if torch.cuda.is_available():
         from bench import loss_gpu
 
         yield from loss_gpu.run()
         return
+    chosen = {name: shape for name, shape in cpu_shapes().items() if only in name}
+    if not chosen:
+        raise SystemExit(f"no shape has {only!r} in its name: {'; '.join(cpu_shapes())}")
     everyone = peers()
     gate(everyone)
     yield f"gate passed: ours and {len(everyone)} peers are near float64"
     yield f"{torch.get_num_threads()} thread(s)"
-    for vocabulary, size in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            yield f"\nV {vocabulary:,}, D {size:,}, {POSITIONS:,} positions, {dtype}"
-            yield from at_shape(vocabulary, size, dtype, everyone)
+    for name, shape in chosen.items():
+        yield f"\n{name}"
+        yield from at_shape(*shape, everyone)
+
+
+def cpu_shapes() -> dict[str, tuple[int, int, torch.dtype]]:
+    return {
+        f"V {vocabulary:,}, D {size:,}, {POSITIONS:,} positions, {dtype}": (vocabulary, size, dtype)
+        for vocabulary, size in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 def at_shape(

@@ -43,6 +43,16 @@ Isa active_isa() {
     return isa;
 }
 
+Cpu this_cpu() {
+#if HERMES_X86_DISPATCH
+    __builtin_cpu_init();
+    return {__builtin_cpu_is("intel") != 0, __builtin_cpu_supports("avx512bf16") != 0,
+            __builtin_cpu_supports("avx512fp16") != 0};
+#else
+    return {false, true, true};
+#endif
+}
+
 std::string_view isa_name(Isa isa) {
     switch (isa) {
         case Isa::avx512: return "avx512";

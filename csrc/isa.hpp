@@ -26,4 +26,12 @@ enum class Isa { scalar, avx2, avx512 };
 Isa active_isa();                    // chosen on first call, then fixed
 std::string_view isa_name(Isa isa);  // "scalar", "avx2", "avx512"
 
+// What decides between libraries' matrix products. Not known off x86-64, where halves pass for
+// multiplied.
+struct Cpu {
+    bool is_intel;
+    bool multiplies_bf16, multiplies_fp16;  // by instructions of their own
+};
+Cpu this_cpu();
+
 }  // namespace hermes

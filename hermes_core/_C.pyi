@@ -11,10 +11,13 @@ import numpy
 import numpy.typing
 
 __all__: list[str] = [
+    "CPU_IS_INTEL",
     "IGNORE_INDEX",
     "MAX_ROW_LENGTH",
     "MAX_SAMPLES",
     "MAX_THREADS",
+    "MULTIPLIES_BF16",
+    "MULTIPLIES_FP16",
     "POOL_BLOCKS",
     "POOL_BYTES",
     "Packed",
@@ -206,9 +209,12 @@ def shuffle(
     The numbers below count in an order that four random words decide.
     """
 
+CPU_IS_INTEL: bool = True
 IGNORE_INDEX: int = -100
 MAX_ROW_LENGTH: int = 2147483648
 MAX_SAMPLES: int = 2147483647
 MAX_THREADS: int = 1024
+MULTIPLIES_BF16: bool = False
+MULTIPLIES_FP16: bool = False
 POOL_BLOCKS: int = 32
 POOL_BYTES: int = 268435456

@@ -87,6 +87,62 @@ def test_rows_of_unlike_tiles_are_joined(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_a_rounding_apart(gradients(33), wanted)
 
 
+def test_products_of_widened_halves_are_a_rounding_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_weight, "WIDENED_TILE", 16)
+    generator = torch.Generator().manual_seed(1)
+    for rows, inner, columns in ((16, 16, 16), (1, 1, 1), (37, 50, 33), (0, 5, 3), (40, 0, 3)):
+        for dtype in (torch.bfloat16, torch.float16):
+            a = torch.randn(rows, inner, generator=generator).to(dtype)
+            b = torch.randn(columns, inner, generator=generator).to(dtype).T
+            wanted = (a.double() @ b.double()).to(dtype)
+            out = torch.full((rows, columns), float("nan"), dtype=dtype)
+            for found in (
+                loss_weight.widened_product(a, b),
+                loss_weight.widened_product(a, b, out),
+                out,
+            ):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_the_same_whether_halves_are_widened(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> list[Tensor]:
+        hidden, weight, labels = problem()
+        leaves = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        loss = linear_cross_entropy(*leaves, labels, chunk_bytes=2 * VOCABULARY * 33)
+        return list(torch.autograd.grad(loss.total, leaves))
+
+    widened: list[torch.dtype] = []
+    whole = loss_weight.widened_product
+
+    def counted(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        widened.append(a.dtype)
+        return whole(a, b, out)
+
+    monkeypatch.setattr(loss_weight, "widened_product", counted)
+    monkeypatch.setattr(loss_weight, "WIDENED", {dtype})
+    monkeypatch.setattr(loss_weight, "WIDENED_TILE", 100)
+    wanted = found()
+    assert set(widened) == {dtype}
+    widened.clear()
+    monkeypatch.setattr(loss_weight, "WIDENED", set())
+    assert_a_rounding_apart(found(), wanted)
+    assert not widened
+
+
+@pytest.mark.parametrize("intel", [False, True])
+def test_products_in_fp32_are_right_by_either_library(
+    intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_weight, "CPU_IS_INTEL", intel)
+    a, b = torch.randn(37, 50), torch.randn(33, 50).T
+    wanted = (a.double() @ b.double()).float()
+    torch.testing.assert_close(loss_weight.product(a, b), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_room_is_aligned_and_outlives_its_maker() -> None:
     like = torch.empty(0, dtype=torch.bfloat16)
     rooms = [loss_weight.room(rows, 3, like).fill_(rows) for rows in range(1, 200)]
@@ -137,7 +193,8 @@ def test_rows_of_logits_start_at_whole_vectors_on_a_gpu() -> None:
     plan.on_cpu = False
     for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
         assert logits_CV.stride(0) % VECTOR == 0
-        assert torch.equal(logits_CV, hidden[plan.kept_M[at]] @ weight.T)
+        wanted_CV = hidden[plan.kept_M[at]] @ weight.T  # PyTorch's own sums may be others
+        torch.testing.assert_close(logits_CV, wanted_CV, rtol=2**-7, atol=1e-5)
         assert len(hidden_CD) == len(logits_CV) > 0
 
 
