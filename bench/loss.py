@@ -137,6 +137,8 @@ def mask(labels: Tensor, share: float) -> tuple[Tensor, int]:
 def run(only: str = "") -> Iterator[Result | str]:
     """The table of the GPU that is here, else the CPU's, of shapes with ``only`` in their name."""
     if torch.cuda.is_available():
+        if only:
+            raise SystemExit("--only is for the loss on a CPU, and here is a GPU")
         from bench import loss_gpu
 
         yield from loss_gpu.run()

@@ -1,4 +1,4 @@
-// NumPy arrays as the bindings take them: checked, named in errors, never copied.
+// What the bindings take, NumPy arrays above all: checked, named in errors, never copied.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -53,4 +54,76 @@ inline std::string described(const py::handle& object) {
            (array.writeable() ? "" : ", read-only") +
            ((flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0 ? "" : ", unaligned") +
            ((flags & py::array::c_style) != 0 ? "" : ", not contiguous");
+}
+
+// As data_of, for what every call of a loop passes: an array_t in a signature has NumPy convert an
+// array to itself.
+inline const std::int64_t* int64_of(const py::handle& object, const char* name) {
+    if (!Int64Array::check_(object)) {
+        throw py::type_error(std::string(name) + " is " + described(object) +
+                             ", want a contiguous array of int64");
+    }
+    return data_of(py::reinterpret_borrow<Int64Array>(object), 1, name);
+}
+
+// An integer, or what stands for one.
+inline std::int64_t integer_of(const char* name, const py::object& value, std::int64_t low,
+                               std::int64_t high) {
+    const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    if (!number) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) {
+            throw py::error_already_set();
+        }
+        PyErr_Clear();
+        throw py::type_error(std::string(name) + " is " + std::string(py::repr(value)) +
+                             ", want an integer");
+    }
+    int overflow = 0;
+    const std::int64_t integer = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+    if (overflow != 0 || integer < low || integer > high) {
+        throw py::value_error(std::string(name) + " is " + std::string(py::str(number)) +
+                              ", outside [" + std::to_string(low) + ", " + std::to_string(high) +
+                              "]");
+    }
+    return integer;
+}
+
+// The numbers of a range, each inside [0, count).
+inline std::vector<std::int64_t> numbers_of(const py::handle& range, std::int64_t count) {
+    if (!PyRange_Check(range.ptr())) {
+        throw py::type_error("rows is " + described(range) + ", want a range");
+    }
+    const auto item = [&](py::ssize_t i) {
+        return py::reinterpret_steal<py::object>(PySequence_GetItem(range.ptr(), i));
+    };
+    const auto number = [&](py::ssize_t i) {  // -1: outside
+        int overflow = 0;
+        const std::int64_t n = PyLong_AsLongLongAndOverflow(item(i).ptr(), &overflow);
+        return overflow == 0 && n >= 0 && n < count ? n : -1;
+    };
+    py::ssize_t size = PyObject_Size(range.ptr());
+    if (size < 0) {  // more than can be counted, or listed
+        PyErr_Clear();
+        size = PY_SSIZE_T_MAX;
+    }
+    if (size == 0) {
+        return {};
+    }
+    const std::int64_t first = number(0), last = number(size - 1);
+    if (first < 0 || last < 0) {
+        py::ssize_t inside = -1, outside = first < 0 ? 0 : size - 1;
+        while (outside - inside > 1) {
+            const py::ssize_t middle = inside + (outside - inside) / 2;
+            (number(middle) < 0 ? outside : inside) = middle;
+        }
+        throw py::value_error("rows[" + std::to_string(outside) + "] is " +
+                              std::string(py::str(item(outside))) + ", outside [0, " +
+                              std::to_string(count) + ")");
+    }
+    std::vector<std::int64_t> numbers(static_cast<std::size_t>(size), first);
+    const std::int64_t step = size == 1 ? 0 : (last - first) / (size - 1);
+    for (std::size_t i = 1; i < numbers.size(); ++i) {
+        numbers[i] = numbers[i - 1] + step;
+    }
+    return numbers;
 }

@@ -253,10 +253,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.attr("MAX_ROW_LENGTH") = hermes::kMaxRowLength;
     m.attr("MAX_SAMPLES") = hermes::kMaxSamples;
 
-    const hermes::Cpu cpu = hermes::this_cpu();
-    m.attr("CPU_IS_INTEL") = cpu.is_intel;
-    m.attr("MULTIPLIES_BF16") = cpu.multiplies_bf16;
-    m.attr("MULTIPLIES_FP16") = cpu.multiplies_fp16;
+    m.def(
+        "this_cpu",
+        [] {
+            const hermes::Cpu cpu = hermes::this_cpu();
+            return py::make_tuple(cpu.is_intel, cpu.multiplies_bf16, cpu.multiplies_fp16);
+        },
+        "Is it Intel's; has it instructions to multiply bf16, and fp16?");
     m.def(
         "active_isa", [] { return std::string(hermes::isa_name(hermes::active_isa())); },
         "Instruction set in use: 'scalar', 'avx2' or 'avx512'.");

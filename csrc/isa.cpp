@@ -2,6 +2,10 @@
 
 #include <cstdlib>
 #include <stdexcept>
+
+#if HERMES_X86_DISPATCH
+#include <cpuid.h>
+#endif
 #include <string>
 
 namespace hermes {
@@ -46,8 +50,15 @@ Isa active_isa() {
 Cpu this_cpu() {
 #if HERMES_X86_DISPATCH
     __builtin_cpu_init();
-    return {__builtin_cpu_is("intel") != 0, __builtin_cpu_supports("avx512bf16") != 0,
-            __builtin_cpu_supports("avx512fp16") != 0};
+    Cpu cpu{__builtin_cpu_is("intel") != 0, false, false};
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // by their bits: older compilers lack the names
+    if (__builtin_cpu_supports("avx512f")) {
+        cpu.multiplies_fp16 =
+            __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 23 & 1) != 0;
+        cpu.multiplies_bf16 =
+            __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
+    }
+    return cpu;
 #else
     return {false, true, true};
 #endif

@@ -9,6 +9,7 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define HERMES_X86_DISPATCH 1
+// prfchw is a hint, which a CPU that has AVX2 and not this takes for no operation.
 #define HERMES_TARGET_AVX2 __attribute__((target("avx2,fma,prfchw")))
 #define HERMES_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define HERMES_INLINE __attribute__((always_inline)) inline

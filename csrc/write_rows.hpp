@@ -8,9 +8,9 @@
 // from memory first, and a core waits for that.
 template <class Id>
 HERMES_TARGET HERMES_INLINE void expect(const Id* block) {
-    constexpr std::int64_t line = 64 / sizeof(Id);
-    for (std::int64_t i = 0; i < kBlock; i += line) {
-        __builtin_prefetch(block + kExpected + i, 1);
+    const auto begin = reinterpret_cast<std::uintptr_t>(block);  // may be past the column's end
+    for (std::size_t i = 0; i < kBlock * sizeof(Id); i += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(begin + kExpected * sizeof(Id) + i), 1);
     }
 }
 

@@ -11,13 +11,10 @@ import numpy
 import numpy.typing
 
 __all__: list[str] = [
-    "CPU_IS_INTEL",
     "IGNORE_INDEX",
     "MAX_ROW_LENGTH",
     "MAX_SAMPLES",
     "MAX_THREADS",
-    "MULTIPLIES_BF16",
-    "MULTIPLIES_FP16",
     "POOL_BLOCKS",
     "POOL_BYTES",
     "Packed",
@@ -34,6 +31,7 @@ __all__: list[str] = [
     "range_numbers",
     "read_ahead",
     "shuffle",
+    "this_cpu",
 ]
 
 class Packed:
@@ -209,12 +207,14 @@ def shuffle(
     The numbers below count in an order that four random words decide.
     """
 
-CPU_IS_INTEL: bool = True
+def this_cpu() -> tuple[bool, bool, bool]:
+    """
+    Is it Intel's; has it instructions to multiply bf16, and fp16?
+    """
+
 IGNORE_INDEX: int = -100
 MAX_ROW_LENGTH: int = 2147483648
 MAX_SAMPLES: int = 2147483647
 MAX_THREADS: int = 1024
-MULTIPLIES_BF16: bool = False
-MULTIPLIES_FP16: bool = False
 POOL_BLOCKS: int = 32
 POOL_BYTES: int = 268435456

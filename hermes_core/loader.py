@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections import deque
@@ -69,8 +70,10 @@ class RowLoader(Iterator[Rows]):
         check_row_numbers(self._rows, packing.rows)
         self._batch_rows = check_integer("batch_rows", batch_rows, 1, (1 << 31) - 1)
         self._depth = check_integer("depth", depth, 1, 1 << 16)
-        self._options: dict[str, Any] = {"pad_id": pad_id, "dtype": dtype, "threads": threads}
-        build_rows(samples, packing, range(0), **self._options)  # refuses here, not in the thread
+        options: dict[str, Any] = {"pad_id": pad_id, "dtype": dtype, "threads": threads}
+        build_rows(samples, packing, range(0), **options)  # refuses here, not in the thread
+        options |= {"pad_id": operator.index(pad_id), "threads": operator.index(threads)}
+        self._options = options
         self._taken = check_integer("start", start, 0, len(self._rows))
         self._ahead: deque[tuple[int, Future[Rows]]] = deque()  # by first row
         self._asked = self._taken  # how far the kernel was asked; for the thread alone

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from hermes_core import _C
 
-CPU_IS_INTEL = _C.CPU_IS_INTEL
+IS_INTEL, MULTIPLIES_BF16, MULTIPLIES_FP16 = _C.this_cpu()
+# Who multiplies fp32: MKL uses AVX-512 on Intel's alone, where oneDNN takes up to twice as long.
+BY_ONEDNN = torch._C._has_mkldnn and not (IS_INTEL and torch.backends.mkl.is_available())
 # Halves that this CPU has no instructions to multiply: a product takes a quarter of the time, or
 # less, where they are widened.
 WIDENED = frozenset(
     dtype
-    for dtype, multiplies in (
-        (torch.bfloat16, _C.MULTIPLIES_BF16),
-        (torch.float16, _C.MULTIPLIES_FP16),
-    )
+    for dtype, multiplies in ((torch.bfloat16, MULTIPLIES_BF16), (torch.float16, MULTIPLIES_FP16))
     if not multiplies
 )
 WIDENED_TILE = 2**11  # rows and columns that are widened at a time
@@ -153,24 +152,19 @@ def room(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b, in ``out`` where that can be.
-
-    On a CPU in fp32 by MKL where Intel made it, else by oneDNN: MKL uses AVX-512 on no other, and
-    oneDNN takes up to twice as long on Intel's.
-    """
-    if a.device.type == "cpu":
-        if a.dtype in WIDENED:
-            return widened_product(a, b, out)
-        if a.dtype == torch.float32 and not CPU_IS_INTEL and torch._C._has_mkldnn:
-            found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-            return found
-    return torch.mm(a, b, out=out)
+    """a @ b in their dtype, whatever autocast says; in ``out`` where that can be."""
+    if a.device.type != "cpu":
+        return torch.mm(a, b, out=out)
+    if a.dtype == torch.float32 and BY_ONEDNN:
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        return found
+    out = room(len(a), b.shape[1], a) if out is None else out
+    return widened_product(a, b, out) if a.dtype in WIDENED else torch.mm(a, b, out=out)
 
 
-def widened_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def widened_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b of halves by products in fp32, a tile at a time, rounded once."""
     (rows, inner), columns = a.shape, b.shape[1]
-    out = a.new_empty(rows, columns) if out is None else out
     for r in range(0, rows, WIDENED_TILE):
         for c in range(0, columns, WIDENED_TILE):
             tile = out[r : r + WIDENED_TILE, c : c + WIDENED_TILE]

@@ -96,13 +96,8 @@ def test_products_of_widened_halves_are_a_rounding_off(monkeypatch: pytest.Monke
             b = torch.randn(columns, inner, generator=generator).to(dtype).T
             wanted = (a.double() @ b.double()).to(dtype)
             out = torch.full((rows, columns), float("nan"), dtype=dtype)
-            for found in (
-                loss_weight.widened_product(a, b),
-                loss_weight.widened_product(a, b, out),
-                out,
-            ):
-                assert found.dtype == dtype
-                torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+            assert loss_weight.widened_product(a, b, out) is out
+            torch.testing.assert_close(out, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -133,14 +128,28 @@ def test_gradients_are_the_same_whether_halves_are_widened(
     assert not widened
 
 
-@pytest.mark.parametrize("intel", [False, True])
+@pytest.mark.parametrize("by_onednn", [False, True])
 def test_products_in_fp32_are_right_by_either_library(
-    intel: bool, monkeypatch: pytest.MonkeyPatch
+    by_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_weight, "CPU_IS_INTEL", intel)
+    monkeypatch.setattr(loss_weight, "BY_ONEDNN", by_onednn)
     a, b = torch.randn(37, 50), torch.randn(33, 50).T
-    wanted = (a.double() @ b.double()).float()
-    torch.testing.assert_close(loss_weight.product(a, b), wanted, rtol=1e-5, atol=1e-5)
+    out = torch.zeros(37, 33)
+    found = loss_weight.product(a, b, out)
+    torch.testing.assert_close(found, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
+    assert (found is out) == (not by_onednn)  # oneDNN's operator makes its own
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_autocast_changes_no_product(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_weight, "BY_ONEDNN", by_onednn)
+    hidden, weight, labels = problem()
+    leaves = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    wanted = torch.autograd.grad(linear_cross_entropy(*leaves, labels).total, leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(linear_cross_entropy(*leaves, labels).total, leaves)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_room_is_aligned_and_outlives_its_maker() -> None:
