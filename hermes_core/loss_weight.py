@@ -17,7 +17,7 @@ from hermes_core import _C
 
 IS_INTEL, MULTIPLIES_BF16, MULTIPLIES_FP16 = _C.this_cpu()
 # Who multiplies fp32: MKL uses AVX-512 on Intel's alone, where oneDNN takes up to twice as long.
-BY_ONEDNN = torch._C._has_mkldnn and not (IS_INTEL and torch.backends.mkl.is_available())
+BY_ONEDNN = torch._C._has_mkldnn and not (IS_INTEL and torch._C.has_mkl)
 # Halves that this CPU has no instructions to multiply: a product takes a quarter of the time, or
 # less, where they are widened.
 WIDENED = frozenset(
