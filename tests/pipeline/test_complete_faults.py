@@ -233,7 +233,7 @@ def test_signals_say_what_is_safe_and_how_to_go_on(
     data: Path, tmp_path: Path, number: int, times: int, code: int
 ) -> None:
     out = tmp_path / "out"
-    with CountingServer(delay_s=0.05) as server:
+    with CountingServer(delay_s=0.2) as server:
         with start(server, data, out, "--concurrency", 8) as process:
             await_answers(server, 20)
             said = without_tracebacks(interrupted(process, number, times))
@@ -249,7 +249,7 @@ def test_signals_say_what_is_safe_and_how_to_go_on(
 
 
 def test_sigterm_stops_also_where_ctrl_c_is_ignored(data: Path, tmp_path: Path) -> None:
-    with CountingServer(delay_s=0.05) as server:
+    with CountingServer(delay_s=0.2) as server:
         words_ = command(server, data, tmp_path / "out", "--concurrency", 8)
         ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *words_]
         with subprocess.Popen(ignoring, stderr=subprocess.PIPE, text=True) as process:
@@ -270,7 +270,7 @@ def test_where_nobody_reads_its_progress_it_ends_in_silence(
     data: Path, tmp_path: Path, stream: str
 ) -> None:
     options = ("--json",) if stream == "stdout" else ()
-    with CountingServer(delay_s=0.05) as server:
+    with CountingServer(delay_s=0.2) as server:
         chosen = words(server, data, tmp_path / "out", "--concurrency", 1, *options)
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen([sys.executable, "-c", OFTEN + MAIN, *chosen], **pipes) as process:
