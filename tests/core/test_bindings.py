@@ -215,6 +215,21 @@ def test_build_rows_refuses_by_name_and_value(
         build({**a_batch(), **change})
 
 
+def test_an_interrupt_is_no_type_error() -> None:
+    class Slow:
+        def __index__(self) -> int:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build({**a_batch(), "pad_id": Slow()})
+
+
+def test_numbers_of_a_range_are_those_of_no_list() -> None:
+    assert _C.range_numbers(range(7, -1, -3), 8).tolist() == [7, 4, 1]
+    with pytest.raises(TypeError, match="rows is list, want a range"):
+        _C.range_numbers([0, 5, 1], 8)
+
+
 def test_error_of_a_loading_shard_comes_through() -> None:
     def load(_: int) -> Any:
         raise OSError("the disk is gone")
