@@ -91,6 +91,9 @@ def _read(path: str) -> str:
 
 def _own(count: int, cpus: int, folder: str) -> None:
     """Start the nodes, say where they are, and end them when standard input ends."""
+    # The head also writes its address under Ray's usual folder, which nobody may have made yet.
+    os.environ["RAY_TMPDIR"] = folder
+    Path(folder, "ray").mkdir()
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": cpus, "object_store_memory": MEMORY_BYTES, "include_dashboard": False}
