@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.harness import Result
+from bench.harness import Result, chosen
 from hermes_core.attention import varlen_attention
 from hermes_core.segments import segments
 from hermes_kernels import reference
@@ -104,14 +104,6 @@ def run(only: str = "") -> Iterator[Result | str]:
     yield f"no CUDA device: CPU shapes, {torch.get_num_threads()} threads, CPU time of all threads"
     for shape in chosen(cpu_shapes(), only):
         yield from on_cpu(shape)
-
-
-def chosen(shapes: list[Shape], only: str) -> list[Shape]:
-    """Those that have this in their name."""
-    found = [shape for shape in shapes if only in str(shape)]
-    if not found:
-        raise SystemExit(f"no shape has {only!r} in its name: {'; '.join(map(str, shapes))}")
-    return found
 
 
 def on_cpu(shape: Shape) -> Iterator[Result | str]:

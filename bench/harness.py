@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.lengths import ROW_LENGTH
 from hermes_core import _C, __version__  # noqa: TID251 - only to say which ISA ran
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,14 @@ class Result:
     spread: tuple[float, float]
     runs: int
     notes: str = ""
+
+
+def chosen(shapes: list[T], only: str) -> list[T]:
+    """Those that have this in their name."""
+    found = [shape for shape in shapes if only in str(shape)]
+    if not found:
+        raise SystemExit(f"no shape has {only!r} in its name: {'; '.join(map(str, shapes))}")
+    return found
 
 
 def measure(call: Callable[[], object], *, runs: int = 20) -> Timing:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Result, Timing, measure
+from bench.harness import Result, Timing, chosen, measure
 from hermes_core.loss import linear_cross_entropy
 
 POSITIONS = 2048
@@ -143,16 +143,15 @@ def run(only: str = "") -> Iterator[Result | str]:
 
         yield from loss_gpu.run()
         return
-    chosen = {name: shape for name, shape in cpu_shapes().items() if only in name}
-    if not chosen:
-        raise SystemExit(f"no shape has {only!r} in its name: {'; '.join(cpu_shapes())}")
+    shapes = cpu_shapes()
+    names = chosen(list(shapes), only)
     everyone = peers()
     gate(everyone)
     yield f"gate passed: ours and {len(everyone)} peers are near float64"
     yield f"{torch.get_num_threads()} thread(s)"
-    for name, shape in chosen.items():
+    for name in names:
         yield f"\n{name}"
-        yield from at_shape(*shape, everyone)
+        yield from at_shape(*shapes[name], everyone)
 
 
 def cpu_shapes() -> dict[str, tuple[int, int, torch.dtype]]:

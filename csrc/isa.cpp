@@ -2,11 +2,11 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 #if HERMES_X86_DISPATCH
 #include <cpuid.h>
 #endif
-#include <string>
 
 namespace hermes {
 namespace {

@@ -33,6 +33,9 @@ class Nodes:
 
     def __enter__(self) -> Nodes:
         name, _, value = self._mark.partition("=")
+        # The head also writes its address under Ray's usual folder, which nobody may have made yet.
+        Path(self._folder.name, "ray").mkdir()
+        usual = {"RAY_TMPDIR": self._folder.name}
         words = [sys.executable, __file__, str(self._count), str(self._cpus), self._folder.name]
         self._owner = subprocess.Popen(
             words,
@@ -40,7 +43,7 @@ class Nodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | VARIABLES | {name: value},
+            env=os.environ | VARIABLES | usual | {name: value},
         )
         assert self._owner.stdout is not None
         try:
@@ -91,9 +94,6 @@ def _read(path: str) -> str:
 
 def _own(count: int, cpus: int, folder: str) -> None:
     """Start the nodes, say where they are, and end them when standard input ends."""
-    # The head also writes its address under Ray's usual folder, which nobody may have made yet.
-    os.environ["RAY_TMPDIR"] = folder
-    Path(folder, "ray").mkdir()
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": cpus, "object_store_memory": MEMORY_BYTES, "include_dashboard": False}

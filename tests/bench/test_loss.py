@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import loss, loss_gpu, loss_static
+from bench.harness import chosen
 from bench.machine_code import MachineCode
 from hermes_core import loss_chunks, loss_weight
 
@@ -118,3 +119,12 @@ def test_memory_in_bf16_is_that_of_one_chunk(monkeypatch: pytest.MonkeyPatch) ->
     given = loss.problem(300, 128_256, 16, 1.0, torch.bfloat16)
     peaks = [loss.timed(loss.ours, given, runs=1)[1] for _ in range(3)]
     assert 60 < min(peaks) < 75  # what else the process does can only add
+
+
+def test_shapes_are_chosen_by_a_part_of_their_name() -> None:
+    names = list(loss.cpu_shapes())
+    assert len(chosen(names, "")) == len(names) == 4
+    for name in chosen(names, "float32"):
+        assert loss.cpu_shapes()[name][2] == torch.float32
+    with pytest.raises(SystemExit, match="no shape has 'fp8' in its name: V 32,768, D 1,024"):
+        chosen(names, "fp8")
