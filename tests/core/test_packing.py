@@ -1,4 +1,4 @@
-"""Plans: equal to the textbook, complete, stable, and refused when the input is wrong."""
+"""Plans: equal to the textbook, complete, stable."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,69 +325,6 @@ def test_strided_and_read_only_and_big_endian_lengths_are_packed() -> None:
         assert np.array_equal(pack(same, row_length=128).samples, expected)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "error", "message"),
-    [
-        ([], ValueError, "lengths is empty: nothing to pack"),
-        ([1, 0, 3], ValueError, r"lengths\[1\] is 0, outside \[1, 16\]; every sample needs"),
-        ([1, 2, -5], ValueError, r"lengths\[2\] is -5, outside \[1, 16\]"),
-        ([1, 2**62], ValueError, r"lengths\[1\] is 4611686018427387904, outside \[1, 16\]; set"),
-        ([16, 17, 99], ValueError, r"lengths\[1\] is 17, outside \[1, 16\]; set too_long"),
-        (np.array([1, 2**64 - 1], np.uint64), ValueError, r"lengths\[1\] is 18446744073709551615"),
-        ([[1, 2]], ValueError, r"lengths is 2-D with shape \(1, 2\)"),
-        (np.int64(3), ValueError, "lengths is 0-D"),
-        ([1.0, 2.5], TypeError, r"lengths is float64 .*1\.0.*want integers"),
-        ([float("nan")], TypeError, "lengths is float64 .*nan"),
-        ([True, False], TypeError, "lengths is bool .*True"),
-        (["a"], TypeError, "lengths is <U1"),
-        ([2**70], TypeError, "lengths is object .*1180591620717411303424"),
-        (np.array([1, None], object), TypeError, "lengths is object"),
-    ],
-)  # fmt: skip
-def test_wrong_lengths_are_refused_by_name_and_value(
-    lengths: object, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        pack(lengths, row_length=16)  # type: ignore[arg-type]
-
-
-def test_zero_is_refused_under_every_policy() -> None:
-    for too_long in ("error", "drop", "truncate"):
-        with pytest.raises(ValueError, match=r"lengths\[0\] is 0, outside"):
-            pack([0, 50], row_length=16, too_long=too_long)
-
-
-def test_nothing_left_after_dropping_is_an_error() -> None:
-    with pytest.raises(ValueError, match="all 2 samples are longer than row_length=16"):
-        pack([17, 18], row_length=16, too_long="drop")
-
-
-@pytest.mark.parametrize("row_length", [0, -1, (1 << 31) + 1])
-def test_row_length_out_of_range_is_refused(row_length: int) -> None:
-    with pytest.raises(ValueError, match=rf"row_length is {row_length}, outside \[1, 2147483648\]"):
-        pack([1], row_length=row_length)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"strategy": "worst_fit"}, ValueError, "strategy is 'worst_fit', want 'best', 'exact"),
-        ({"too_long": "split"}, ValueError, "too_long is 'split', want 'error', 'drop' or"),
-        ({"max_samples": 0}, ValueError, r"max_samples is 0, outside \[1, 2147483647\]"),
-        ({"max_samples": 2.0}, TypeError, r"max_samples is 2\.0, want an integer"),
-        ({"seed": -1}, ValueError, r"seed is -1, outside \[0, "),
-        ({"seed": 1.5}, TypeError, "seed is 1.5, want an integer"),
-        ({"row_length": 1.5}, TypeError, "row_length is 1.5, want an integer"),
-        ({"row_length": 1 << 80}, ValueError, "row_length is 1208925819614629174706176, outside"),
-    ],
-)
-def test_wrong_options_are_refused_by_name_and_value(
-    options: dict[str, object], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        pack([1], **{"row_length": 16, **options})  # type: ignore[arg-type]
-
-
 def test_millions_of_samples_that_are_all_different_pack_quickly() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.permutation(1_000_000) + (1 << 29)  # three to a row, each length once
@@ -404,83 +340,6 @@ def test_samples_of_a_few_tokens_in_rows_of_millions(strategy: Strategy) -> None
     assert packing.rows == packing.lower_bound == 3
 
 
-def test_saved_plan_takes_about_five_bytes_a_sample(tmp_path: Path) -> None:
-    lengths = np.random.default_rng(0).integers(1, 1_000, 100_000)
-    pack(lengths, row_length=2_000).save(tmp_path / "plan.npz")
-    assert (tmp_path / "plan.npz").stat().st_size < 5 * 100_000
-
-
-@pytest.mark.parametrize("seed", [None, 7])
-def test_save_and_load_give_the_same_plan(tmp_path: Path, seed: int | None) -> None:
-    saved = pack([3, 11, 10, 7], row_length=10, too_long="truncate", seed=seed, fingerprint="abc")
-    saved.save(tmp_path / "plan.npz")
-    loaded = Packing.load(tmp_path / "plan.npz", fingerprint="abc")
-    for name in Packing.__slots__:
-        assert np.array_equal(getattr(loaded, name), getattr(saved, name)), name
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.npz"]
-
-
-def test_save_keeps_the_name_it_was_given(tmp_path: Path) -> None:
-    pack([1], row_length=1).save(str(tmp_path / "plan"))
-    assert Packing.load(str(tmp_path / "plan")).rows == 1
-
-
-def test_plan_of_another_store_is_refused(tmp_path: Path) -> None:
-    pack([1], row_length=1, fingerprint="abc").save(tmp_path / "plan.npz")
-    with pytest.raises(ValueError, match="was made for the store abc, not for def; pack this"):
-        Packing.load(tmp_path / "plan.npz", fingerprint="def")
-
-
-def test_plan_of_a_newer_version_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hermes_core.packing.VERSION", 99)
-    pack([1], row_length=1).save(tmp_path / "plan.npz")
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 99, want 'hermes4 packing' version 2"):
-        Packing.load(tmp_path / "plan.npz")
-
-
-def test_missing_plan_is_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"plan\.npz"):
-        Packing.load(tmp_path / "plan.npz")
-
-
-def test_damaged_plan_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
-    path = tmp_path / "plan.npz"
-    pack(range(1, 60), row_length=64).save(path)
-    good = path.read_bytes()
-    for keep in (0, 1, 10, len(good) // 2, len(good) - 1):
-        path.write_bytes(good[:keep])
-        with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
-            Packing.load(path)
-    middle = good.index(b"samples.npy") + 150  # inside the array: only its CRC can tell
-    path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
-    with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
-        Packing.load(path)
-
-
-def test_other_npz_files_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "other.npz", samples=np.zeros(3))
-    with pytest.raises(ValueError, match=r"other.npz is not a packing plan"):
-        Packing.load(tmp_path / "other.npz")
-
-
-def test_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "plan.npz"
-    pack([1, 2], row_length=4).save(path)
-    before = path.read_bytes()
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="No space left"):
-        pack([3, 4], row_length=4).save(path)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.npz"]
-
-
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_plan_is_the_same_on_every_instruction_set(isa: str) -> None:
     code = (
@@ -494,8 +353,3 @@ def test_plan_is_the_same_on_every_instruction_set(isa: str) -> None:
     ).stdout  # fmt: skip
     expected = pack(np.arange(1, 5001), row_length=5000, seed=3).samples
     assert got.strip() == hashlib.sha256(expected).hexdigest()  # type: ignore[arg-type]
-
-
-def test_a_seed_of_numpy_is_saved(tmp_path: Path) -> None:
-    pack([5, 6], row_length=11, seed=np.int64(1)).save(tmp_path / "plan.npz")
-    assert Packing.load(tmp_path / "plan.npz").seed == 1

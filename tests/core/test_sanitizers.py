@@ -13,8 +13,9 @@ import pytest
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
 TESTED = (
-    "test_packing.py", "test_guided.py", "test_windows.py", "test_rows.py", "test_rows_memory.py",
-    "test_loader.py", "test_samples.py", "test_bindings.py", "test_attention_core.py",
+    "test_packing.py", "test_packing_refused.py", "test_packing_saved.py", "test_guided.py",
+    "test_windows.py", "test_rows.py", "test_rows_memory.py", "test_loader.py", "test_samples.py",
+    "test_bindings.py", "test_attention_core.py",
 )  # fmt: skip
 
 
