@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dialects import CHATML, LLAMA3, Dialect
 from hermes_pipeline.chat import parse
 from hermes_pipeline.cli import main
 from hermes_pipeline.services.hub import load_template
@@ -88,6 +89,12 @@ def make(backend: Tokenizer) -> Make:
         return Tokenization(state, template, date="2025-08-25")
 
     return made
+
+
+@pytest.fixture(params=[CHATML, LLAMA3], ids=lambda dialect: dialect.name)
+def dialect(request: pytest.FixtureRequest) -> Dialect:
+    """Each template in turn."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")
