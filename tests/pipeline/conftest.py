@@ -16,6 +16,7 @@ from hermes_pipeline.cli import main
 from hermes_pipeline.services.hub import load_template
 from hermes_pipeline.tokenization import Tokenization, TokenizerState
 from running import Ended, Hermes4
+from tokenizing import Tokenize, arguments, mixed, write_lines
 
 SPECIAL = [
     "<|endoftext|>",
@@ -123,6 +124,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     template = folder / "model" / "chat_template.jinja"
     template.write_text(load_template(demo.TEMPLATE, None)[1])
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("few") / "chats.jsonl", mixed(20))
+
+
+@pytest.fixture
+def tokenize(hermes4: Hermes4, tokenizer_folder: Path) -> Tokenize:
+    """Runs `hermes4 tokenize` in this process; the last of equal options counts."""
+
+    def run(data: Path, out: Path, *more: object, workers: int = 1) -> Ended:
+        return hermes4(*arguments(data, out, tokenizer_folder, workers=workers), *more)
+
+    return run
 
 
 @pytest.fixture
