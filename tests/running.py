@@ -1,12 +1,15 @@
-"""What tests of running programs share: how a command ended, who still runs, what it left."""
+"""What tests of running programs share: how one ended, who still runs, what it says and leaves."""
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Ended(NamedTuple):
@@ -41,6 +44,17 @@ def comes_true(test: Callable[[], bool], timeout_s: float) -> bool:
             return True
         time.sleep(0.02)
     return test()
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as reply:
+        return json.load(reply)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
