@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from attacks.programs import ATTACKS, LEAK, Attack
+from attacks.attack import LEAK, Attack
+from attacks.programs import ATTACKS
 from hermes_pipeline.services.sandbox import Job, Limits, Result, Sandbox
 from hermes_pipeline.services.sandbox.wire import FIRST_USER
 

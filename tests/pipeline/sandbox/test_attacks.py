@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from attacks.programs import ATTACKS, LEAK, Attack
+from attacks.attack import LEAK, Attack
+from attacks.programs import ATTACKS
 from attacks.world import LIMITS, PATIENT, Wait, World, attack, run_outside
 from hermes_pipeline.services.sandbox import Case, Result, Sandbox
 from hermes_pipeline.services.sandbox.programs import PACKAGE, find_python
