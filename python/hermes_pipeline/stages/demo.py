@@ -124,27 +124,6 @@ def model_steps(out: Path, seed: int) -> list[Step]:
         if code:
             raise UserError(f"training ended with {code}; its log is {trained / 'log.txt'}")
 
-    def score(name: str, of: Path, items: int) -> Step:
-        command = _command(
-            "evaluate",
-            benchmark="chain",
-            checkpoint=of,
-            max_model_len=MAX_MODEL_LEN,
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
-            limit=items,
-            seed=seed,
-            out=out / name,
-        )
-        recipe = Recipe(
-            Questions("chain", limit=items),
-            Model(checkpoint=str(of), max_model_len=MAX_MODEL_LEN),
-            Sampling(TEMPERATURE, TOP_P),
-            run=Run(str(out / name), seed),
-        )
-        work = functools.partial(evaluate.run, recipe, label=f"score {name}")
-        return Step(f"score {name} training", [name], command, work)
-
     return [
         Step(
             "make a model with random weights",
@@ -152,7 +131,7 @@ def model_steps(out: Path, seed: int) -> list[Step]:
             _command("init", recipe=RECIPE, tokenizer=tokenizer, out=start, seed=seed),
             lambda: train.init(RECIPE, tokenizer=str(tokenizer), out=start, seed=seed),
         ),
-        score("before", start, ITEMS_BEFORE),
+        _scoring("before", out, start, ITEMS_BEFORE, seed),
         Step(
             "train",
             ["run"],
@@ -165,8 +144,30 @@ def model_steps(out: Path, seed: int) -> list[Step]:
             _command("export", trained, out=model),
             lambda: train.export(trained, model),
         ),
-        score("after", model, ITEMS_AFTER),
+        _scoring("after", out, model, ITEMS_AFTER, seed),
     ]
+
+
+def _scoring(name: str, out: Path, model: Path, items: int, seed: int) -> Step:
+    command = _command(
+        "evaluate",
+        benchmark="chain",
+        checkpoint=model,
+        max_model_len=MAX_MODEL_LEN,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        limit=items,
+        seed=seed,
+        out=out / name,
+    )
+    recipe = Recipe(
+        Questions("chain", limit=items),
+        Model(checkpoint=str(model), max_model_len=MAX_MODEL_LEN),
+        Sampling(TEMPERATURE, TOP_P),
+        run=Run(str(out / name), seed),
+    )
+    work = functools.partial(evaluate.run, recipe, label=f"score {name}")
+    return Step(f"score {name} training", [name], command, work)
 
 
 def _command(*words: object, **options: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hermes_core import StoreError, open_store
+from hermes_core import Store, StoreError, open_store
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.packing import imbalance_report, length_histogram, plan_epoch
 from hermes_pipeline.training.shape import BASES
@@ -42,17 +42,7 @@ def run(
     except (StoreError, OSError) as error:
         raise UserError(str(error)) from None
     if len(opened):
-        low, high = int(lengths.min()), int(lengths.max())
-        if not 1 <= low <= high <= opened.token_count:
-            raise UserError(
-                f"{store} is damaged: its {opened.token_count:,} tokens are in samples of {low:,} "
-                f"to {high:,}; copy the store again"
-            )
-        _say(f"{store}: {len(opened):,} samples, {opened.token_count:,} tokens")
-        for line in length_histogram(lengths, row_length):
-            _say(line)
-        longer = int((lengths > row_length).sum())
-        _say(f"{longer:,} samples are longer than a row of {row_length:,}")
+        _describe(store, opened, row_length)
     plan = plan_epoch(
         opened, row_length=row_length, strategy=strategy, too_long=too_long, seed=seed
     )
@@ -67,6 +57,21 @@ def run(
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error}") from None
         _say(f"plan written to {out}")
+
+
+def _describe(folder: Path, store: Store, row_length: int) -> None:
+    lengths = store.lengths
+    low, high = int(lengths.min()), int(lengths.max())
+    if not 1 <= low <= high <= store.token_count:
+        raise UserError(
+            f"{folder} is damaged: its {store.token_count:,} tokens are in samples of {low:,} to "
+            f"{high:,}; copy the store again"
+        )
+    _say(f"{folder}: {len(store):,} samples, {store.token_count:,} tokens")
+    for line in length_histogram(lengths, row_length):
+        _say(line)
+    longer = int((lengths > row_length).sum())
+    _say(f"{longer:,} samples are longer than a row of {row_length:,}")
 
 
 def _say(line: str) -> None:

@@ -9,7 +9,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from hermes_pipeline.chat.calls import calls_in, tool_calls_of, tools_of
+from hermes_pipeline.chat.values import Refused, checked_text, kind_of, shortened
 from hermes_pipeline.records import Conversation, Message, Span
+
+__all__ = ["Refused", "count_chars", "parse", "parse_json", "parse_prompt", "to_dict"]
 
 _ROLES = {
     "system": "system",
@@ -46,11 +50,6 @@ _FORMS = (
 )
 _TURNS = ("messages", "conversations", "conversation")
 _SWITCHES = ("train", "loss_weight", "weight")
-_MAX_DEPTH = 64  # of arguments and tools; whoever follows a template recurses into them
-
-
-class Refused(ValueError):
-    """A record or a conversation that cannot be used; the message says which part and why."""
 
 
 def parse_json(line: bytes) -> Any:
@@ -140,7 +139,7 @@ def _read(
     record: object, find_turns: Callable[[Mapping[str, Any]], list[Any]]
 ) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
     if not isinstance(record, Mapping):
-        raise Refused(f"a record must be a JSON object, not {_kind(record)}")
+        raise Refused(f"a record must be a JSON object, not {kind_of(record)}")
     turns = find_turns(record)
     if not turns:
         raise Refused("the conversation is empty")
@@ -148,11 +147,11 @@ def _read(
     system = record.get("system")
     if system:
         if not isinstance(system, str):
-            raise Refused(f"system must be a string, not {_kind(system)}")
+            raise Refused(f"system must be a string, not {kind_of(system)}")
         if messages[0].role == "system":
             raise Refused("a system field and a system message: leave one out")
-        messages.insert(0, Message("system", _text(system, "system")))
-    return tuple(messages), _tools(record.get("tools"))
+        messages.insert(0, Message("system", checked_text(system, "system")))
+    return tuple(messages), tools_of(record.get("tools"))
 
 
 def _asked_turns(record: Mapping[str, Any]) -> list[Any]:
@@ -173,7 +172,7 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
     for key in given:
         turns = record[key]
         if not isinstance(turns, Sequence) or isinstance(turns, str | bytes):
-            raise Refused(f"{key} must be a list of messages, not {_kind(turns)}")
+            raise Refused(f"{key} must be a list of messages, not {kind_of(turns)}")
         return list(turns)
     for ask, answer in _PAIRS:
         if record.get(ask) is not None and record.get(answer) is not None:
@@ -191,7 +190,7 @@ def _pair(record: Mapping[str, Any], ask: str, answer: str) -> list[Any]:
     has_input = ask == "instruction" and record.get("input")
     for key in (ask, answer, "input") if has_input else (ask, answer):
         if not isinstance(record[key], str):
-            raise Refused(f"{key} must be a string, not {_kind(record[key])}")
+            raise Refused(f"{key} must be a string, not {kind_of(record[key])}")
     if has_input:
         first = f"{first}\n\n{record['input']}"
     return [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
@@ -211,22 +210,22 @@ def _role(named: object) -> str | None:
 
 def _message(index: int, turn: object) -> Message:
     if not isinstance(turn, Mapping):
-        raise Refused(f"message {index}: must be an object, not {_kind(turn)}")
+        raise Refused(f"message {index}: must be an object, not {kind_of(turn)}")
     named = _named(turn)
     if named is None:
         raise Refused(f"message {index}: has neither role nor from")
     role = _role(named)
     if role is None:
         known = ", ".join(_ROLES)
-        raise Refused(f"message {index}: role {_short(named)} is not known; known: {known}")
+        raise Refused(f"message {index}: role {shortened(named)} is not known; known: {known}")
     where = f"message {index} ({'assistant' if role == 'call' else role})"
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
     text = _content(content, where)
-    calls = _tool_calls(turn.get("tool_calls"), where)
+    calls = tool_calls_of(turn.get("tool_calls"), where)
     if role == "assistant" and turn.get("function_call"):
-        calls += _tool_calls([turn["function_call"]], where)
+        calls += tool_calls_of([turn["function_call"]], where)
     if role == "call":
-        role, calls, text = "assistant", calls + _calls_in(text, where), ""
+        role, calls, text = "assistant", calls + calls_in(text, where), ""
     if calls and role != "assistant":
         raise Refused(f"{where}: only an assistant message has tool_calls")
     reasoning = _reasoning(turn, where) if role == "assistant" else None
@@ -248,9 +247,11 @@ def _content(content: object, where: str) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return _text(content, where)
+        return checked_text(content, where)
     if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise Refused(f"{where}: content must be a string or a list of parts, not {_kind(content)}")
+        raise Refused(
+            f"{where}: content must be a string or a list of parts, not {kind_of(content)}"
+        )
     texts = []
     for part in content:
         if isinstance(part, str):
@@ -258,18 +259,9 @@ def _content(content: object, where: str) -> str:
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+            kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
             raise Refused(f"{where}: a content part of type {kind!r}; only text is known")
-    return _text("".join(texts), where)
-
-
-def _text(text: str, where: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Refused(f"{where}: half a surrogate pair at character {error.start}") from None
-    return text
+    return checked_text("".join(texts), where)
 
 
 def _reasoning(turn: Mapping[str, Any], where: str) -> str | None:
@@ -277,57 +269,16 @@ def _reasoning(turn: Mapping[str, Any], where: str) -> str | None:
         value = turn.get(key)
         if value is not None:
             if not isinstance(value, str):
-                raise Refused(f"{where}: {key} must be a string, not {_kind(value)}")
-            return _text(value, where) or None
+                raise Refused(f"{where}: {key} must be a string, not {kind_of(value)}")
+            return checked_text(value, where) or None
     return None
 
 
 def _optional(turn: Mapping[str, Any], key: str, where: str) -> str | None:
     value = turn.get(key)
     if value is not None and not isinstance(value, str):
-        raise Refused(f"{where}: {key} must be a string, not {_kind(value)}")
-    return None if value is None else _text(value, where)
-
-
-def _calls_in(text: str, where: str) -> tuple[Mapping[str, Any], ...]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise Refused(f"{where}: a function call must be JSON, not {_short(text)}") from None
-    return _tool_calls(value if isinstance(value, list) else [value], where)
-
-
-def _tool_calls(calls: object, where: str) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(calls, str):
-        return _calls_in(calls, where) if calls.strip() else ()
-    if not calls:
-        return ()
-    if not isinstance(calls, Sequence):
-        raise Refused(f"{where}: tool_calls must be a list, not {_kind(calls)}")
-    return tuple(_tool_call(call, where) for call in calls)
-
-
-def _tool_call(call: object, where: str) -> Mapping[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise Refused(f"{where}: a tool call needs a function with a name and arguments")
-    name = _text(function["name"], where)
-    what = f"{where}: arguments of the call {_short(name)}"
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            raise Refused(f"{what} are not JSON") from None
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, Mapping):
-        raise Refused(f"{what} must be an object, not {_kind(arguments)}")
-    _check_json(arguments, what)
-    parsed: dict[str, Any] = {"type": "function"}
-    if isinstance(call, Mapping) and isinstance(call.get("id"), str):
-        parsed["id"] = _text(call["id"], where)
-    parsed["function"] = {"name": name, "arguments": dict(arguments)}
-    return parsed
+        raise Refused(f"{where}: {key} must be a string, not {kind_of(value)}")
+    return None if value is None else checked_text(value, where)
 
 
 def _trained(turn: Mapping[str, Any], role: str, where: str) -> bool:
@@ -336,7 +287,9 @@ def _trained(turn: Mapping[str, Any], role: str, where: str) -> bool:
         if value is None:
             continue
         if value not in (0, 1):
-            raise Refused(f"{where}: {key} is {_short(value)}; only 0, 1, true and false are known")
+            raise Refused(
+                f"{where}: {key} is {shortened(value)}; only 0, 1, true and false are known"
+            )
         if value and role != "assistant":
             raise Refused(f"{where}: {key} is {value!r}, but only assistant messages are trained")
         return bool(value)
@@ -349,14 +302,14 @@ def _spans(spans: object, role: str, length: int, where: str) -> tuple[Span, ...
     if role != "assistant":
         raise Refused(f"{where}: train_spans, but only assistant messages are trained")
     if not isinstance(spans, Sequence) or isinstance(spans, str):
-        raise Refused(f"{where}: train_spans must be a list of [start, end], not {_kind(spans)}")
+        raise Refused(f"{where}: train_spans must be a list of [start, end], not {kind_of(spans)}")
     parsed: list[Span] = []
     last = 0
     for span in spans:
         pair = list(span) if isinstance(span, Iterable) else []
         if len(pair) != 2 or not all(type(edge) is int for edge in pair):
             raise Refused(
-                f"{where}: train_spans holds {_short(span)}; want [start, end] in characters"
+                f"{where}: train_spans holds {shortened(span)}; want [start, end] in characters"
             )
         start, end = pair
         if not last <= start < end <= length:
@@ -367,58 +320,3 @@ def _spans(spans: object, role: str, length: int, where: str) -> tuple[Span, ...
         parsed.append((start, end))
         last = end
     return tuple(parsed)
-
-
-def _tools(tools: object) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError):
-            raise Refused("tools must be a JSON list; the string is not JSON") from None
-    if not tools:
-        return ()
-    if isinstance(tools, Mapping):
-        tools = [tools]
-    if not isinstance(tools, Sequence):
-        raise Refused(f"tools must be a list, not {_kind(tools)}")
-    parsed = []
-    for tool in tools:
-        if not isinstance(tool, Mapping):
-            raise Refused(f"a tool must be an object, not {_kind(tool)}")
-        # Bare signatures are wrapped, as the servers of OpenAI's interface hand them on.
-        bare = "function" not in tool and "name" in tool and tool.get("type") != "function"
-        parsed.append({"type": "function", "function": dict(tool)} if bare else dict(tool))
-    _check_json(parsed, "tools")
-    return tuple(parsed)
-
-
-def _check_json(value: object, what: str) -> None:
-    """Refuse what a template cannot write as JSON: Parquet holds dates and bytes too."""
-    if _is_deeper(value, _MAX_DEPTH):
-        raise Refused(f"{what} are nested more than {_MAX_DEPTH} deep")
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"{what} are not JSON: {error}") from None
-    _text(text, what)
-
-
-def _is_deeper(value: object, depth: int) -> bool:
-    items = value.values() if isinstance(value, Mapping) else value
-    if not isinstance(items, Iterable) or isinstance(items, str | bytes):
-        return False
-    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        return _kind(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}
-    names |= {int: "a number", float: "a number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
