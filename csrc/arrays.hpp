@@ -55,14 +55,20 @@ inline std::string described(const py::handle& object) {
            ((flags & py::array::c_style) != 0 ? "" : ", not contiguous");
 }
 
+struct Int64s {
+    const std::int64_t* data;
+    std::int64_t size;
+};
+
 // As data_of, for what every call of a loop passes: an array_t in a signature has NumPy convert an
 // array to itself.
-inline const std::int64_t* int64_of(const py::handle& object, const char* name) {
+inline Int64s int64_of(const py::handle& object, const char* name) {
     if (!Int64Array::check_(object)) {
         throw py::type_error(std::string(name) + " is " + described(object) +
                              ", want a contiguous array of int64");
     }
-    return data_of(py::reinterpret_borrow<Int64Array>(object), 1, name);
+    const auto array = py::reinterpret_borrow<Int64Array>(object);
+    return {data_of(array, 1, name), array.size()};
 }
 
 // An integer, or what stands for one.

@@ -129,24 +129,20 @@ std::vector<std::int64_t> row_numbers_of(const py::handle& range, std::int64_t c
     return numbers;
 }
 
-hermes::Request request_of(const py::array& samples, const py::array& row_offsets,
-                           const std::int64_t* rows, std::int64_t row_count,
+hermes::Request request_of(const Int64s& samples, const Int64s& row_offsets, const Int64s& rows,
                            std::int64_t row_length, bool truncate) {
     check_range("row_length", row_length, 1, hermes::kMaxRowLength);
-    check_range("len(row_offsets)", row_offsets.size(), 1, INT64_MAX);
-    if (row_count > INT32_MAX / row_length) {
-        throw py::value_error(std::to_string(row_count) + " rows of " + std::to_string(row_length) +
+    check_range("len(row_offsets)", row_offsets.size, 1, INT64_MAX);
+    return {samples.data, samples.size, row_offsets.data, row_offsets.size - 1,
+            rows.data,    rows.size,    row_length,       truncate};
+}
+
+void check_countable(std::int64_t rows, std::int64_t row_length) {
+    if (rows > INT32_MAX / row_length) {
+        throw py::value_error(std::to_string(rows) + " rows of " + std::to_string(row_length) +
                               " tokens are more than the 2**31 - 1 that cu_seqlens can count; "
                               "build fewer rows at once");
     }
-    return {int64_of(samples, "samples"),
-            samples.size(),
-            int64_of(row_offsets, "row_offsets"),
-            row_offsets.size() - 1,
-            rows,
-            row_count,
-            row_length,
-            truncate};
 }
 
 // Calls `then`, without Python's lock, with where the samples of these rows lie, in shards that are
@@ -169,10 +165,11 @@ void with_places(Shards& shards, const Load& load, const hermes::Request& reques
     }
 }
 
-void read_ahead(Shards& shards, const Load& load, const py::array& samples,
-                const py::array& row_offsets, const py::array& rows, std::int64_t row_length) {
+void read_ahead(Shards& shards, const Load& load, const py::object& samples,
+                const py::object& row_offsets, const py::object& rows, std::int64_t row_length) {
     const hermes::Request request =
-        request_of(samples, row_offsets, int64_of(rows, "rows"), rows.size(), row_length, true);
+        request_of(int64_of(samples, "samples"), int64_of(row_offsets, "row_offsets"),
+                   int64_of(rows, "rows"), row_length, true);
     with_places(shards, load, request, [&](const hermes::Places& places) {
         hermes::read_ahead(shards.table, places, row_length);
     });
@@ -345,7 +342,7 @@ py::object filled(const py::type& rows_type, const hermes::Layout& layout,
 }
 
 py::object build_rows(const py::type& rows_type, Shards& shards, const Load& load,
-                      const py::array& samples, const py::array& row_offsets,
+                      const py::object& samples, const py::object& row_offsets,
                       const py::object& rows, std::int64_t row_length, bool truncate,
                       const py::object& pad_id, const py::object& dtype,
                       const std::optional<Columns>& out, const py::object& threads) {
@@ -355,19 +352,18 @@ py::object build_rows(const py::type& rows_type, Shards& shards, const Load& loa
     const bool wide = id_bytes_of(dtype, out) == 8;
     const std::int64_t pad = integer_of("pad_id", pad_id, 0, wide ? INT64_MAX : INT32_MAX);
     const std::int64_t writers = integer_of("threads", threads, 1, hermes::kMaxThreads);
+    const Int64s offsets = int64_of(row_offsets, "row_offsets");
     std::vector<std::int64_t> numbers;
-    const std::int64_t* row_numbers = nullptr;
-    std::int64_t row_count = 0;
+    Int64s wanted{};
     if (PyRange_Check(rows.ptr())) {
-        numbers = row_numbers_of(rows, row_offsets.size() - 1);
-        row_numbers = numbers.data();
-        row_count = static_cast<std::int64_t>(numbers.size());
+        numbers = row_numbers_of(rows, offsets.size - 1);
+        wanted = {numbers.data(), static_cast<std::int64_t>(numbers.size())};
     } else {
-        row_numbers = int64_of(rows, "rows");
-        row_count = py::reinterpret_borrow<py::array>(rows).size();
+        wanted = int64_of(rows, "rows");
     }
     const hermes::Request request =
-        request_of(samples, row_offsets, row_numbers, row_count, row_length, truncate);
+        request_of(int64_of(samples, "samples"), offsets, wanted, row_length, truncate);
+    check_countable(request.row_count, row_length);
     hermes::Layout layout;
     with_places(shards, load, request, [&](const hermes::Places& places) {
         layout = hermes::lay_out_rows(shards.table, places, request);

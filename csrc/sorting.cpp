@@ -4,6 +4,7 @@
 #include <array>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
@@ -97,7 +98,7 @@ std::make_unsigned_t<T> count_keys(const Keys<T>& keys, std::size_t count,
             bits |= of_group;
             for (std::size_t k = i; k < i + group; ++k) {
                 if (of_group < longest) {
-                    ++few[static_cast<U>(keys.lengths[k])];
+                    ++few[std::min<std::size_t>(static_cast<U>(keys.lengths[k]), longest)];
                 } else {
                     ++counts[keys(k)];
                 }
@@ -124,9 +125,16 @@ inline void expect_write(const std::uint32_t* place) {
     __builtin_prefetch(place + line, 1);
 }
 
+[[noreturn]] void refuse_changed() {
+    throw std::invalid_argument("lengths changed while they were read; pass a copy of them");
+}
+
 // By the upper bits of the key, then each of those parts, which fits in a cache, by the lower ones.
 // Between the two, an element is one word: lower bits of the key, then its id. Loops unrolled by
 // the compiler take a third less time.
+//
+// Lengths that another thread changes no longer have the counts that the scan found: no place is
+// past the end all the same, and the counts are compared once the places are given out.
 template <class K>
 void sort_in_two_passes(const K& keys, std::size_t count, const std::vector<std::uint32_t>& begins,
                         std::uint32_t* ids, std::uint32_t* spare) {
@@ -137,6 +145,8 @@ void sort_in_two_passes(const K& keys, std::size_t count, const std::vector<std:
     const int low_bits = std::min(32 - id_bits, (key_bits + 1) / 2);
     const int id_shift = 32 - low_bits;
     const std::uint32_t id_mask = (1U << id_shift) - 1;
+    const auto last = static_cast<std::uint32_t>(count - 1);
+    const auto last_key = static_cast<std::uint32_t>(key_count - 1);
     std::vector<std::uint32_t> parts;  // where each begins
     for (std::size_t key = 0; key < key_count; key += std::size_t{1} << low_bits) {
         parts.push_back(begins[key]);
@@ -145,20 +155,27 @@ void sort_in_two_passes(const K& keys, std::size_t count, const std::vector<std:
     std::uint32_t* ends = ends_of_parts.data();
 #pragma GCC unroll 8
     for (std::size_t i = 0; i < count; ++i) {
-        const std::uint32_t key = keys(i), place = ends[key >> low_bits]++;
+        const std::uint32_t key = std::min(keys(i), last_key);
+        const std::uint32_t place = std::min(ends[key >> low_bits]++, last);
         spare[place] = key << id_shift | static_cast<std::uint32_t>(i);
         expect_write(spare + place);
     }
     parts.push_back(static_cast<std::uint32_t>(count));
+    if (!std::equal(ends_of_parts.begin(), ends_of_parts.end(), parts.begin() + 1)) {
+        refuse_changed();
+    }
     for (std::size_t part = 0; part + 1 < parts.size(); ++part) {
         ends = ends_of_keys.data() + (part << low_bits);
         const std::uint32_t end = parts[part + 1];
 #pragma GCC unroll 8
         for (std::uint32_t i = parts[part]; i < end; ++i) {
             const std::uint32_t word = spare[i];
-            ids[ends[word >> id_shift]++] = word & id_mask;
+            ids[std::min(ends[word >> id_shift]++, last)] = word & id_mask;
             __builtin_prefetch(ids + i + ahead, 1);
         }
+    }
+    if (!std::equal(begins.begin() + 1, begins.end(), ends_of_keys.begin())) {
+        refuse_changed();
     }
 }
 
@@ -272,7 +289,11 @@ Sorted sort_by_length(const Lengths& lengths, const Scan& scanned, std::int64_t 
             }
         }
     });
-    if (!sorted.classes.empty() && sorted.classes.front().length > row_length) {
+    if (sorted.classes.back().length < 1 ||
+        (scanned.too_long < 0 && sorted.classes.front().length > row_length)) {
+        refuse_changed();
+    }
+    if (sorted.classes.front().length > row_length) {
         sorted.dropped = sorted.classes.front().count;
         sorted.classes.erase(sorted.classes.begin());
     }

@@ -101,8 +101,8 @@ def build_rows(
     rows_type: type,
     shards: Shards,
     load: collections.abc.Callable[[int], typing.Any],
-    samples: numpy.ndarray,
-    row_offsets: numpy.ndarray,
+    samples: typing.Any,
+    row_offsets: typing.Any,
     rows: typing.Any,
     row_length: typing.SupportsInt | typing.SupportsIndex,
     truncate: bool,
@@ -189,9 +189,9 @@ def range_numbers(
 def read_ahead(
     shards: Shards,
     load: collections.abc.Callable[[int], typing.Any],
-    samples: numpy.ndarray,
-    row_offsets: numpy.ndarray,
-    rows: numpy.ndarray,
+    samples: typing.Any,
+    row_offsets: typing.Any,
+    rows: typing.Any,
     row_length: typing.SupportsInt | typing.SupportsIndex,
 ) -> None:
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -93,16 +93,19 @@ def row_costs(
     The padding of a row is a segment; a truncated sample counts ``row_length``.
 
     Args:
-        lengths: [N] tokens of each sample that the plan was made from.
+        lengths: [N] tokens of each sample that the plan was made from; others are refused where
+            totals, or the longest and the shortest, differ.
         linear: of a token by itself, in any unit; FLOPs of training are 6 for each parameter.
         quadratic: of a pair of tokens; FLOPs of training are 6 * layers * model size.
 
     Raises:
-        TypeError: lengths are not integers.
+        TypeError: lengths are not integers, or a coefficient is no number.
         ValueError: lengths of another shape, a coefficient out of range, or the plan was made from
             other lengths.
     """
     for name, value in (("linear", linear), ("quadratic", quadratic)):
+        if not isinstance(value, int | float | np.number):
+            raise TypeError(f"{name} is {value!r}, want a number")
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}, want a finite number, 0 or more")
     if linear == quadratic == 0:
@@ -111,14 +114,20 @@ def row_costs(
     starts = packing.row_offsets[:-1]
     tokens = np.add.reduceat(lengths_P, starts)
     total, fullest = int(tokens.sum()), int(tokens.max(initial=0))
-    if total != packing.tokens or fullest > packing.row_length:
+    ends = (int(lengths_P.min()), int(lengths_P.max()))
+    if total != packing.tokens or fullest > packing.row_length or ends != (
+        packing.shortest, packing.longest
+    ):  # fmt: skip
         raise ValueError(
-            f"by these lengths the plan holds {total} tokens, {fullest} in its fullest row, but it "
-            f"has {packing.tokens} in rows of {packing.row_length}: it was made from other lengths"
+            f"by these lengths the plan holds {total} tokens, {fullest} in its fullest row, in "
+            f"samples of {ends[0]} to {ends[1]}, but it has {packing.tokens} in rows of "
+            f"{packing.row_length} and samples of {packing.shortest} to {packing.longest}: it was "
+            "made from other lengths"
         )
     # In integers, so that every machine deals alike; row_length <= 2**31, so squares fit.
     squares = np.add.reduceat(lengths_P * lengths_P, starts) + (packing.row_length - tokens) ** 2
-    costs: NDArray[np.float64] = linear * float(packing.row_length) + quadratic * squares
+    costs: NDArray[np.float64] = float(linear) * packing.row_length + float(quadratic) * squares
+    _check_sum(costs)
     return costs
 
 
@@ -206,12 +215,19 @@ def _check(
     ranks = check_integer("ranks", ranks, 1, MOST)
     micro_batches = check_integer("micro_batches", micro_batches, 1, MOST)
     local_rows = check_integer("local_rows", local_rows, 1, MOST)
+    _check_sum(values)
     if ranks * micro_batches * local_rows > MOST:
         raise ValueError(
             f"ranks x micro_batches x local_rows is {ranks} x {micro_batches} x {local_rows} = "
             f"{ranks * micro_batches * local_rows} rows a step, want at most {MOST}"
         )
     return values.astype(np.float64), (micro_batches, ranks, local_rows)
+
+
+def _check_sum(costs: NDArray[Any]) -> None:
+    with np.errstate(over="ignore"):
+        if not np.isfinite(costs.sum(dtype=np.float64)):
+            raise ValueError("costs add up to more than float64 can hold; take a larger unit")
 
 
 def _places(count: int, sizes: tuple[int, int, int]) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import BinaryIO
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes ``path``'s place, durably, when the block ends without an error."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    """A new file that takes ``path``'s place, durably, when the block ends without an error.
+
+    Of several writers, in other threads or on other machines, the last to end wins.
+    """
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
     try:
-        with open(unfinished, "wb") as file:
+        with open(unfinished, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -39,8 +39,9 @@ class RowLoader(Iterator[Rows]):
             for rows in batches:
                 ...
 
-    What the thread fails with is raised where its batch would have come, and again at each further
-    attempt. `close`, the end of the ``with`` block and the last batch end the thread.
+    One thread at a time may take batches. What the loader's own thread fails with is raised where
+    its batch would have come, and again at each further attempt. `close`, the end of the ``with``
+    block and the last batch end that thread.
 
     Args:
         batch_rows: rows in a batch; the last one may have fewer.
@@ -106,10 +107,11 @@ class RowLoader(Iterator[Rows]):
         """Go on behind the rows that were taken when `state_dict` gave this.
 
         Raises:
-            ValueError: there are not so many rows.
+            ValueError: not a state, or there are not so many rows.
         """
-        taken = check_integer("rows", state["rows"], 0, len(self._rows))
-        self._taken = taken
+        if not isinstance(state, Mapping) or "rows" not in state:
+            raise ValueError(f"the state is {state!r}, want what state_dict gave")
+        self._taken = check_integer("rows", state["rows"], 0, len(self._rows))
         self._forget()
 
     def close(self) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hermes_core import _C
 from hermes_core.files import write_atomically
-from hermes_core.samples import check_integer
+from hermes_core.samples import check_choice, check_integer
 
 Strategy = Literal[
     "best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing", "guided", "windowed"
@@ -72,19 +74,20 @@ class Packing:
     def report(self) -> str:
         """The plan in words and numbers, a few lines for a person."""
         above = self.rows - self.lower_bound
+        full = self.tokens == self.rows * self.row_length
+        fill = self.fill if full else min(self.fill, 0.999999)  # 100 % is said of full rows alone
         lines = [
-            f"{self.rows:,} rows of {self.row_length:,} tokens by {self.strategy}",
-            f"{len(self.samples):,} samples of {self.shortest:,} to {self.longest:,} tokens, "
-            f"{self.tokens:,} in all",
-            f"fill {self.fill:.4%}; lower bound {self.lower_bound:,} rows, "
+            f"{_counted(self.rows, 'row')} of {self.row_length:,} tokens by {self.strategy}",
+            f"{_counted(len(self.samples), 'sample')} of {self.shortest:,} to {self.longest:,} "
+            f"tokens, {self.tokens:,} in all",
+            f"fill {fill:.4%}; lower bound {_counted(self.lower_bound, 'row')}, "
             + (f"{above:,} above it ({above / self.lower_bound:.4%})" if above else "reached"),
         ]
         if above > WORTH_GUIDING * self.lower_bound and self.strategy not in ("guided", "windowed"):
-            lines.append(f'strategy "guided" may save up to {above:,} rows')
-        if len(self.dropped):
-            lines.append(f"{len(self.dropped):,} samples longer than a row dropped")
-        if len(self.truncated):
-            lines.append(f"{len(self.truncated):,} samples longer than a row truncated")
+            lines.append(f'strategy "guided" may save up to {_counted(above, "row")}')
+        for ids, fate in ((self.dropped, "dropped"), (self.truncated, "truncated")):
+            if len(ids):
+                lines.append(f"{_counted(len(ids), 'sample')} longer than a row {fate}")
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -110,32 +113,24 @@ class Packing:
         Raises:
             ValueError: not a plan, damaged, of a newer version, or of another store.
         """
-        try:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                header = json.loads(bytes(file["header"]))
-                if header.get("format") != FORMAT or header.get("version") != VERSION:
-                    raise _OtherFormat(
-                        f"{path} is {header.get('format')!r} version {header.get('version')!r}, "
-                        f"want {FORMAT!r} version {VERSION}; pack the store again"
-                    )
-                samples, sizes, dropped, truncated = (
-                    file[name].astype(np.int64)
-                    for name in ("samples", "row_sizes", "dropped", "truncated")
-                )
-                about = {name: header[name] for name in _SCALARS}
-        except _OtherFormat:
-            raise
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, TypeError) as error:
-            raise ValueError(f"{path} is not a packing plan, or damaged: {error}") from error
-        row_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        if row_offsets[-1] != len(samples) or (sizes.size and sizes.min() < 1):
-            raise ValueError(f"{path} is damaged: its rows do not hold its samples")
-        if fingerprint is not None and about["fingerprint"] != fingerprint:
+        with open(path, "rb") as opened:
+            try:
+                with np.load(opened, allow_pickle=False) as file:
+                    header = dict(json.loads(bytes(file["header"])))
+                    _check_format(path, header)
+                    about = {name: header[name] for name in _SCALARS}
+                    parts = [_ids(name, file[name]) for name in _ARRAYS]
+                plan = _checked_plan(parts, about)
+            except _OtherFormat:
+                raise
+            except _DAMAGE as error:
+                raise ValueError(f"{path} is not a packing plan, or damaged: {error}") from error
+        if fingerprint is not None and plan.fingerprint != fingerprint:
             raise ValueError(
-                f"{path} was made for the store {about['fingerprint'] or '(unknown)'}, "
+                f"{path} was made for the store {plan.fingerprint or '(unknown)'}, "
                 f"not for {fingerprint}; pack this store again"
             )
-        return cls(samples, row_offsets, dropped=dropped, truncated=truncated, **about)
+        return plan
 
 
 class _OtherFormat(ValueError):
@@ -146,6 +141,59 @@ _SCALARS = (
     "row_length", "tokens", "lower_bound", "longest", "shortest", "strategy", "too_long", "seed",
     "max_samples", "fingerprint",
 )  # fmt: skip
+_ARRAYS = ("samples", "row_sizes", "dropped", "truncated")
+# What zipfile, zlib, json and NumPy make of a file that is not theirs, or has a bit changed.
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, TypeError, RuntimeError,
+    OSError, MemoryError, AttributeError,
+)  # fmt: skip
+
+
+def _check_format(path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
+    if header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise _OtherFormat(
+            f"{path} is {header.get('format')!r} version {header.get('version')!r}, "
+            f"want {FORMAT!r} version {VERSION}; pack the store again"
+        )
+
+
+def _ids(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
+    if array.ndim != 1 or array.dtype.kind != "u":
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, want [n] unsigned integers")
+    return array.astype(np.int64)
+
+
+def _checked_plan(parts: list[NDArray[np.int64]], about: Mapping[str, Any]) -> Packing:
+    """The plan in these parts of a file, where they are those of one."""
+    samples, sizes, dropped, truncated = parts
+    row_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    if not sizes.size or sizes.min() < 1 or row_offsets[-1] != len(samples):
+        raise ValueError("its rows do not hold its samples")
+    count = len(samples) + len(dropped)
+    there = np.zeros(count, np.bool_)
+    for ids in (samples, dropped, truncated):
+        if ids.size and not 0 <= ids.min() <= ids.max() < count:
+            raise ValueError(f"it names a sample outside [0, {count})")
+    there[samples] = there[dropped] = True
+    if not there.all():
+        raise ValueError("it does not name each sample once")
+    row_length = check_integer("row_length", about["row_length"], 1, _C.MAX_ROW_LENGTH)
+    check_integer("tokens", about["tokens"], len(samples), len(sizes) * row_length)
+    check_integer("lower_bound", about["lower_bound"], 1, len(sizes))
+    longest = check_integer("longest", about["longest"], 1, row_length)
+    check_integer("shortest", about["shortest"], 1, longest)
+    check_choice("strategy", about["strategy"], get_args(Strategy))
+    check_choice("too_long", about["too_long"], get_args(TooLong))
+    for name, high in (("seed", 1 << 128), ("max_samples", _C.MAX_SAMPLES)):
+        if about[name] is not None:
+            check_integer(name, about[name], 0, high)
+    if not isinstance(about["fingerprint"], str):
+        raise TypeError(f"fingerprint is {about['fingerprint']!r}, want a string")
+    return Packing(samples, row_offsets, dropped=dropped, truncated=truncated, **about)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _narrow(ids: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
@@ -178,7 +226,8 @@ def pack(
             before `windowed`; the same on every platform. None leaves them in order.
         fingerprint: of the store, kept in the plan so that it is never used with another.
 
-    Samples are taken by falling length, equal lengths by id; ids inside a row keep this order.
+    Samples are taken by falling length, equal lengths by id, and ids inside a row keep this order;
+    but for `windowed`.
 
     - `first_fit_decreasing`: each into the lowest-numbered row with room.
     - `best_fit_decreasing`: each into the row with the least sufficient room; of several, the
@@ -187,16 +236,20 @@ def pack(
       token, found by a bounded search: single samples, then mixtures of two lengths.
     - `guided`: where the best of the others misses the lower bound, rows near the patterns of a
       linear programme, the last two samples of each such that they fill it. For samples of which
-      none is short, or where `max_samples` is small. Tenths of a second; at most some seconds.
+      none is short, or where `max_samples` is small. Tenths of a second; some seconds, and up to
+      a quarter of a minute, where rows of 2**31 tokens hold thousands of different lengths.
     - `windowed`: nearly in the order of the samples, nobody waiting longer than three windows: see
       `WindowedPacker`, which packs a stream so.
     - `best`: best fit and, where it misses the lower bound, first fit and exact gap; the fewest
-      rows win. Milliseconds; its report says where `guided` may save rows.
+      rows win. Milliseconds for a million samples, up to two seconds for millions of different
+      lengths in rows of 2**31; its report says where `guided` may save rows.
 
     Raises:
         TypeError: lengths are not integers.
         ValueError: no lengths, a length out of range, or an unknown option.
     """
+    check_choice("strategy", strategy, get_args(Strategy))
+    check_choice("too_long", too_long, get_args(TooLong))
     row_length = check_integer("row_length", row_length, 1, _C.MAX_ROW_LENGTH)
     values = check_lengths(lengths)
     if seed is not None:
@@ -268,19 +321,30 @@ def seed_words(seed: int) -> list[int]:
     return words
 
 
+def _is_odd(value: object) -> bool:
+    """Is this what keeps a row of numbers from being integers of 64 bits?"""
+    if isinstance(value, int):
+        return not -(1 << 63) <= value < 1 << 64
+    return not (isinstance(value, float) and value.is_integer())
+
+
 def check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
     """[N] as one row of memory, of its own integer dtype."""
-    values = np.asarray(lengths)
+    if isinstance(lengths, np.ma.MaskedArray):
+        raise TypeError("lengths is a masked array; pass lengths.compressed(), or .data for all")
+    try:
+        values = np.asarray(lengths)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TypeError(f"lengths is not a row of integers: {error}") from None
     if values.size == 0:
         raise ValueError("lengths is empty: nothing to pack")
     if values.ndim != 1:
         raise ValueError(f"lengths is {values.ndim}-D with shape {values.shape}, want [samples]")
     if values.dtype.kind not in "iu":
-        wrong = (i for i, value in enumerate(values.tolist()) if type(value) is not int)
-        i = next(wrong, None)
-        i = int(values.argmax()) if i is None else i  # an integer, but too large
+        given = values.tolist()
+        i = next((i for i, value in enumerate(given) if _is_odd(value)), 0)
         raise TypeError(
-            f"lengths is {values.dtype} (lengths[{i}] is {values.tolist()[i]!r}), "
-            f"want integers below 2**64"
+            f"lengths is {values.dtype} (lengths[{i}] is {given[i]!r}), "
+            "want integers of at most 64 bits"
         )
     return np.require(values, values.dtype.newbyteorder("="), ["C", "A"])

@@ -63,7 +63,7 @@ class Rows:
 
     @property
     def kept_count(self) -> int:
-        """How many labels count."""
+        """How many labels count: as they were built, so count anew if you change ``labels``."""
         if self._kept_count is None:
             return int(np.count_nonzero(self.labels != IGNORE_INDEX))
         return self._kept_count
@@ -102,23 +102,30 @@ def build_rows(
 
     Raises:
         TypeError: an argument or an array of ``out`` of another type.
-        ValueError: row numbers of another shape or out of range, a plan of other samples, a corrupt
-            store, an array of ``out`` that cannot be written so, a token id over int32.
+        ValueError: row numbers of another shape or out of range, a plan of other samples where that
+            shows (one that is not there, or is too long for its row), a corrupt store, an array of
+            ``out`` that cannot be written so, a token id over int32.
     """
-    built: Rows = _C.build_rows(  # by place: names would cost a tenth of a small batch
-        Rows,
-        samples._in_use,
-        samples.shard,
-        packing.samples,
-        packing.row_offsets,
-        rows if isinstance(rows, range) else row_numbers(rows, packing.rows),
-        packing.row_length,
-        packing.too_long == "truncate",
-        pad_id,
-        dtype,
-        None if out is None else (out.input_ids, out.labels, out.positions, out.cu_seqlens),
-        threads,
-    )
+    try:
+        built: Rows = _C.build_rows(  # by place: names would cost a tenth of a small batch
+            Rows,
+            samples._in_use,
+            samples.shard,
+            packing.samples,
+            packing.row_offsets,
+            rows if isinstance(rows, range) else row_numbers(rows, packing.rows),
+            packing.row_length,
+            packing.too_long == "truncate",
+            pad_id,
+            dtype,
+            None if out is None else (out.input_ids, out.labels, out.positions, out.cu_seqlens),
+            threads,
+        )
+    except AttributeError:
+        _refuse_others(samples, packing, out)
+        raise
+    if out is not None:  # its labels are these now, whatever it was made as
+        object.__setattr__(out, "_kept_count", built._kept_count)
     return built
 
 
@@ -134,6 +141,17 @@ def row_numbers(rows: RowNumbers, count: int) -> NDArray[np.int64]:
     if numbers.dtype == np.uint64:
         check_row_numbers(numbers, count)
     return np.ascontiguousarray(numbers, np.int64)
+
+
+def _refuse_others(samples: object, packing: object, out: object) -> None:
+    """Name the first argument that is of another type."""
+    for name, value, wanted, words in (
+        ("samples", samples, Samples, "Samples"),
+        ("packing", packing, Packing | PackedRows, "a Packing or PackedRows"),
+        ("out", out, Rows | None, "Rows"),
+    ):
+        if not isinstance(value, wanted):
+            raise TypeError(f"{name} is {type(value).__name__}, want {words}") from None
 
 
 def check_row_numbers(numbers: NDArray[np.integer], count: int) -> None:

@@ -111,6 +111,10 @@ class Samples:
 
     def __getitem__(self, index: int) -> tuple[Tokens, NDArray[np.bool_]]:
         """Token ids [n], a view, and loss mask [n] of one sample."""
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise TypeError(f"samples[{index!r}]: want the number of one sample") from None
         sample = index + len(self) if index < 0 else index
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {index} is outside [0, {len(self)})")
@@ -175,6 +179,13 @@ def check_integer(name: str, value: int, low: int, high: int) -> int:
     if not low <= number <= high:
         raise ValueError(f"{name} is {number}, outside [{low}, {high}]")
     return number
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse what is none of ``choices``."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} is {value!r}, want {', '.join(others)} or {last}")
 
 
 def check_token_ids(name: str, token_ids: ArrayLike, vocab_size: int) -> NDArray[np.integer]:

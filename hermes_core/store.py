@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,8 @@ class Store(Samples):
         self.stored: int = about["stored"]
         self.quarantined: int = about["quarantined"]
         self.dtype = token_dtype(self.vocab_size)
-        self._about = about
+        if fingerprint_of(about) != self.fingerprint:
+            raise ValueError("its fingerprint differs from what it lists")
         self.entries = [ShardEntry(*entry) for entry in about["shards"]]
         self._set_up([entry.samples for entry in self.entries], self._map)
 
@@ -85,10 +86,11 @@ class Store(Samples):
     def _map(self, index: int) -> Shard:
         entry = self.entries[index]
         path = self.folder / entry.name
-        found, starts = read_header(path)
-        if found != entry:
+        found, width, starts = read_header(path)
+        if found != entry or width != self.dtype.itemsize:
             raise StoreError(
-                f"{path} is not the shard that store.json lists: {found}, want {entry}"
+                f"{path} is not the shard that store.json lists: {found} of {width} bytes a token, "
+                f"want {entry} of {self.dtype.itemsize}"
             )
         data = _C.map_file(os.fsencode(path))
 
@@ -96,12 +98,15 @@ class Store(Samples):
             start = starts[number]
             return data[start : start + count * np.dtype(dtype).itemsize].view(dtype)
 
-        return Shard(
-            section(0, entry.tokens, self.dtype),
-            section(1, entry.samples + 1, np.int64),
-            section(2, 2 * entry.spans, np.uint32).reshape(-1, 2),
-            section(3, entry.samples + 1, np.int64),
-        )
+        try:
+            return Shard(
+                section(0, entry.tokens, self.dtype),
+                section(1, entry.samples + 1, np.int64),
+                section(2, 2 * entry.spans, np.uint32).reshape(-1, 2),
+                section(3, entry.samples + 1, np.int64),
+            )
+        except ValueError as error:
+            raise StoreError(f"{path} is damaged: {error}; copy the store again") from error
 
     def verify(self) -> None:
         """Read everything and compare the checksums.
@@ -117,8 +122,6 @@ class Store(Samples):
             path = self.folder / entry.name
             if checksum(_C.map_file(os.fsencode(path))) != entry.sha256:
                 raise StoreError(f"{path} is damaged: its checksum differs from store.json")
-        if fingerprint_of(self._about) != self.fingerprint:
-            raise StoreError(f"{self.folder / 'store.json'} is damaged: its fingerprint differs")
 
 
 def open_store(folder: str | os.PathLike[str]) -> Store:
@@ -138,7 +141,7 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
     try:
         store = Store(folder, about)
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is damaged: {error!r}") from error
+        raise StoreError(f"{path} is damaged: {error!r}; copy the store again") from error
     for entry in store.entries:
         shard = folder / entry.name
         size = shard.stat().st_size if shard.exists() else None
@@ -183,10 +186,7 @@ def canonical(value: Any) -> bytes:
 def write_shard(path: Path, shard: Shard) -> None:
     """The shard in one file, whole or not at all."""
     sections = [shard.tokens, shard.offsets, shard.spans, shard.span_offsets]
-    starts, at = [], _aligned(HEADER.size)
-    for section in sections:
-        starts.append(at)
-        at = _aligned(at + section.nbytes)
+    *starts, at = _starts([section.nbytes for section in sections])
     counts = (len(shard), len(shard.tokens), len(shard.spans))
     kept = int(np.diff(shard.spans.astype(np.int64)).sum())
     data = bytearray(at)
@@ -200,8 +200,8 @@ def write_shard(path: Path, shard: Shard) -> None:
         file.write(data)
 
 
-def read_header(path: Path) -> tuple[ShardEntry, list[int]]:
-    """What a shard file says of itself, and where its four sections start."""
+def read_header(path: Path) -> tuple[ShardEntry, int, list[int]]:
+    """What a shard file says of itself, its bytes a token, and where its four sections start."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -213,12 +213,22 @@ def read_header(path: Path) -> tuple[ShardEntry, list[int]]:
     _, version, width, samples, tokens, spans, kept, *rest = HEADER.unpack(header)
     if version > VERSION:
         raise StoreError(f"{path} has format version {version}, newer than {VERSION}")
-    starts, digest = rest[:4], rest[4]
-    lengths = (tokens * width, (samples + 1) * 8, spans * 8, (samples + 1) * 8)
-    ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    if any(end > start for end, start in zip(ends, [*starts[1:], size], strict=True)):
-        raise StoreError(f"{path} is {size} bytes long, want {_aligned(ends[-1])}: it is damaged")
-    return ShardEntry(path.name, samples, tokens, spans, kept, size, digest.hex()), starts
+    starts, digest = list(rest[:4]), rest[4]
+    *wanted, end = _starts([tokens * width, (samples + 1) * 8, spans * 8, (samples + 1) * 8])
+    if starts != wanted or size != end:
+        raise StoreError(
+            f"{path} is {size} bytes long with sections at {starts}, want {end} and {wanted}: it "
+            "is damaged"
+        )
+    return ShardEntry(path.name, samples, tokens, spans, kept, size, digest.hex()), width, starts
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Where sections of so many bytes start in a shard file, and where it ends."""
+    starts = [_aligned(HEADER.size)]
+    for size in sizes:
+        starts.append(_aligned(starts[-1] + size))
+    return starts
 
 
 def checksum(data: np.ndarray[Any, np.dtype[np.uint8]]) -> str:

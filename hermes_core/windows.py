@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hermes_core import _C
 from hermes_core.packing import TooLong, check_lengths, seed_words
-from hermes_core.samples import check_integer
+from hermes_core.samples import check_choice, check_integer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,8 +69,7 @@ class WindowedPacker:
         max_samples: int | None = None,
         seed: int = 0,
     ) -> None:
-        if too_long not in ("error", "drop", "truncate"):
-            raise ValueError(f"too_long is {too_long!r}, want 'error', 'drop' or 'truncate'")
+        check_choice("too_long", too_long, get_args(TooLong))
         self._settings = {
             "row_length": check_integer("row_length", row_length, 1, _C.MAX_ROW_LENGTH),
             "window": check_integer("window", window, 1, _C.MAX_SAMPLES),
@@ -108,16 +107,18 @@ class WindowedPacker:
                 f"lengths[{i}] is {given[i]}, outside [1, {row_length}]; "
                 f"{way_out if given[i] > 0 else 'every sample needs at least one token'}"
             )
-        numbers = self.added + np.arange(len(given))
-        self.added += len(given)
+        numbers, count = self.added + np.arange(len(given)), len(given)
+        if self._too_long == "drop":
+            given, numbers = given[~long], numbers[~long]
+        given = np.where(given > row_length, row_length, given.astype(np.int64))
+        numbers = np.concatenate([self._numbers, numbers])
+        held = np.concatenate([self._lengths, given])
+        # All at once: what fails above leaves no sample counted that is not there.
+        self._numbers, self._lengths, self.added = numbers, held, self.added + count
         if self._too_long == "drop":
             self.dropped += int(long.sum())
-            given, numbers = given[~long], numbers[~long]
         else:
             self.truncated += int(long.sum())
-        self._numbers = np.concatenate([self._numbers, numbers])
-        given = np.where(given > row_length, row_length, given.astype(np.int64))
-        self._lengths = np.concatenate([self._lengths, given])
         carried, window = len(self._ages), self._settings["window"]
         whole = (len(self._lengths) - carried) // window * window
         return self._pack(carried + whole)
@@ -164,25 +165,34 @@ class WindowedPacker:
         """Go on where ``state`` was taken.
 
         Raises:
+            TypeError: the state is no dict.
             ValueError: the state is of a packer with other settings, or damaged.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state is {state!r}, want what state_dict gave")
         if state.get("settings") != self._all_settings():
             raise ValueError(
                 f"the state is of a packer with {state.get('settings')}, this one has "
                 f"{self._all_settings()}"
             )
         try:
+            added = check_integer("added", state["added"], 0, 1 << 62)
+            windows, dropped, truncated = (  # a window has a new sample at least
+                check_integer(name, state[name], 0, added)
+                for name in ("windows", "dropped", "truncated")
+            )
             numbers, lengths, ages = (
-                np.array(state[name], np.int64) for name in ("numbers", "lengths", "ages")
+                _listed(name, state[name], low, high)
+                for name, low, high in (
+                    ("numbers", 0, added - 1),
+                    ("lengths", 1, self._settings["row_length"]),
+                    ("ages", 0, windows),
+                )
             )
-            windows, added, dropped, truncated = (
-                check_integer(name, state[name], 0, (1 << 63) - 1)
-                for name in ("windows", "added", "dropped", "truncated")
-            )
-        except (KeyError, TypeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"the state is damaged: {type(error).__name__}: {error}") from None
-        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= self._settings["row_length"]:
-            raise ValueError("the state is damaged: it has lengths that no row can hold")
+        if len(np.unique(numbers)) < len(numbers):
+            raise ValueError("the state is damaged: a sample is in it twice")
         if not len(ages) <= len(lengths) == len(numbers):
             raise ValueError(
                 f"the state is damaged: {len(numbers)} numbers, {len(lengths)} lengths, "
@@ -194,3 +204,10 @@ class WindowedPacker:
 
     def _all_settings(self) -> dict[str, Any]:
         return self._settings | {"too_long": self._too_long, "seed": self._seed}
+
+
+def _listed(name: str, values: object, low: int, high: int) -> NDArray[np.int64]:
+    """A list of integers inside [low, high] as an array."""
+    if not isinstance(values, list):
+        raise TypeError(f"{name} is {values!r}, want a list")
+    return np.array([check_integer(name, value, low, high) for value in values], np.int64)

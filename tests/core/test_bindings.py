@@ -174,7 +174,7 @@ def test_wrong_array_of_a_shard_is_refused_by_name(
         ({"samples": np.array([1 << 62, 0])}, ValueError, "names sample 4611686018427387904 but"),
         ({"samples": np.array([0])}, ValueError, r"row 0 of the plan has samples \[0, 2\) of 1"),
         ({"samples": np.array([0.0, 1.0])}, TypeError, r"samples is float64 \[2\], want a contig"),
-        ({"samples": [0, 1]}, TypeError, "samples: "),
+        ({"samples": [0, 1]}, TypeError, "samples is list, want a contiguous array of int64"),
         ({"samples": np.array([[0, 1]])}, ValueError, "samples is 2-D, want 1-D"),
         ({"row_offsets": np.array([], np.int64)}, ValueError, r"len\(row_offsets\) is 0"),
         (

@@ -157,6 +157,15 @@ def test_row_costs_rejects_coefficient(plan: Packing, name: str, value: float) -
         row_costs(plan, [7, 3, 6], **{"linear": 1.0, "quadratic": 1.0} | {name: value})
 
 
+def test_costs_past_float64_are_refused(plan: Packing) -> None:
+    with pytest.raises(TypeError, match="linear is 'a', want a number"):
+        row_costs(plan, [7, 3, 6], linear="a", quadratic=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="costs add up to more than float64 can hold"):
+        row_costs(plan, [7, 3, 6], linear=1e308, quadratic=1)
+    with pytest.raises(ValueError, match="costs add up to more than float64 can hold"):
+        deal([1.7e308] * 8, ranks=2, micro_batches=2)
+
+
 def test_row_costs_rejects_rows_that_cost_nothing(plan: Packing) -> None:
     with pytest.raises(ValueError, match="linear and quadratic are both 0"):
         row_costs(plan, [7, 3, 6], linear=0, quadratic=0)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from hermes_core import (
+    _C,
     Packing,
     RowLoader,
     Rows,
@@ -227,6 +228,18 @@ def test_state_of_more_rows_is_refused(samples: Samples, packing: Packing, rows:
         loader.load_state_dict({"rows": rows})
 
 
+def test_what_is_no_state_is_refused(samples: Samples, packing: Packing) -> None:
+    with pytest.raises(ValueError, match=r"the state is \{\}, want what"):
+        RowLoader(samples, packing, batch_rows=BATCH).load_state_dict({})
+
+
+def test_more_tokens_may_be_asked_for_than_a_batch_can_hold() -> None:
+    three = Samples.from_lists([[1]] * 3, [[True]] * 3)
+    plan = pack([1] * 3, row_length=1 << 30, max_samples=1)
+    rows = np.arange(plan.rows)
+    _C.read_ahead(three._in_use, three.shard, plan.samples, plan.row_offsets, rows, plan.row_length)
+
+
 def in_memory(shard: Path, start: int, end: int) -> bool:
     """Does the kernel hold all these bytes of the file?"""
     mapped = np.memmap(shard, np.uint8, "r")
@@ -328,7 +341,7 @@ def test_forked_process_goes_on_with_a_thread_of_its_own(folder: Path) -> None:
 
 
 SLOW = """
-import sys, threading
+import json, sys, threading
 from hermes_core import RowLoader, open_store, pack
 
 class Slow(type(open_store(sys.argv[1]))):
@@ -342,7 +355,7 @@ class Slow(type(open_store(sys.argv[1]))):
 
 plain = open_store(sys.argv[1])
 packing = pack(plain.lengths, row_length=300)
-store = Slow(plain.folder, plain._about)
+store = Slow(plain.folder, json.loads((plain.folder / "store.json").read_text()))
 {loop}
 """
 WITH = """

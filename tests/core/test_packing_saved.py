@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,10 +63,77 @@ def test_damaged_plan_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
         path.write_bytes(good[:keep])
         with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
             Packing.load(path)
-    middle = good.index(b"samples.npy") + 150  # inside the array: only its CRC can tell
-    path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
-    with pytest.raises(ValueError, match=r"plan.npz is not a packing plan, or damaged"):
+
+
+def test_any_bit_of_a_plan_that_changes_is_noticed_or_means_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "plan.npz"
+    saved = pack([2, 1, 3], row_length=4, fingerprint="abc")
+    saved.save(path)
+    good = path.read_bytes()
+    for bit in range(8 * len(good)):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            loaded = Packing.load(path)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017
+        else:
+            for name in Packing.__slots__:
+                assert np.array_equal(getattr(loaded, name), getattr(saved, name)), (bit, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"header": [1]}, "is not a packing plan, or damaged"),
+        ({"row_length": -1}, r"row_length is -1, outside \[1, 2147483648\]"),
+        ({"row_length": "4"}, "row_length is '4', want an integer"),
+        ({"lower_bound": 0}, "lower_bound is 0, outside"),
+        ({"longest": 5}, "longest is 5, outside"),
+        ({"strategy": "none"}, "strategy is 'none', want 'best'"),
+        ({"seed": 1.5}, r"seed is 1\.5, want an integer"),
+        ({"fingerprint": None}, "fingerprint is None, want a string"),
+        ({"samples": np.array([0.0, 1, 2])}, r"samples is float64 \[3\], want \[n\] unsigned"),
+        ({"samples": np.array([0, 1, 1], np.uint8)}, "it does not name each sample once"),
+        ({"samples": np.array([0, 1, 3], np.uint8)}, r"names a sample outside \[0, 3\)"),
+        ({"samples": np.array([[0, 1, 2]], np.uint8)}, r"samples is uint8 \[1, 3\]"),
+        ({"row_sizes": np.array([], np.uint8)}, "its rows do not hold its samples"),
+        ({"row_sizes": np.array([3, 0], np.uint8)}, "its rows do not hold its samples"),
+    ],
+)
+def test_a_file_that_is_like_a_plan_is_refused_by_what_is_wrong(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "plan.npz"
+    pack([2, 1, 3], row_length=4).save(path)
+    with np.load(path) as file:
+        parts = {name: file[name] for name in file.files if name != "allow_pickle"}
+    header = json.loads(bytes(parts["header"]))
+    for name, value in change.items():
+        if name in parts and name != "header":
+            parts[name] = value
+        else:
+            header = value if name == "header" else header | {name: value}
+    parts["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(path, **parts)
+    with pytest.raises(ValueError, match=message) as caught:
         Packing.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_of_two_that_save_at_once_each_writes_a_whole_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.npz"
+    plans = [pack(range(1, n), row_length=n) for n in (500, 1000)]
+
+    def save(plan: Packing) -> None:
+        for _ in range(20):
+            plan.save(path)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(save, plans))
+    assert Packing.load(path).row_length in (500, 1000)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.npz"]
 
 
 def test_other_npz_files_are_refused(tmp_path: Path) -> None:

@@ -232,6 +232,21 @@ def test_more_tokens_than_cu_seqlens_can_count_are_refused() -> None:
         build_rows(samples, packing, [0, 0])
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (0, "samples is list, want Samples"),
+        (1, "packing is list, want a Packing or PackedRows"),
+        (2, "out is list, want Rows"),
+    ],
+)
+def test_arguments_of_other_types_are_refused_by_name(place: int, message: str) -> None:
+    given: list[Any] = [Samples.from_lists([[1]], [[True]]), pack([1], row_length=4), None]
+    given[place] = [1]
+    with pytest.raises(TypeError, match=message):
+        build_rows(given[0], given[1], [0], out=given[2])
+
+
 def test_plan_of_other_samples_is_refused() -> None:
     samples = Samples.from_lists([[1, 2, 3], [4, 5]], [[True] * 3, [True] * 2])
     with pytest.raises(ValueError, match="the plan names sample 2 but there are 2"):

@@ -56,6 +56,15 @@ def test_rows_are_written_where_the_caller_says(
         assert rows.input_ids.dtype == dtype
 
 
+def test_rows_written_over_count_what_they_hold_now(samples: Samples, packing: Packing) -> None:
+    first = Rows.empty(2, LENGTH)
+    build_rows(samples, packing, range(2), out=first)
+    before = first.kept_count
+    second = build_rows(samples, packing, range(2, 4), out=first)
+    assert second.kept_count != before
+    assert first.kept_count == second.kept_count == len(second.kept) != 0
+
+
 def test_only_what_is_used_of_cu_seqlens_is_written(samples: Samples, packing: Packing) -> None:
     out = Rows.empty(2, LENGTH)
     out.cu_seqlens.fill(-7)

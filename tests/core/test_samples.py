@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,17 @@ def test_no_samples_are_samples_too() -> None:
 def test_index_out_of_range_is_an_index_error(index: int) -> None:
     with pytest.raises(IndexError, match=r"is outside \[0, 3\)"):
         Samples.from_lists(IDS, MASKS)[index]
+
+
+@pytest.mark.parametrize("index", [1.5, slice(0, 2), None])
+def test_what_is_no_number_of_a_sample_is_refused(index: Any) -> None:
+    with pytest.raises(TypeError, match="want the number of one sample"):
+        Samples.from_lists(IDS, MASKS)[index]
+
+
+def test_a_sample_may_be_named_by_a_small_integer_of_numpy() -> None:
+    samples = Samples.from_lists(IDS, MASKS)
+    assert samples[np.int8(-1)][0].tolist() == samples[-1][0].tolist()
 
 
 @pytest.mark.parametrize(

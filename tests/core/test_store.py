@@ -185,6 +185,39 @@ def test_one_flipped_bit_fails_verification(tmp_path: Path) -> None:
         open_store(tmp_path).verify()
 
 
+def test_another_vocabulary_than_the_shards_were_written_for_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "store.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"vocab_size": about["vocab_size"] // 10}))
+    with pytest.raises(StoreError, match=r"store\.json is damaged: .*fingerprint differs"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "at", [12, 48, 56, 64, 72], ids=["width", *(f"section {i}" for i in range(4))]
+)
+def test_a_header_that_differs_from_its_counts_is_refused(tmp_path: Path, at: int) -> None:
+    write(tmp_path)
+    path = tmp_path / "shard-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 8
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"shard-00000\.bin"):
+        open_store(tmp_path).shard(0)
+
+
+def test_offsets_that_are_damaged_name_their_file(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "shard-00000.bin"
+    start = store_module.read_header(path)[2][1]
+    data = bytearray(path.read_bytes())
+    data[start] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"shard-00000\.bin is damaged: offsets runs from 1"):
+        open_store(tmp_path).shard(0)
+
+
 def test_a_folder_whose_name_is_no_text_holds_a_store(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     store = write(folder)

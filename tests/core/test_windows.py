@@ -221,7 +221,15 @@ def test_a_packer_cuts_lengths_that_only_uint64_holds(length: int) -> None:
     assert packer.finish().rows == 1
 
 
-@pytest.mark.parametrize("change", [{"windows": None}, {"lengths": [11]}, {"added": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"windows": None}, {"windows": 2}, {"windows": (1 << 63) - 1}, {"added": "x"},
+        {"added": (1 << 63) - 1}, {"lengths": [11]}, {"lengths": [3.7]}, {"lengths": [[3]]},
+        {"lengths": 3}, {"numbers": [-5]}, {"numbers": [1]}, {"ages": [-1]},
+        {"numbers": [0, 0], "lengths": [3, 3]},
+    ],
+)  # fmt: skip
 def test_a_state_that_lacks_something_changes_nothing(change: dict[str, Any]) -> None:
     packer = WindowedPacker(row_length=10)
     packer.add([3])
@@ -230,3 +238,24 @@ def test_a_state_that_lacks_something_changes_nothing(change: dict[str, Any]) ->
     with pytest.raises(ValueError, match="the state is damaged"):
         other.load_state_dict(state | change)
     assert other.finish().rows == 0
+
+
+def test_a_state_that_is_no_dict_is_refused() -> None:
+    with pytest.raises(TypeError, match="the state is None, want what state_dict gave"):
+        WindowedPacker(row_length=10).load_state_dict(None)  # type: ignore[arg-type]
+
+
+def test_samples_that_cannot_be_held_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = WindowedPacker(row_length=10)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "concatenate", full)
+        with pytest.raises(MemoryError):
+            packer.add([3, 4])
+    packer.add([5])
+    rows = packer.finish()
+    assert packer.added == 1
+    assert rows.samples.tolist() == [0]

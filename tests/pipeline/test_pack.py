@@ -213,7 +213,7 @@ def damage(*, offset: int) -> Callable[[Path], None]:
     def damaged(store: Path) -> None:
         shard = store / "shard-00000.bin"
         data = bytearray(shard.read_bytes())
-        start = read_header(shard)[1][1] + 8
+        start = read_header(shard)[2][1] + 8
         data[start : start + 8] = offset.to_bytes(8, "little", signed=True)
         shard.write_bytes(data)
 
