@@ -70,6 +70,37 @@ def test_links_of_the_documents_lead_somewhere(repository: Path) -> None:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
+def tree_of_the_architecture(repository: Path) -> str:
+    """Section 2's tree, without what stands in brackets because it is not here yet."""
+    (tree,) = re.findall(
+        r"## 2\. The tree.*?```\n(.*?)```",
+        (repository / "docs" / "architecture.md").read_text(),
+        re.S,
+    )
+    here, absent = [], None
+    for line in tree.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if absent is None or indent <= absent:
+            absent = indent if line.lstrip().startswith("[") else None
+            here.append(re.sub(r"\[[^]]*\]", "", line) if absent is None else "")
+    return "\n".join(here)
+
+
+def test_the_tree_of_the_architecture_is_the_source_tree(repository: Path) -> None:
+    tree = tree_of_the_architecture(repository)
+    folders = ["csrc", "kernels", "hermes_core", "python", "bench", "tests", "docs", "requirements"]
+    files = [path for folder in folders for path in (repository / folder).rglob("*.*")]
+    there = {path.name for path in files} | {path.name for path in repository.iterdir()}
+    named = set(re.findall(r"(?<![\w./<])[\w.]+\.(?:py|pyi|cpp|hpp|md|in|txt)\b", tree))
+    assert named <= there
+    outside = {"recipes", "templates", "examples", "tests"}  # a line for all in each of these
+    source = [
+        path for path in files if path.suffix in (".py", ".pyi", ".cpp", ".hpp", ".md", ".json")
+    ]
+    wanted = {p.name for p in source if not outside & set(p.relative_to(repository).parts)}
+    assert not {name for name in wanted if name not in tree}
+
+
 def test_files_that_the_claims_name_exist(repository: Path) -> None:
     roots = [repository, repository / "python" / "hermes_pipeline", repository / "tests"]
     text = (repository / "docs" / "report.md").read_text()
