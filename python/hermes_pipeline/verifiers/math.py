@@ -121,8 +121,12 @@ class _Comparison:
         if max(len(answer), len(target)) > MAX_CHARS:
             raise _LimitError("is too long to be compared")
         with self._lock:
-            self._start()
-            reply = self._ask([answer, target])
+            try:
+                self._start()
+                reply = self._ask([answer, target])
+            except BaseException:  # after Ctrl-C, too: the next question would get this reply
+                self._end()
+                raise
         if reply == "no memory":
             raise _LimitError("cannot be compared in memory")
         return bool(reply)
@@ -144,19 +148,17 @@ class _Comparison:
         )
         line = self._read(START_LIMIT_S)
         if line is None:
-            self._end()
             raise VerifierError(f"math-verify did not load in {START_LIMIT_S:g} s")
         if not line:
             raise VerifierError(f"math-verify did not load: its process {self._ending()}")
         if json.loads(line) != "ready":
-            self._end()
             raise UserError(
                 f"the verifier of boxed mathematics needs the package math-verify: {NEEDS} "
                 f"({json.loads(line)})"
             )
 
     def _ask(self, question: list[str]) -> Any:
-        """The child's reply; after an error the child is gone."""
+        """The child's reply."""
         assert self._child is not None
         assert self._child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there is nothing to read, either
@@ -164,15 +166,15 @@ class _Comparison:
             self._child.stdin.flush()
         line = self._read(WALL_LIMIT_S)
         if line is None:
-            self._end()
             raise _LimitError("cannot be compared in time")
         if line:
             return json.loads(line)
-        code, ending = self._child.wait(), self._ending()
-        if code == -signal.SIGPROF:
+        if self._child.wait() == -signal.SIGPROF:
             raise _LimitError("cannot be compared in time")
         answer, target = map(_short, question)
-        raise VerifierError(f"comparing {answer} with {target} failed: its process {ending}")
+        raise VerifierError(
+            f"comparing {answer} with {target} failed: its process {self._ending()}"
+        )
 
     def _read(self, limit_s: float) -> bytes | None:
         """A line of the child's; empty when the child has ended, None when it takes too long."""
@@ -185,10 +187,9 @@ class _Comparison:
         return line if line.endswith(b"\n") else b""
 
     def _ending(self) -> str:
-        """How the child ended, in words; it is collected."""
+        """How the child ended, in words."""
         assert self._child is not None
         code = self._child.wait()
-        self._end()
         return f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
 
     def _end(self) -> None:

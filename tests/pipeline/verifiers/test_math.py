@@ -197,6 +197,18 @@ def test_a_comparison_at_its_limit_is_a_wrong_answer(
     )  # fmt: skip
 
 
+def test_a_reply_after_ctrl_c_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(limit_s: float) -> bytes:
+        raise KeyboardInterrupt
+
+    assert equal("0.25", "1/4")
+    with monkeypatch.context() as patch:
+        patch.setattr(math._COMPARISON, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            equal("0.5", "1/3")
+    assert equal("0.5", "1/2")
+
+
 def test_the_extra_pipeline_brings_math_verify(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     assert any(p.startswith("math-verify") for p in project["optional-dependencies"]["pipeline"])
