@@ -12,6 +12,9 @@ import pytest
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 
+LEFT_OUT = {".ci/run", ".gitignore"}  # of what git tracks: for a checkout alone
+MADE = {"PKG-INFO", "setup.cfg"}  # by setuptools, beside its egg-info
+
 BARE_SCRIPT = """
 import importlib.util, sys
 import numpy as np
@@ -31,6 +34,16 @@ print(hermes_core.__file__)
 """
 
 
+def tracked(repository: Path) -> set[str]:
+    """Files that git tracks, and new ones that it would."""
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=repository, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    names = filter(None, done.stdout.split("\0"))
+    return {name for name in names if (repository / name).is_file()}
+
+
 def run(*command: str | Path, cwd: Path) -> str:
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=500
@@ -43,14 +56,11 @@ def run(*command: str | Path, cwd: Path) -> str:
 def distributions(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel, built from a copy of the tracked files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    archive = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=repository, capture_output=True, check=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, archive.decode().split("\0")):
-        if (repository / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((repository / name).read_bytes())
+    if not (repository / ".git").exists():
+        pytest.skip("what belongs into a distribution is told by git, and this is no checkout")
+    for name in tracked(repository):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((repository / name).read_bytes())
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ".", cwd=source)
     return out
 
@@ -65,14 +75,19 @@ def test_sdist_gives_packing_and_rows_with_numpy_alone(distributions: Path, tmp_
     assert {line.split("==")[0] for line in packages if "==" in line} <= {"numpy", "hermes4-core"}
     where = run(python, "-P", "-c", BARE_SCRIPT, cwd=tmp_path)
     assert str(tmp_path) in where
+    asked = subprocess.run(
+        [python.with_name("hermes4"), "--help"], capture_output=True, text=True, timeout=60
+    )
+    line = "hermes4 needs more than the library: pip install 'hermes4-core[pipeline]'\n"
+    assert (asked.returncode, asked.stdout, asked.stderr) == (2, "", line)
 
 
-def test_sdist_holds_what_the_build_needs(distributions: Path) -> None:
+def test_sdist_holds_what_git_tracks(distributions: Path, repository: Path) -> None:
     (sdist,) = distributions.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"csrc/packing.cpp", "csrc/packing.hpp", "setup.py", "LICENSE"} <= names
-    assert not [name for name in names if name.endswith(".so")]
+        files = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
+    names = {name for name in files if not name.startswith("hermes4_core.egg-info/")}
+    assert names - MADE == tracked(repository) - LEFT_OUT
 
 
 def test_wheel_holds_package_data_and_no_sources(distributions: Path) -> None:

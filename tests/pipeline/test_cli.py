@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from hermes_core import __version__
+from hermes_pipeline.__main__ import EXTRAS
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.stages import demo, pack
 from running import Ended, Hermes4
@@ -72,6 +74,55 @@ def test_help_loads_no_large_library() -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.count("Usage: hermes4 ") == len(COMMANDS)
     assert done.stdout.endswith("loaded: []\n")
+
+
+@pytest.mark.parametrize(
+    ("missing", "words", "extra"),
+    [
+        ("typer", ["--help"], "pipeline"),
+        ("transformers", ["tokenize", "--data", "d", "--tokenizer", "t", "--out", "o"], "pipeline"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_one_line(
+    tmp_path: Path, missing: str, words: list[str], extra: str
+) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text('{"messages": []}\n')
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer_config.json").write_text("{}")
+    code = (
+        "import sys\n"
+        f"sys.modules[{missing!r}] = None\n"
+        "from hermes_pipeline.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    line = f"hermes4 needs more than the library: pip install 'hermes4-core[{extra}]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_the_command_is_the_module_that_knows_what_is_missing(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"hermes4": "hermes_pipeline.__main__:main"}
+    brings = project["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        both = brings[extra] + (brings["torch"] if extra == "train" else [])
+        assert any(wanted.startswith(package) for wanted in both), package
+
+
+def test_a_module_of_ours_that_is_missing_keeps_its_traceback() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['hermes_pipeline.cli'] = None\n"
+        "from hermes_pipeline.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmark import Benchmark
 from hermes_pipeline.records import Message, Prompt, Score, Trace, Verdict
 from hermes_pipeline.services.endpoint import EndpointError, Reply
@@ -68,6 +69,7 @@ async def run(
 
     Raises:
         EndpointError: every request would fail: wrong address, key or name of the model.
+        UserError: nothing could be scored: the verifier lacks a package.
     """
     waiting = iter(draws)
     # Short: what waits in it is paid for, and would be lost with the process.
@@ -129,6 +131,8 @@ def _score(benchmark: Benchmark[Any], draw: Draw, reply: Reply) -> Score:
     trace = read_trace(reply)
     try:
         verdict, error = benchmark.score(trace, draw.prompt), None
+    except UserError:  # a package is missing: no answer could be scored
+        raise
     except Exception as defect:  # one answer that breaks a verifier must not cost all the others
         verdict, error = Verdict.of(False, "not scored"), f"the verifier failed: {defect!r}"
     return Score(draw.prompt.key, draw.number, verdict, trace, draw.prompt.target, error)

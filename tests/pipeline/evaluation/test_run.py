@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmark import Benchmark
 from hermes_pipeline.evaluation.run import Ask, Draw, is_overlong, plan, read_trace, run
 from hermes_pipeline.records import Message, Prompt, Score, Trace, Verdict
@@ -91,6 +92,15 @@ def test_a_verifier_that_fails_costs_its_own_answer_alone() -> None:
     seen = scores(square, benchmark(score=brittle))
     assert {s.key for _, s in seen if s.error} == {"2"}
     assert sum(s.verdict.passed for _, s in seen) == 10
+
+
+def test_a_verifier_that_lacks_its_package_ends_the_run() -> None:
+    def lacking(trace: Trace, prompt: Prompt) -> Verdict:
+        raise UserError("the verifier needs a package")
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        scores(square, benchmark(score=lacking))
+    assert caught.group_contains(UserError, match="needs a package")
 
 
 def test_answers_are_scored_while_others_are_asked_for() -> None:

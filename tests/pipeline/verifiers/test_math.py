@@ -6,15 +6,25 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Trace
-from hermes_pipeline.verifiers import VERIFIERS
-from hermes_pipeline.verifiers.math import equal, last_boxed, verify_boxed, verify_boxed_text
+from hermes_pipeline.verifiers import VERIFIERS, math
+from hermes_pipeline.verifiers.math import (
+    VerifierError,
+    equal,
+    last_boxed,
+    verify_boxed,
+    verify_boxed_text,
+)
 
 
 def trace(answer: str) -> Trace:
@@ -127,6 +137,81 @@ def test_a_huge_answer_is_refused_at_once() -> None:
     start = time.monotonic()
     assert not verify_boxed(trace(r"\boxed{" + "1+" * 1_000_000 + "1}"), "4").passed
     assert time.monotonic() - start < 5
+
+
+@pytest.fixture
+def math_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts this source in math-verify's place."""
+
+    def install(source: str) -> None:
+        (tmp_path / "math_verify.py").write_text(source)
+        path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+        math._COMPARISON.close()
+
+    yield install
+    math._COMPARISON.close()
+
+
+MISSING = "raise ModuleNotFoundError(\"No module named 'math_verify'\", name='math_verify')"
+BROKEN = "import os\nparse = lambda *_, **__: {}\nverify = None"
+
+
+def test_without_math_verify_there_is_no_verdict(math_verify: Callable[[str], None]) -> None:
+    math_verify(MISSING)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"math-verify: pip install 'hermes4-core\[pipeline\]'"):
+            VERIFIERS["boxed"](trace(r"\boxed{x+1}"), "1+x")
+    with pytest.raises(UserError, match="No module named 'math_verify'"):
+        equal("x+1", "1+x")
+    assert verify_boxed(trace(r"\boxed{x+1}"), "x+1").passed  # which needs no mathematics
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import os; os._exit(7)", "math-verify did not load: its process ended with 7"),
+        (BROKEN.format("os.abort()"), "comparing 0.5 with 1/2 failed: .* ended by signal 6"),
+        (BROKEN.format("os.kill(os.getpid(), 9)"), "comparing .* failed: .* ended by signal 9"),
+        (BROKEN.format("os._exit(3)"), "comparing .* failed: its process ended with 3"),
+    ],
+)
+def test_a_comparison_that_breaks_is_no_verdict(
+    math_verify: Callable[[str], None], source: str, message: str
+) -> None:
+    math_verify(source)
+    with pytest.raises(VerifierError, match=message):
+        verify_boxed(trace(r"\boxed{0.5}"), "1/2")
+
+
+@pytest.mark.parametrize(
+    ("source", "limit"), [("sum(iter(int, 1))", "time"), ("bytearray(1 << 40)", "memory")]
+)
+def test_a_comparison_at_its_limit_is_a_wrong_answer(
+    math_verify: Callable[[str], None], source: str, limit: str
+) -> None:
+    math_verify(BROKEN.format(source))
+    verdict = verify_boxed(trace(r"\boxed{0.5}"), "1/2")
+    assert (verdict.passed, verdict.reason) == (
+        False, f"got 0.5, which cannot be compared in {limit}",
+    )  # fmt: skip
+
+
+def test_a_reply_after_ctrl_c_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(limit_s: float) -> bytes:
+        raise KeyboardInterrupt
+
+    assert equal("0.25", "1/4")
+    with monkeypatch.context() as patch:
+        patch.setattr(math._COMPARISON, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            equal("0.5", "1/3")
+    assert equal("0.5", "1/2")
+
+
+def test_the_extra_pipeline_brings_math_verify(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    assert any(p.startswith("math-verify") for p in project["optional-dependencies"]["pipeline"])
 
 
 def test_threads_may_compare_at_once() -> None:
