@@ -151,7 +151,8 @@ def statistics_kernel(
         largest = risen
     total = tl.sum(sums, 0)
     tl.store(lse_out + at_row, largest + tl.log(total))
-    tl.store(expected_out + at_row, tl.sum(products, 0) / total)
+    # A share of nothing but -inf, which pads a vocabulary, counts as nothing: its sum is 0.
+    tl.store(expected_out + at_row, tl.sum(products, 0) / tl.where(total > 0, total, 1.0))
 
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS)
