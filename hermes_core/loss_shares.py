@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import _resolve_process_group
 
 
 def shard_of(
@@ -21,7 +23,7 @@ def shard_of(
         sizes = _ask(group, size, device.type)
         _check_shares(sizes, size, None)
     else:
-        sizes = _sizes_in(group, size, device.type, vocab_size)
+        sizes = _sizes_in(group.group_name, size, device.type, vocab_size)
     if sizes[rank] != size:
         raise ValueError(
             f"weight has {size} rows here but had {sizes[rank]} when vocab_size was {vocab_size} "
@@ -48,9 +50,13 @@ def _answer(question: _Question) -> list[int]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # never traced
-def _sizes_in(group: dist.ProcessGroup, size: int, device: str, vocab_size: int) -> list[int]:
-    """Every rank's share of a vocabulary; asked once, since shards do not change."""
-    return _answer(_Question(group, device, vocab_size, size))
+def _sizes_in(group: str, size: int, device: str, vocab_size: int) -> list[int]:
+    """Every rank's share of a vocabulary; asked once, since shards do not change.
+
+    The compiler knows a group by its name alone.
+    """
+    found = _resolve_process_group(c10d.GroupName(group))
+    return _answer(_Question(found, device, vocab_size, size))
 
 
 def _ask(group: dist.ProcessGroup, size: int, device: str) -> list[int]:
