@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hermes_core.loss import Backend, linear_cross_entropy, masked_cross_entropy
+from hermes_core.loss import Backend, linear_cross_entropy, masked_cross_entropy, token_nll
 
 IGNORE = -100
 ROUNDING = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # relative, of the norm
@@ -112,6 +112,24 @@ def test_a_denominator_of_zero_for_no_token_gives_zero(
     assert float(loss.total.detach()) == 0
     for gradient in torch.autograd.grad(loss.total, leaves):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_logit_beyond_fp16_has_no_part_in_the_entropy(backend: Backend) -> None:
+    """One is -inf: rounded to fp16, -180,000 is."""
+    hidden = torch.full((2, 2), 300.0, dtype=torch.float16).requires_grad_()
+    rows = [[0.01, 0.0], [0.0, 0.011], [-300.0, -300.0], [0.0, 0.012]]
+    weight = torch.tensor(rows, dtype=torch.float16).requires_grad_()
+    labels = torch.tensor([0, 3])
+    found = token_nll(hidden, weight, labels, backend=backend)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    right = token_nll(*wide, labels, backend="reference")
+    torch.testing.assert_close(found.entropy_T.double(), right.entropy_T, rtol=1e-2, atol=0)
+    for term in (0, 1):
+        ours = torch.autograd.grad(found[term].sum(), (hidden, weight), retain_graph=True)
+        true = torch.autograd.grad(right[term].sum(), wide, retain_graph=True)
+        for a, b in zip(ours, true, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
