@@ -79,8 +79,8 @@ class SumOfProducts:
             return self.sum_VD.to(self.weight_VD.dtype), None
         largest = torch.linalg.vector_norm(self.sum_VD, float("inf"))
         shift = (LARGEST_POWER - torch.frexp(largest)[1]).clamp(max=2 * LARGEST_POWER)
-        one = torch.ones_like(largest)
-        factor, shrink = torch.ldexp(one, shift), torch.ldexp(one, -shift)
+        shift = shift.to(largest.dtype)
+        factor, shrink = torch.exp2(shift), torch.exp2(-shift)
         if not self.sum_VD.is_cuda:
             return self.sum_VD.mul_(factor).to(self.weight_VD.dtype), shrink
         out_VD = torch.empty_like(self.sum_VD, dtype=self.weight_VD.dtype)
