@@ -6,15 +6,17 @@ it is sharded).
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
 from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hermes_core.backends import choose
-from hermes_core.loss_chunks import linear_op
+from hermes_core.loss_chunks import kept_labels, linear_op
+from hermes_core.loss_shares import shard_of
 from hermes_core.loss_tokens import masked_op, tokens_op
 from hermes_core.samples import IGNORE_INDEX
 from hermes_kernels import reference
@@ -58,25 +60,28 @@ def linear_cross_entropy(
 
     Positions that are not kept are left out before the matrix product, forward and backward;
     their gradient is exactly zero. The gradients are made in the forward pass, chunk by chunk, so
-    that the logits of one chunk are all that exist, and only one backward pass is possible. With no
-    kept token the total is 0 and still connected.
+    that the logits of one chunk are all that exist, and only one backward pass is possible, without
+    a gradient of the gradient. With no kept token the total is 0, whatever the denominator, and
+    still connected.
 
     Args:
         hidden_TD, weight_VD: one floating dtype and device. Statistics and the weight's gradient
             are summed in fp32 at least.
         labels_T: int64, the next token where it is kept, else ``ignore_index``.
-        token_weights_T: a factor for each token's loss; float.
+        token_weights_T: a factor for each token's loss; float, without a gradient.
         denominator: kept tokens, or their weights added up, over all ranks and accumulation
-            steps: the result is then the same for any split. None: the total is the sum.
+            steps: the result is then the same for any split. A number above 0, or a tensor of one
+            element without a gradient. None: the total is the sum.
         z_loss: adds z_loss x log-sum-exp squared to each token's loss.
         softcap: logits become softcap x tanh(logits / softcap); 0 leaves them.
         kept: [M] int64, the kept positions, rising, as `build_rows` gives them; found from
-            ``labels_T`` if None, which waits for the device on CUDA.
+            ``labels_T`` if None, which waits for the device on CUDA. Checked as labels are.
         group: processes that share the vocabulary, weight_VD being this rank's part of it in
             rank order. Every rank gets the full loss, the gradient of its part of the weight, and
             its *partial* gradient of hidden: summing that over the group is the caller's affair.
         vocab_size: the whole vocabulary, all shards together. Give it wherever the weight may be
-            sharded: without it a softmax over one rank's share would pass in silence.
+            sharded: without it a softmax over one rank's share would pass in silence, and a group
+            is asked for its shares at each call, which breaks a compiler's graph.
         chunk_bytes: room for the logits of one chunk; a CPU takes no more than 128 MiB of it, in
             half precision 256 MiB. In half precision "triton" takes, beyond the gradients, no
             more than this and a sum of the weight's gradient in fp32: all logits are one chunk
@@ -85,22 +90,27 @@ def linear_cross_entropy(
         backend: "triton", "torch", "reference" (every logit, one process) or "auto".
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; the shards do not add up to
-            ``vocab_size``; a label outside the vocabulary, on a CPU or where HERMES_CORE_DEBUG
-            is 1 (elsewhere the loss is then NaN).
+        ValueError: shapes, dtypes or devices disagree; an option is outside its range; the
+            shards do not add up to ``vocab_size`` or have changed; a label outside the vocabulary
+            or ``kept`` that does not rise inside the tokens, on a CPU or where HERMES_CORE_DEBUG is
+            1 (elsewhere the loss is NaN with such a label).
+        TypeError: labels or kept are not int64, token_weights or chunk_bytes no numbers of theirs.
         BackendError: ``backend`` cannot run here.
+        RuntimeError: in backward: a second one, or one with ``create_graph``; under forward mode.
     """
     _check_hidden(hidden_TD, weight_VD, labels_T)
-    _check_options(hidden_TD, labels_T, token_weights_T, kept, denominator, chunk_bytes)
-    shard = _shard_of(weight_VD.shape[0], weight_VD.device, group, vocab_size)
+    _check_options(hidden_TD, labels_T, token_weights_T, kept, denominator)
+    _check_numbers(z_loss, softcap, chunk_bytes)
+    shard = shard_of(weight_VD.shape[0], weight_VD.device, group, vocab_size)
     chosen = choose("loss", backend, hidden_TD.device, hidden_TD.dtype)
     divisor = _divisor(denominator, hidden_TD)
     if chosen == "reference":
         _refuse_group(group)
         return _plain_loss(
-            hidden_TD @ weight_VD.T, labels_T, token_weights_T, divisor, z_loss, softcap,
-            kept, ignore_index,
+            hidden_TD, weight_VD, labels_T, token_weights_T, divisor, z_loss, softcap, kept,
+            ignore_index,
         )  # fmt: skip
+    _refuse_tangents(hidden_TD, weight_VD)
     total, sums, *_ = linear_op(
         hidden_TD, weight_VD, labels_T, kept, token_weights_T, divisor, z_loss, softcap,
         ignore_index, chunk_bytes, chosen, shard, _name(group),
@@ -134,16 +144,19 @@ def masked_cross_entropy(
             f"{tuple(logits_TV.shape)} and {tuple(labels_T.shape)}"
         )
     _check_labels(labels_T, logits_TV, "logits")
-    _check_options(logits_TV, labels_T, token_weights_T, kept, denominator, chunk_bytes)
-    shard = _shard_of(logits_TV.shape[1], logits_TV.device, group, vocab_size)
+    _check_options(logits_TV, labels_T, token_weights_T, kept, denominator)
+    _check_numbers(z_loss, softcap, chunk_bytes)
+    shard = shard_of(logits_TV.shape[1], logits_TV.device, group, vocab_size)
     chosen = choose("loss", backend, logits_TV.device, logits_TV.dtype)
     divisor = _divisor(denominator, logits_TV)
     if chosen == "reference":
         _refuse_group(group)
         return _plain_loss(
-            logits_TV, labels_T, token_weights_T, divisor, z_loss, softcap, kept, ignore_index
-        )
-    total, sums, _ = masked_op(
+            logits_TV, None, labels_T, token_weights_T, divisor, z_loss, softcap, kept,
+            ignore_index,
+        )  # fmt: skip
+    _refuse_tangents(logits_TV)
+    total, sums, *_ = masked_op(
         logits_TV, labels_T, kept, token_weights_T, divisor, z_loss, softcap, ignore_index,
         chunk_bytes, chosen, shard, _name(group), _wants(logits_TV),
     )  # fmt: skip
@@ -169,15 +182,17 @@ def token_nll(
     is kept between the passes. Arguments and errors are those of `linear_cross_entropy`.
     """
     _check_hidden(hidden_TD, weight_VD, labels_T)
-    _check_options(hidden_TD, labels_T, None, kept, None, chunk_bytes)
-    shard = _shard_of(weight_VD.shape[0], weight_VD.device, group, vocab_size)
+    _check_options(hidden_TD, labels_T, None, kept, None)
+    _check_numbers(0.0, softcap, chunk_bytes)
+    shard = shard_of(weight_VD.shape[0], weight_VD.device, group, vocab_size)
     chosen = choose("loss", backend, hidden_TD.device, hidden_TD.dtype)
     if chosen == "reference":
         _refuse_group(group)
-        kept_T = _mask(labels_T, kept, ignore_index)
-        logits_TV = hidden_TD @ weight_VD.T
-        nll_T, entropy_T, _ = reference.token_statistics(logits_TV, labels_T, kept_T, softcap)
+        _, nll_T, entropy_T, _ = _plain_statistics(
+            hidden_TD, weight_VD, labels_T, kept, ignore_index, softcap
+        )
         return TokenStatistics(nll_T, entropy_T)
+    _refuse_tangents(hidden_TD, weight_VD)
     nll_T, entropy_T, _ = tokens_op(
         hidden_TD, weight_VD, labels_T, kept, softcap, ignore_index, chunk_bytes, chosen, shard,
         _name(group),
@@ -186,24 +201,49 @@ def token_nll(
 
 
 def _plain_loss(
-    logits_TV: Tensor, labels_T: Tensor, token_weights_T: Tensor | None, divisor: Tensor | None,
-    z_loss: float, softcap: float, kept: Tensor | None, ignore_index: int,
+    x_TX: Tensor, weight_VD: Tensor | None, labels_T: Tensor, token_weights_T: Tensor | None,
+    divisor: Tensor | None, z_loss: float, softcap: float, kept: Tensor | None, ignore_index: int,
 ) -> Loss:  # fmt: skip
-    kept_T = _mask(labels_T, kept, ignore_index)
-    nll_T, _, lse_T = reference.token_statistics(logits_TV, labels_T, kept_T, softcap)
+    kept_T, nll_T, _, lse_T = _plain_statistics(
+        x_TX, weight_VD, labels_T, kept, ignore_index, softcap
+    )
     weights_T = kept_T.to(nll_T.dtype)
     if token_weights_T is not None:
         weights_T = weights_T * token_weights_T
     nll_sum, z_sum = (weights_T * nll_T).sum(), z_loss * (weights_T * lse_T**2).sum()
     total = nll_sum + z_sum
-    total = total if divisor is None else total / divisor
+    if divisor is not None:  # which may be 0 where there is nothing to count
+        total = total / torch.where(weights_T.any(), divisor, 1)
     return Loss(total, nll_sum.detach(), z_sum.detach(), weights_T.sum())
 
 
-def _mask(labels_T: Tensor, kept: Tensor | None, ignore_index: int) -> Tensor:
-    if kept is None:
-        return labels_T != ignore_index
-    return torch.zeros_like(labels_T, dtype=torch.bool).index_fill(0, kept, True)
+def _plain_statistics(
+    x_TX: Tensor, weight_VD: Tensor | None, labels_T: Tensor, kept: Tensor | None,
+    ignore_index: int, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Which tokens are kept, and their statistics; from logits where there is no weight."""
+    size = x_TX.shape[1] if weight_VD is None else len(weight_VD)
+    if not torch.compiler.is_compiling():  # nothing can be refused inside a graph
+        kept_labels(labels_T, kept, ignore_index, size)
+    kept_T = labels_T != ignore_index
+    if kept is not None:
+        kept_T = torch.zeros_like(kept_T).index_fill(0, kept, True)
+    x_TX = x_TX.masked_fill(~kept_T[:, None], 0.0)  # 0 x NaN would be in the gradient
+    logits_TV = x_TX if weight_VD is None else x_TX @ weight_VD.T
+    inside_T = labels_T.clamp(0, size - 1)
+    nll_T, entropy_T, lse_T = reference.token_statistics(logits_TV, inside_T, kept_T, softcap)
+    nll_T = nll_T.masked_fill(kept_T & (labels_T != inside_T), math.nan)
+    return kept_T, nll_T, entropy_T, lse_T
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """In forward mode, where an operator without a rule would give a tangent of 0."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise RuntimeError(
+            'the loss has no forward-mode derivative: use backward, or take backend="reference"'
+        )
 
 
 def _refuse_group(group: dist.ProcessGroup | None) -> None:
@@ -220,38 +260,12 @@ def _name(group: dist.ProcessGroup | None) -> str:
 
 
 def _divisor(denominator: Tensor | float | None, like: Tensor) -> Tensor | None:
-    if denominator is None or isinstance(denominator, Tensor):
-        return denominator
+    if denominator is None:
+        return None
+    if isinstance(denominator, Tensor):
+        return denominator.reshape(())
     wide = torch.promote_types(like.dtype, torch.float32)
     return torch.full((), denominator, dtype=wide, device=like.device)
-
-
-def _shard_of(
-    size: int, device: torch.device, group: dist.ProcessGroup | None, vocab_size: int | None
-) -> list[int]:
-    """This rank's part of the vocabulary: its first id, the whole size, the largest part."""
-    if group is None or dist.get_world_size(group) == 1:
-        first, total, largest = 0, size, size
-    else:
-        sizes = _sizes_in(group, size, device.type)
-        first, total, largest = sum(sizes[: dist.get_rank(group)]), sum(sizes), max(sizes)
-    if vocab_size is not None and total != vocab_size:
-        raise ValueError(
-            f"weight has {size} rows here and {total} over the group, but vocab_size is "
-            f"{vocab_size}; pass the group over which the vocabulary is sharded"
-        )
-    if size == 0:
-        raise ValueError("weight has 0 rows here; give every rank of the group a share")
-    return [first, total, largest]
-
-
-@lru_cache(maxsize=16)
-def _sizes_in(group: dist.ProcessGroup, size: int, device: str) -> list[int]:
-    """Every rank's share of the vocabulary; asked once, since shards do not change."""
-    mine = torch.tensor([size], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    return [int(s) for s in sizes]
 
 
 def _check_hidden(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> None:
@@ -260,6 +274,8 @@ def _check_hidden(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Non
             f"hidden must be [tokens, D] and weight [vocabulary, D], got "
             f"{tuple(hidden_TD.shape)} and {tuple(weight_VD.shape)}"
         )
+    if hidden_TD.shape[1] == 0:
+        raise ValueError("hidden and weight have D 0; want at least 1")
     if labels_T.shape != hidden_TD.shape[:1]:
         raise ValueError(
             f"labels is {tuple(labels_T.shape)} but hidden has {len(hidden_TD)} tokens"
@@ -280,10 +296,8 @@ def _check_labels(labels_T: Tensor, other: Tensor, name: str) -> None:
 
 def _check_options(
     like: Tensor, labels_T: Tensor, token_weights_T: Tensor | None, kept: Tensor | None,
-    denominator: Tensor | float | None, chunk_bytes: int,
+    denominator: Tensor | float | None,
 ) -> None:  # fmt: skip
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
     if token_weights_T is not None:
         if token_weights_T.shape != labels_T.shape:
             raise ValueError(
@@ -292,11 +306,17 @@ def _check_options(
             )
         if token_weights_T.requires_grad:
             raise ValueError("token_weights requires a gradient, which is not computed; detach it")
+        if token_weights_T.is_complex():
+            raise TypeError(f"token_weights must be real, got {token_weights_T.dtype}")
     if kept is not None and (kept.ndim != 1 or kept.dtype != torch.int64):
         raise TypeError(f"kept must be [M] int64, got {tuple(kept.shape)} {kept.dtype}")
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"denominator must be one number, got {tuple(denominator.shape)}")
+        if denominator.requires_grad:
+            raise ValueError("denominator requires a gradient, which is not computed; detach it")
+        if denominator.is_complex():
+            raise TypeError(f"denominator must be real, got {denominator.dtype}")
     elif denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be above 0, got {denominator}; count at least 1")
     for name, x in (
@@ -306,3 +326,14 @@ def _check_options(
     ):
         if isinstance(x, Tensor) and x.device != like.device:
             raise ValueError(f"{name} is on {x.device} but labels is on {like.device}")
+
+
+def _check_numbers(z_loss: float, softcap: float, chunk_bytes: int) -> None:
+    if not isinstance(chunk_bytes, int):
+        raise TypeError(f"chunk_bytes must be an int, got {chunk_bytes!r}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+    if not -math.inf < z_loss < math.inf:  # the compiler cannot trace math.isfinite
+        raise ValueError(f"z_loss must be finite, got {z_loss}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be finite and at least 0, got {softcap}; 0 is no cap")

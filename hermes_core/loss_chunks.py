@@ -65,15 +65,10 @@ class Plan:
         self.first, self.total, self.largest = shard
         # An operator takes no group; torch's own collectives look it up by its name, too.
         self.group = _resolve_process_group(c10d.GroupName(group)) if group else None
-        if kept is None:
-            kept = (labels_T != ignore_index).nonzero().squeeze(1)
-        self.kept_M = kept
-        self.labels_M = labels_T.index_select(0, kept)
+        self.kept_M, self.labels_M = kept_labels(labels_T, kept, ignore_index, self.total)
         self.on_cpu = labels_T.device.type == "cpu"
         if self.on_cpu:
             chunk_bytes = min(chunk_bytes, CPU_CHUNK_BYTES[like.element_size()])
-        if self.on_cpu or os.environ.get("HERMES_CORE_DEBUG") == "1":
-            _check_labels(self.labels_M, kept, self.total)
         self.one_product = self.on_cpu and like.dtype == torch.bfloat16
         self.most = max(1, chunk_bytes // (like.element_size() * max(1, self.largest)))
         if self.one_product and self.most > ROWS:
@@ -148,13 +143,52 @@ class Plan:
         return (lse_C - target_C).masked_fill(outside_C, float("nan"))
 
 
-def _check_labels(labels_M: Tensor, kept_M: Tensor, vocab_size: int) -> None:
-    outside = (labels_M < 0) | (labels_M >= vocab_size)
-    if bool(outside.any()):
-        at = int(outside.nonzero()[0])
+def kept_labels(
+    labels_T: Tensor, kept: Tensor | None, ignore_index: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """The kept positions and their labels; checked where that makes no device wait for it."""
+    checks = labels_T.device.type == "cpu" or os.environ.get("HERMES_CORE_DEBUG") == "1"
+    if kept is None:
+        kept_M = (labels_T != ignore_index).nonzero().squeeze(1)
+    else:
+        kept_M = kept
+        if checks:
+            _check_kept(kept_M, labels_T, ignore_index)
+    labels_M = labels_T.index_select(0, kept_M)
+    outside_M = (labels_M < 0) | (labels_M >= vocab_size)
+    if checks and bool(outside_M.any()):
+        at = int(outside_M.nonzero()[0])
         raise ValueError(
             f"labels[{int(kept_M[at])}] is {int(labels_M[at])}, outside [0, {vocab_size})"
         )
+    return kept_M, labels_M
+
+
+def _check_kept(kept_M: Tensor, labels_T: Tensor, ignore_index: int) -> None:
+    outside_M = (kept_M < 0) | (kept_M >= len(labels_T))
+    if bool(outside_M.any()):
+        at = int(outside_M.nonzero()[0])
+        raise ValueError(f"kept[{at}] is {int(kept_M[at])}, outside [0, {len(labels_T)})")
+    falls = kept_M.diff() <= 0
+    if bool(falls.any()):
+        at = int(falls.nonzero()[0])
+        raise ValueError(
+            f"kept[{at + 1}] is {int(kept_M[at + 1])} after {int(kept_M[at])}; kept must rise: "
+            "sort it and name each position once"
+        )
+    ignored_M = labels_T.index_select(0, kept_M) == ignore_index
+    if bool(ignored_M.any()):
+        at = int(ignored_M.nonzero()[0])
+        raise ValueError(
+            f"kept[{at}] is {int(kept_M[at])}, whose label is ignore_index {ignore_index}; "
+            "leave it out of kept"
+        )
+
+
+def divides_late(like: Tensor, denominator: Tensor | None) -> bool:
+    """Whether gradients are divided in backward: fp16 has no room for both a small probability
+    over a large denominator and the large factor that comes then."""
+    return like.dtype == torch.float16 and denominator is not None
 
 
 class Weights:
@@ -165,15 +199,33 @@ class Weights:
     ) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)
         one = torch.ones((), dtype=wide, device=like.device)
+        kept = len(plan.kept_M)
         self.plain_M = (
-            one.expand(len(plan.kept_M))
+            one.expand(kept)
             if token_weights is None
             else token_weights.index_select(0, plan.kept_M).to(wide)
         )
-        self.inverse = one if denominator is None else denominator.to(wide).reciprocal()
-        # fp16 would lose a probability over a large denominator: it divides afterwards.
-        self.late = like.dtype == torch.float16 and denominator is not None
-        self.folded_M = self.plain_M if self.late else self.plain_M * self.inverse
+        self.inverse = one
+        if denominator is not None and kept > 0:
+            self.inverse = denominator.to(wide).reciprocal()
+            if token_weights is not None:  # none at all may be a count of 0, as no kept token is
+                self.inverse = torch.where(self.plain_M.any(), self.inverse, one)
+        self.late = divides_late(like, denominator)
+        self.folded_M, self.rest = self.plain_M, one  # what gradients have, and have not
+        if not self.late:
+            self.folded_M = self.plain_M * self.inverse
+        elif token_weights is None or kept == 0:
+            self.rest = self.inverse
+        else:
+            largest = self.plain_M.abs().amax()
+            largest = torch.where(largest == 0, one, largest)
+            self.folded_M, self.rest = self.plain_M / largest, largest * self.inverse
+
+    def factors(self, *shrinks: Tensor | None) -> Tensor:
+        """What each gradient is still to be multiplied by, which may be shrunk; empty: nothing."""
+        if not self.late:
+            return self.rest.new_empty(0)
+        return torch.stack([self.rest if x is None else self.rest * x for x in shrinks])
 
     def scale(self, at: slice, lse_C: Tensor, z_loss: float) -> Tensor:
         """The factor on each token's probabilities in the gradient of its logits."""
@@ -220,18 +272,17 @@ _SHARED = (
     "hermes::linear_cross_entropy",
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, {_SHARED}, bool wants_hidden, bool wants_weight) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_op(
     hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor | None,
     token_weights: Tensor | None, denominator: Tensor | None, z_loss: float, softcap: float,
     ignore_index: int, chunk_bytes: int, backend: str, shard: list[int], group: str,
     wants_hidden: bool, wants_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Total, sums, and the total's gradients of hidden and weight (empty where not wanted)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Total, sums, factors, and the total's gradients of hidden and weight (empty: not wanted)."""
     plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, hidden)
     weights = Weights(plan, token_weights, denominator, hidden)
-    factor = weights.inverse if weights.late else None
     if wants_weight and backend == "triton":
         plan.use_room(weight.shape[1], weight.dtype, late=weights.late)
     rows = rows_of(backend)
@@ -249,7 +300,7 @@ def linear_op(
     d_weight = None
     if wants_weight:
         again = again_ if plan.one_product else None
-        d_weight = weight_gradient(weight, plan.chunks(), again, factor)
+        d_weight = weight_gradient(weight, plan.chunks(), again, centred=weights.late)
     logits_CV: Tensor | None = None
     for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
         chunk_sums_2, lse_M[at] = chunk_loss_(
@@ -261,50 +312,63 @@ def linear_op(
         if d_weight is not None:
             d_weight.add(at, logits_CV, hidden_CD)
     del logits_CV  # frees their memory before the weight's gradient is rounded
-    if wants_hidden and factor is not None:
-        d_hidden.mul_(factor)
-    total, sums_3 = totals(sums_2, weights)
-    return total, sums_3, d_hidden, weight.new_empty(0) if d_weight is None else d_weight.value()
+    d_weight_VD, shrink = (weight.new_empty(0), None) if d_weight is None else d_weight.value()
+    factors = weights.factors(None, shrink)
+    return *totals(sums_2, weights), factors, d_hidden, d_weight_VD
 
 
 @linear_op.register_fake
 def _linear_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    wants_hidden, wants_weight = rest[-2:]
+    denominator, (wants_hidden, wants_weight) = rest[3], rest[-2:]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(3, dtype=wide),
+        hidden.new_empty(2 * divides_late(hidden, denominator), dtype=wide),
         torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if wants_weight else weight.new_empty(0),
+        # A product's rows lie one after another, however the weight's lie.
+        weight.new_empty(weight.shape if wants_weight else 0),
     )
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Set up the backward pass of an operator.
 
-    Its last arguments are the backend, the shard, the group, and a `wants` for each gradient.
+    Its last arguments are the backend, the shard, the group, and a `wants` for each gradient. It
+    gives the total, sums, factors that gradients still want (none, or one each), and gradients.
     """
-    gradients = output[2:]
+    factors, *gradients = output[2:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     wants = inputs[-len(gradients) :]
     ctx.gradients = [x.detach() if w else None for x, w in zip(gradients, wants, strict=True)]
+    ctx.factors = factors.detach().unbind()
     ctx.inputs, ctx.backend = len(inputs), inputs[-len(gradients) - 3]
 
 
 def scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients made in the forward pass, times that of the total."""
+    if torch.is_grad_enabled():  # what is scaled here would count as constants
+        raise RuntimeError(
+            "the loss has no gradient of its gradient: call backward without create_graph, or "
+            'take backend="reference"'
+        )
     if ctx.gradients is None:
         raise RuntimeError("the loss makes one backward pass only; run forward again")
     gradients: list[Tensor | None] = ctx.gradients
     ctx.gradients = None
-    scaled = [None if x is None else _scaled(x, grad, ctx.backend) for x in gradients]
+    factors = [grad * x for x in ctx.factors] if ctx.factors else [grad] * len(gradients)
+    scaled = [
+        None if x is None else _scaled(x, factor, ctx.backend)
+        for x, factor in zip(gradients, factors, strict=True)
+    ]
     return *scaled, *[None] * (ctx.inputs - len(scaled))
 
 
 def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """Their product, reckoned in the factor's fp32: a scale of fp16 is often beyond fp16."""
     if type(gradient) is not Tensor:  # traced: the compiler decides what is done in place
-        return gradient * factor.to(gradient.dtype)
+        return (gradient * factor[None]).to(gradient.dtype)
     if factor.device.type == "cpu" and float(factor) == 1:
         return gradient
     if backend == "triton" and gradient.is_cuda and gradient.is_contiguous():
@@ -312,7 +376,9 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
 
         cross_entropy.scale_(gradient, factor)  # costs nothing where the factor is 1
         return gradient
-    return gradient.mul_(factor.to(gradient.dtype))  # nobody else holds it
+    if not gradient.is_cuda:  # nobody else holds it; a CPU takes a scalar's value as it is
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor[None], out=gradient)  # a GPU rounds a scalar, not a vector
 
 
 linear_op.register_autograd(scale_gradients, setup_context=keep_gradients)

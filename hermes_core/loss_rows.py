@@ -7,6 +7,7 @@ Shapes: C rows of the chunk, B rows of a block, V vocabulary (this rank's share 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,9 +27,12 @@ def statistics(logits_CV: Tensor, column_C: Tensor, softcap: float) -> Tensor:
         z_BV = _capped(logits_CV[at], softcap, scratch_BV)
         largest_B1 = z_BV.amax(1, keepdim=True)
         p_BV = torch.softmax(z_BV, 1)
-        out_3C[0, at] = largest_B1.squeeze(1) - p_BV.amax(1).log()  # its largest is 1 / sum
+        largest_B = largest_B1.squeeze(1)
+        lse_B = largest_B - p_BV.amax(1).log()  # its largest is 1 / sum
+        # A share may be nothing but -inf, which pads a vocabulary: it counts as nothing.
+        out_3C[0, at] = torch.where(largest_B == -math.inf, largest_B, lse_B)
         out_3C[1, at] = _pick(z_BV, column_C[at])
-        out_3C[2, at] = p_BV.mul_(z_BV).sum(1)
+        out_3C[2, at] = p_BV.mul_(z_BV).nansum(1)  # 0 x -inf is 0
     return out_3C
 
 

@@ -15,6 +15,7 @@ from hermes_core.loss_chunks import (
     Plan,
     Weights,
     chunk_loss_,
+    divides_late,
     keep_gradients,
     rows_of,
     scale_gradients,
@@ -28,14 +29,14 @@ from hermes_core.loss_weight import product, weight_gradient
     mutates_args=(),
     schema="(Tensor logits, Tensor labels, Tensor? kept, Tensor? token_weights, "
     "Tensor? denominator, float z_loss, float softcap, int ignore_index, int chunk_bytes, "
-    "str backend, int[] shard, str group, bool wants_logits) -> (Tensor, Tensor, Tensor)",
+    "str backend, int[] shard, str group, bool wants_logits) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def masked_op(
     logits: Tensor, labels: Tensor, kept: Tensor | None, token_weights: Tensor | None,
     denominator: Tensor | None, z_loss: float, softcap: float, ignore_index: int, chunk_bytes: int,
     backend: str, shard: list[int], group: str, wants_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Total, sums, and the total's gradient of the logits (empty where not wanted)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Total, sums, factors, and the total's gradient of the logits (empty where not wanted)."""
     plan = Plan(labels, kept, ignore_index, chunk_bytes, shard, group, logits)
     weights = Weights(plan, token_weights, denominator, logits)
     sums_2 = torch.zeros(2, dtype=weights.plain_M.dtype, device=logits.device)
@@ -49,16 +50,15 @@ def masked_op(
         sums_2 += chunk_sums_2
         if wants_logits:
             d_logits.index_copy_(0, kept_C, logits_CV)
-    if wants_logits and weights.late:
-        d_logits.mul_(weights.inverse)
-    return *totals(sums_2, weights), d_logits
+    return *totals(sums_2, weights), weights.factors(None), d_logits
 
 
 @masked_op.register_fake
 def _masked_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(logits.dtype, torch.float32)
     d_logits = torch.empty_like(logits) if rest[-1] else logits.new_empty(0)
-    return logits.new_empty((), dtype=wide), logits.new_empty(3, dtype=wide), d_logits
+    factors = int(divides_late(logits, rest[3]))
+    return *(logits.new_empty(n, dtype=wide) for n in ((), 3, factors)), d_logits
 
 
 masked_op.register_autograd(scale_gradients, setup_context=keep_gradients)
@@ -125,19 +125,19 @@ def tokens_backward_op(
     def again_(logits_CV: Tensor, first: int) -> None:
         gradient_(logits_CV, slice(len(logits_CV)), first)
 
-    d_weight = weight_gradient(weight, plan.chunks(), again_ if plan.one_product else None, None)
+    d_weight = weight_gradient(weight, plan.chunks(), again_ if plan.one_product else None)
     logits_CV: Tensor | None = None
     for at, hidden_CD, logits_CV in plan.logits(hidden, weight):
         gradient_(logits_CV, at, 0)
         d_hidden.index_copy_(0, plan.kept_M[at], product(logits_CV, weight))
         d_weight.add(at, logits_CV, hidden_CD)
     del logits_CV  # frees their memory before the weight's gradient is rounded
-    return d_hidden, d_weight.value()
+    return d_hidden, d_weight.value()[0]
 
 
 @tokens_backward_op.register_fake
 def _tokens_backward_fake(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden), torch.empty_like(weight)
+    return torch.empty_like(hidden), weight.new_empty(weight.shape)
 
 
 def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

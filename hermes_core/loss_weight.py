@@ -28,6 +28,7 @@ WIDENED = frozenset(
 WIDENED_TILE = 2**11  # rows and columns that are widened at a time
 TILE = 2**12  # rows of a product that are added while they lie in cache
 TILE_BYTES = 2**22  # of all tokens' gradients of logits, for some ids
+LARGEST_POWER = 15  # of two, that fp16 has
 
 # Overwrites logits [E, N] of the first kept tokens by their gradient; the ids start at the number.
 Again = Callable[[Tensor, int], None]
@@ -38,28 +39,32 @@ class WeightGradient(Protocol):
 
     def add(self, at: slice, gradient_CV: Tensor, hidden_CD: Tensor) -> None: ...
 
-    def value(self) -> Tensor: ...
+    def value(self) -> tuple[Tensor, Tensor | None]:
+        """The gradient, and what it is still to be multiplied by, where that is not 1."""
 
 
 def weight_gradient(
-    weight_VD: Tensor, chunks: list[slice], again_: Again | None, factor: Tensor | None
+    weight_VD: Tensor, chunks: list[slice], again_: Again | None, *, centred: bool = False
 ) -> WeightGradient:
-    """One product over all chunks where ``again_`` is given, else their sum times ``factor``."""
+    """One product over all chunks where ``again_`` is given, else their sum.
+
+    The sum may be ``centred``: brought into the middle of fp16's range by a power of two.
+    """
     if again_ is None or not chunks:
-        return SumOfProducts(weight_VD, len(chunks), factor)
+        return SumOfProducts(weight_VD, len(chunks), centred=centred)
     return OneProduct(weight_VD, chunks[-1], again_)
 
 
 class SumOfProducts:
     """The sum of the chunks' gradients of the weight, in fp32 at least."""
 
-    def __init__(self, weight_VD: Tensor, chunks: int, factor: Tensor | None) -> None:
+    def __init__(self, weight_VD: Tensor, chunks: int, *, centred: bool) -> None:
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         # One chunk is one product, which sums in fp32 and rounds once whatever it returns.
-        self.sum_dtype = weight_VD.dtype if chunks == 1 and factor is None else wide
+        self.sum_dtype = weight_VD.dtype if chunks == 1 and not centred else wide
         self.sum_VD: Tensor | None = None
         self.weight_VD = weight_VD
-        self.factor = factor
+        self.centred = centred
 
     def add(self, at: slice, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
         if self.sum_VD is None:
@@ -67,12 +72,19 @@ class SumOfProducts:
         else:
             add_product_(self.sum_VD, gradient_CV.T, hidden_CD)
 
-    def value(self) -> Tensor:
+    def value(self) -> tuple[Tensor, Tensor | None]:
         if self.sum_VD is None:
-            return torch.zeros_like(self.weight_VD)
-        if self.factor is not None:
-            self.sum_VD.mul_(self.factor)
-        return self.sum_VD.to(self.weight_VD.dtype)
+            return self.weight_VD.new_zeros(self.weight_VD.shape), None
+        if not self.centred:
+            return self.sum_VD.to(self.weight_VD.dtype), None
+        largest = torch.linalg.vector_norm(self.sum_VD, float("inf"))
+        shift = (LARGEST_POWER - torch.frexp(largest)[1]).clamp(max=2 * LARGEST_POWER)
+        shift = shift.to(largest.dtype)
+        factor, shrink = torch.exp2(shift), torch.exp2(-shift)
+        if not self.sum_VD.is_cuda:
+            return self.sum_VD.mul_(factor).to(self.weight_VD.dtype), shrink
+        out_VD = torch.empty_like(self.sum_VD, dtype=self.weight_VD.dtype)
+        return torch.mul(self.sum_VD, factor, out=out_VD), shrink
 
 
 class OneProduct:
@@ -104,9 +116,9 @@ class OneProduct:
                 here_CN = self.stored_tile(ids)[first - self.stored : at.stop - self.stored]
                 here_CN.copy_(gradient_CV[first - at.start :, ids])
 
-    def value(self) -> Tensor:
+    def value(self) -> tuple[Tensor, Tensor | None]:
         if self.last == 0:
-            return product(self.last_CV.T, self.hidden_MD, self.d_weight_VD)
+            return product(self.last_CV.T, self.hidden_MD, self.d_weight_VD), None
         memory = room(self.kept, self.columns, self.weight_VD).flatten()  # of one tile
         for ids in self.tiles():
             weight_ND = self.weight_VD[ids]
@@ -118,7 +130,7 @@ class OneProduct:
             tile_MN[self.stored : self.last] = self.stored_tile(ids)
             tile_MN[self.last :] = self.last_CV[:, ids]
             product(tile_MN.T, self.hidden_MD, self.d_weight_VD[ids])
-        return self.d_weight_VD
+        return self.d_weight_VD, None
 
     def tiles(self) -> Iterator[slice]:
         size = len(self.weight_VD)

@@ -29,6 +29,7 @@ ALIGNED = 16  # elements: what a row's first address and its stride must be mult
 VECTORS = ("columns", "weights", "lse_out", "target_out")  # as in `cross_entropy`
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+WIDE_CAP = gl.constexpr(128.0)  # as in `cross_entropy`
 LEAST = gl.constexpr(-3e38)  # a first maximum that is finite, so that no difference is -inf - -inf
 
 
@@ -36,7 +37,12 @@ LEAST = gl.constexpr(-3e38)  # a first maximum that is finite, so that no differ
 def _capped(z, SOFTCAP: gl.constexpr):
     """cap * tanh(z / cap)."""
     if SOFTCAP != 0:
-        z = SOFTCAP - 2 * SOFTCAP / (gl.exp2(2 * LOG2E / SOFTCAP * z) + 1)
+        capped = SOFTCAP - 2 * SOFTCAP / (gl.exp2(2 * LOG2E / SOFTCAP * z) + 1)
+        if SOFTCAP >= WIDE_CAP:
+            square = (z / SOFTCAP) * (z / SOFTCAP)
+            series = z - z * square * (1 / 3 - square * 2 / 15)
+            capped = gl.where(square < 1 / 256, series, capped)
+        z = capped
     return z
 
 

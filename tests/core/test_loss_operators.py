@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hermes_core.loss import linear_cross_entropy, masked_cross_entropy, token_nll
 from hermes_core.loss_chunks import linear_op
-from hermes_core.loss_tokens import masked_op, tokens_op
+from hermes_core.loss_tokens import masked_op, tokens_backward_op, tokens_op
 
 IGNORE = -100
 
@@ -41,6 +42,25 @@ def test_pytorch_finds_no_fault_in_the_loss_of_logits() -> None:
 
 def test_pytorch_finds_no_fault_in_the_statistics() -> None:
     torch.library.opcheck(tokens_op, (*problem(), None, *OPTIONS[1:]))
+
+
+@pytest.mark.parametrize("labels", ["some", "none"])
+def test_gradients_lie_where_the_compiler_is_told(labels: str) -> None:
+    """A weight that lies by columns has a gradient that lies by rows."""
+    hidden, weight, labels_T = (x.detach() for x in problem())
+    weight = weight.T.contiguous().T
+    if labels == "none":
+        labels_T.fill_(IGNORE)
+    given = (hidden, weight, labels_T, None)
+    options = (None, None, *OPTIONS, True, True)
+    vectors = [torch.ones(12) for _ in range(4)]
+    real = [*linear_op(*given, *options), *tokens_backward_op(*given, *OPTIONS[1:], *vectors)]
+    with FakeTensorMode() as mode:
+        given = tuple(x if x is None else mode.from_tensor(x) for x in given)  # type: ignore[misc]
+        vectors = [mode.from_tensor(x) for x in vectors]
+        fake = [*linear_op(*given, *options), *tokens_backward_op(*given, *OPTIONS[1:], *vectors)]
+    assert [x.stride() for x in real] == [x.stride() for x in fake]
+    assert [x.shape for x in real] == [x.shape for x in fake]
 
 
 def total(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

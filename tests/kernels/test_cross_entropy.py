@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from hermes_core import loss_rows
 from hermes_core.loss import linear_cross_entropy, masked_cross_entropy, token_nll
-from hermes_core.loss_chunks import Plan
+from hermes_core.loss_chunks import Plan, RowFunctions
 from hermes_kernels import cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +64,31 @@ def test_statistics_equal_float64(columns: int, cap: float) -> None:
     found = cross_entropy.statistics(logits, column, cap)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("functions", [cross_entropy, loss_rows])
+def test_a_share_of_minus_infinity_counts_as_nothing(functions: RowFunctions) -> None:
+    """Which pads a vocabulary; a single such logit has no part in the expected one."""
+    logits = torch.zeros(2, 9, device=DEVICE)
+    logits[0] = -float("inf")
+    logits[1, 4] = -float("inf")
+    lse, picked, expected = functions.statistics(logits, torch.tensor([-1, 3], device=DEVICE), 0.0)
+    assert lse.tolist() == [-float("inf"), pytest.approx(math.log(8))]
+    assert picked.tolist() == [0.0, 0.0]
+    assert expected.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("cap", [128.0, 1e3, 1e5, 1e7])
+def test_a_wide_cap_loses_no_digits(cap: float) -> None:
+    """Where tanh by the sigmoid is off by the rounding of the cap itself."""
+    logits, column, weight = chunk(5, 1001, torch.float32)
+    lse, picked, expected, gradient = truth(logits, column, weight, 0.0, cap)
+    found = cross_entropy.statistics(logits, column, cap)
+    torch.testing.assert_close(
+        found.double(), torch.stack([lse, picked, expected]), rtol=2e-6, atol=2e-5
+    )
+    cross_entropy.loss_and_gradient_(logits, column, weight, 0.0, cap)
+    torch.testing.assert_close(logits.double(), gradient, rtol=3e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("cap", [0.0, 20.0])

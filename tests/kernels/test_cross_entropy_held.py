@@ -49,6 +49,11 @@ def test_rows_held_equal_those_of_pytorch(
     assert_right(chunk(4, columns, dtype), z, cap, held=held, ahead=ahead)
 
 
+@pytest.mark.parametrize("cap", [128.0, 1e5])
+def test_a_wide_cap_loses_no_digits(cap: float) -> None:
+    assert_right(chunk(4, 3 * STEP + 9), cap=cap, held=3)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_copies_may_end_in_any_order(seed: int) -> None:
     assert_right(chunk(2, 7 * STEP + 5), held=7, ahead=4, seed=seed)
