@@ -200,7 +200,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path, shared_data: Path) -> None:
             show(tmp_path, shared_data), stdout=full, stderr=subprocess.PIPE, text=True, timeout=80
         )
     assert ended.returncode == 2
-    assert ended.stderr == "hermes4: error: [Errno 28] No space left on device\n"
+    assert ended.stderr == (
+        "hermes4: error: No space left on device. Make room, and run the same command again\n"
+    )
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, shared_data: Path) -> None:

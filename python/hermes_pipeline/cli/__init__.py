@@ -27,6 +27,7 @@ from hermes_pipeline.exits import (
     say,
     unread,
 )
+from hermes_pipeline.services.folders import explain
 
 UsageError: Any = typer.BadParameter.__base__  # its home has moved from click into typer
 
@@ -111,7 +112,7 @@ def _run() -> Any:
     except (UserError, OSError) as error:  # files and disks, too, are the user's
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
-        say(f"hermes4: error: {error}")
+        say(f"hermes4: error: {explain(error) if isinstance(error, OSError) else error}")
         return MISTAKEN
     except KeyboardInterrupt:
         say("hermes4: interrupted")

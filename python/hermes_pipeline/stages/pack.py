@@ -8,6 +8,7 @@ from pathlib import Path
 from hermes_core import Store, StoreError, open_store
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.packing import imbalance_report, length_histogram, plan_epoch
+from hermes_pipeline.services.folders import writing
 from hermes_pipeline.training.shape import BASES
 
 
@@ -51,11 +52,9 @@ def run(
         flops = BASES[base].training_flops()
         _say(imbalance_report(plan, lengths, flops, ranks=ranks, micro_batches=micro_batches))
     if out is not None:
-        try:
+        with writing(out, goes_on="run the same command again"):
             out.parent.mkdir(parents=True, exist_ok=True)
             plan.save(out)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error}") from None
         _say(f"plan written to {out}")
 
 

@@ -24,6 +24,7 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import INTERRUPTED
 from hermes_pipeline.records import Sample
 from hermes_pipeline.services.files import Record, quarantine_entry, without_numbers
+from hermes_pipeline.services.folders import check_folder, writing
 from hermes_pipeline.services.hub import (
     DataSource,
     load_template,
@@ -73,7 +74,7 @@ def run(
             every record is bad.
         SystemExit: interrupted; what is written is safe.
     """
-    _check_folder(out)
+    check_folder(out, "store.json", "writing")
     loaded = load_tokenizer(tokenizer, tokenizer_revision)
     template_name, text = load_template(template, loaded)
     earlier = _recorded(out)
@@ -104,7 +105,10 @@ def run(
     if earlier:
         _check_same(out, earlier, meta)
     try:
-        with StoreWriter(out, meta=meta, vocab_size=tokenization.encoder.vocab_size) as writer:
+        with (
+            writing(out),
+            StoreWriter(out, meta=meta, vocab_size=tokenization.encoder.vocab_size) as writer,
+        ):
             if writer.finished:
                 _say(f"{out} is finished already, from the same data and settings")
             else:
@@ -115,7 +119,7 @@ def run(
                 left = None if limit is None else max(0, limit - writer.records_done)
                 work = (state, text, day, max_chars)
                 _write(writer, islice(records, left), source, work, workers, limit)
-    except (StoreError, OSError) as error:
+    except StoreError as error:
         raise UserError(str(error)) from None
     _summarize(out)
 
@@ -204,19 +208,6 @@ def _batches(records: Iterator[Record]) -> Iterator[Batch]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _check_folder(out: Path) -> None:
-    """Refuse what is no folder, and a folder that holds a tokenizer but no store."""
-    taken = next(path for path in (out, *out.parents) if path.exists())
-    if not taken.is_dir():
-        raise UserError(f"--out {out}: {taken} is a file; choose another folder")
-    begun = (out / "store.json").exists() or (out / "writing").exists()
-    if not begun and (out / "tokenizer").exists():
-        raise UserError(
-            f"--out {out} holds a tokenizer and no store, which would put its own in that place; "
-            "choose another folder"
-        )
 
 
 def _check_same(out: Path, earlier: Mapping[str, Any], meta: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from hermes_core import Store, StoreError, open_store
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.folders import check_folder
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.recipes import Recipe, load_recipe
 from hermes_pipeline.training.shape import Shape, check_shape, read_shape
@@ -63,6 +64,7 @@ def prepare(
     if recipe.run.out is None:
         raise UserError("where shall the run go? give --out RUN")
     folder = Path(recipe.run.out)
+    check_folder(folder, "run.json", may_hold=run_folder.is_log)
     record = run_folder.read_record(folder)
     recipe = _as_begun(recipe, record, folder)
     recipe.data_ranks(processes)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, STOPPED
+from hermes_pipeline.services.folders import writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import Job, prepare
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if job.complete:
             _say(rank, job.completion())
             return COMPLETE
-        with run_folder.locked(job.folder, rank):
+        with writing(job.folder), run_folder.locked(job.folder, rank):
             return _run(job, rank, stop)
     except UserError as error:
         _say(rank, f"error: {error}", name="hermes4")
@@ -147,15 +148,15 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
 def _begin(job: Job) -> Job:
     """Write what the run is into its folder, and clear away saves that were cut off."""
     run_folder.remove_torn_checkpoints(job.folder)
-    if job.model is not None:
-        run_folder.write_model_files(job.folder, job.model, job.store)
-    run_folder.write_record(
+    run_folder.write_record(  # first: it says whose the folder is
         job.folder,
         job.recipe,
         store=job.store.folder,
         fingerprint=job.store.fingerprint,
         model=None if job.recipe.model.path is None else Path(job.recipe.model.path),
     )
+    if job.model is not None:
+        run_folder.write_model_files(job.folder, job.model, job.store)
     return job
 
 

@@ -291,7 +291,7 @@ def test_init_of_a_vocabulary_too_small(tokenizer_folder: Path, tmp_path: Path) 
 
 def test_init_over_a_folder_of_somebody_else(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").touch()
-    with pytest.raises(UserError, match="exists and is none of ours"):
+    with pytest.raises(UserError, match=r"holds precious.txt and no hermes4.json, so it"):
         train.init("tiny", tokenizer=str(tokenizer_folder), out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
