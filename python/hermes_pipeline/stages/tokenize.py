@@ -136,19 +136,21 @@ def _write(
     if before:
         _say(f"going on after {before:,} records")
     total = source.count() if limit is None else limit
-    left = None if total is None else max(0, total - before)
     done = map_in_order(_tokenize, _batches(records), setup=_set_up, given=work, workers=workers)
     # Whatever ends this early costs what came after the last commit, as kill -9 does: where
     # Ctrl-C strikes between two steps of the writer, a commit would write half of a record.
     try:
-        with closing(done), progress("tokenize", total=left, unit="conversations") as counter:
+        with (
+            closing(done),
+            progress("tokenize", total=total, unit="conversations", done=before) as counter,
+        ):
             for batch, results in done:
                 for record, result in zip(batch, results, strict=True):
                     if isinstance(result, str):
                         writer.quarantine(quarantine_entry(record, result))
                     else:
                         writer.append(result.token_ids, result.kept_spans)
-                note = "" if left is not None else f"{source.share_read():.0%} of the data read"
+                note = "" if total is not None else f"{source.share_read():.0%} of the data read"
                 counter.advance(len(batch), note)
         writer.finish()
     except WorkerDied:

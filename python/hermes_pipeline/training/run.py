@@ -206,7 +206,7 @@ class _Observer:
         if step:
             _say(self._rank, f"going on from step {step} of {steps}")
         self._counter = self._stack.enter_context(
-            progress("train", total=steps - step, unit="steps")
+            progress("train", total=steps, unit="steps", done=step)
         )
 
     def __call__(self, report: StepReport) -> None:
