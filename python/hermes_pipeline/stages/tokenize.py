@@ -31,6 +31,7 @@ from hermes_pipeline.services.hub import (
     load_tokenizer,
     tokenizer_fingerprint,
 )
+from hermes_pipeline.services.identity import changed
 from hermes_pipeline.services.progress import progress
 from hermes_pipeline.services.workers import WorkerDied, map_in_order
 from hermes_pipeline.tokenization import Tokenization, TokenizerState, template_fingerprint
@@ -217,9 +218,12 @@ def _check_same(out: Path, earlier: Mapping[str, Any], meta: Mapping[str, Any]) 
     for option, key, name in CHOICES:
         if earlier.get(key) != meta[key]:
             then, now = earlier.get(name), meta[name]
-            changed = f"{then}, not {now}" if then != now else f"{now} of other contents"
+            if key == "source":
+                words = changed(then, now)
+            else:
+                words = f"{then}, not {now}" if then != now else f"{now} of other contents"
             raise UserError(
-                f"--out {out} was begun with {option} {changed}; choose another folder, or remove "
+                f"--out {out} was begun with {option} {words}; choose another folder, or remove "
                 "this one"
             )
 
