@@ -101,6 +101,18 @@ def test_ctrl_c_says_what_is_safe_and_how_to_go_on(
     assert f"going on after {found[1]} records\n" in tokenize(few, tmp_path).out
 
 
+def test_ctrl_c_before_anything_is_written_says_how_to_go_on_too(
+    tokenize: Tokenize, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "load_tokenizer", interrupted)
+    ended = tokenize(few, tmp_path)
+    assert ended.code == 130
+    assert ended.err == "hermes4: interrupted; run the same command again to go on\n"
+
+
 @pytest.mark.parametrize("writes", [0, 7, 15])
 def test_a_full_disk_is_named_and_costs_no_byte(
     tokenize: Tokenize,

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -52,6 +52,17 @@ Batch = Sequence[Record]
 Result = Sample | str  # or why it is set aside
 
 
+@contextmanager
+def _telling_the_way_on() -> Iterator[None]:
+    """Say at an interrupt that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("hermes4: interrupted; run the same command again to go on", sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+@_telling_the_way_on()
 def run(
     source: DataSource,
     tokenizer: str,

@@ -11,7 +11,7 @@ from typing import Any
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.folders import as_size, check_room
 from hermes_pipeline.training import run_folder
-from hermes_pipeline.training.job import prepare
+from hermes_pipeline.training.job import check_tokenizer, prepare
 from hermes_pipeline.training.launch import launch
 from hermes_pipeline.training.recipes import Model, load_recipe
 from hermes_pipeline.training.shape import Shape, hugging_face_config, read_shape, recipe_shape
@@ -109,8 +109,10 @@ def run(
         processes=processes,
     )
     if job.complete:
-        sys.stderr.write(f"train: {job.completion()}\n")
+        _say(f"train: {job.completion()}")
         return 0
+    _say("train: loading ...")
+    check_tokenizer(job)
     arguments = ["--recipe", recipe]
     for name, value in (("--store", store), ("--model", model), ("--out", out)):
         arguments += [] if value is None else [name, str(value)]

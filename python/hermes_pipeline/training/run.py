@@ -19,7 +19,7 @@ from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, STOPPED
 from hermes_pipeline.services.folders import writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
-from hermes_pipeline.training.job import Job, prepare
+from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.report import NonFiniteStep, StepReport
 
 COMPLETE = 0
@@ -37,6 +37,8 @@ class StopRequest:
         self.training = False  # before the first step there is nothing to wait for
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        # The launcher starts us deaf, so that none comes before it is heard.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
 
     def __call__(self) -> bool:
         return self.exit_code is not None
@@ -44,6 +46,11 @@ class StopRequest:
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         repeated = self.exit_code is not None
         self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
+        if not self.training and os.environ.get("RANK", "0") == "0":
+            text = (
+                "train: interrupted before a step was taken; run the same command again to go on\n"
+            )
+            os.write(2, text.encode())
         if repeated or not self.training:
             os._exit(self.exit_code)
 
@@ -68,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if job.complete:
             _say(rank, job.completion())
             return COMPLETE
+        if PARENT not in os.environ:  # else it has looked
+            check_tokenizer(job)
         with writing(job.folder), run_folder.locked(job.folder, rank):
             return _run(job, rank, stop)
     except UserError as error:
