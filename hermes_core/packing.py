@@ -26,6 +26,11 @@ VERSION = 2
 WORTH_GUIDING = 1e-3  # of the lower bound; a plan that has more rows above it is told so
 
 
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """So many of it, in words: "1 row", "2 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Packing:
     """Which samples stand in which row.
@@ -73,18 +78,18 @@ class Packing:
         """The plan in words and numbers, a few lines for a person."""
         above = self.rows - self.lower_bound
         lines = [
-            f"{self.rows:,} rows of {self.row_length:,} tokens by {self.strategy}",
-            f"{len(self.samples):,} samples of {self.shortest:,} to {self.longest:,} tokens, "
-            f"{self.tokens:,} in all",
-            f"fill {self.fill:.4%}; lower bound {self.lower_bound:,} rows, "
+            f"{counted(self.rows, 'row')} of {self.row_length:,} tokens by {self.strategy}",
+            f"{counted(len(self.samples), 'sample')} of {self.shortest:,} to {self.longest:,} "
+            f"tokens, {self.tokens:,} in all",
+            f"fill {self.fill:.4%}; lower bound {counted(self.lower_bound, 'row')}, "
             + (f"{above:,} above it ({above / self.lower_bound:.4%})" if above else "reached"),
         ]
         if above > WORTH_GUIDING * self.lower_bound and self.strategy not in ("guided", "windowed"):
-            lines.append(f'strategy "guided" may save up to {above:,} rows')
+            lines.append(f'strategy "guided" may save up to {counted(above, "row")}')
         if len(self.dropped):
-            lines.append(f"{len(self.dropped):,} samples longer than a row dropped")
+            lines.append(f"{counted(len(self.dropped), 'sample')} longer than a row dropped")
         if len(self.truncated):
-            lines.append(f"{len(self.truncated):,} samples longer than a row truncated")
+            lines.append(f"{counted(len(self.truncated), 'sample')} longer than a row truncated")
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
