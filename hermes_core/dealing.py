@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hermes_core.packing import Packing
+from hermes_core.packing import Packing, counted
 from hermes_core.samples import check_integer
 
 NO_ROW = -1  # in a last step that has fewer rows than places
@@ -60,8 +60,9 @@ class Dealing:
         ).imbalance()
         after = self.imbalance()
         lines = [
-            f"{len(self.costs):,} rows in {steps:,} steps of {ranks:,} ranks x {micro_batches:,} "
-            f"micro-batches x {local_rows:,} row{'s' if local_rows > 1 else ''}",
+            f"{counted(len(self.costs), 'row')} in {counted(steps, 'step')} of "
+            f"{counted(ranks, 'rank')} x {counted(micro_batches, 'micro-batch', 'es')} x "
+            f"{counted(local_rows, 'row')}",
             f"ranks that meet at each micro-batch lose {before.micro_batch:.2%} in the plan's "
             f"order, {after.micro_batch:.2%} as dealt",
             f"ranks that meet once a step lose {before.step:.2%} in the plan's order, "

@@ -28,6 +28,11 @@ VERSION = 2
 WORTH_GUIDING = 1e-3  # of the lower bound; a plan that has more rows above it is told so
 
 
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """So many of it, in words: "1 row", "2 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Packing:
     """Which samples stand in which row.
@@ -77,17 +82,17 @@ class Packing:
         full = self.tokens == self.rows * self.row_length
         fill = self.fill if full else min(self.fill, 0.999999)  # 100 % is said of full rows alone
         lines = [
-            f"{_counted(self.rows, 'row')} of {self.row_length:,} tokens by {self.strategy}",
-            f"{_counted(len(self.samples), 'sample')} of {self.shortest:,} to {self.longest:,} "
+            f"{counted(self.rows, 'row')} of {self.row_length:,} tokens by {self.strategy}",
+            f"{counted(len(self.samples), 'sample')} of {self.shortest:,} to {self.longest:,} "
             f"tokens, {self.tokens:,} in all",
-            f"fill {fill:.4%}; lower bound {_counted(self.lower_bound, 'row')}, "
+            f"fill {fill:.4%}; lower bound {counted(self.lower_bound, 'row')}, "
             + (f"{above:,} above it ({above / self.lower_bound:.4%})" if above else "reached"),
         ]
         if above > WORTH_GUIDING * self.lower_bound and self.strategy not in ("guided", "windowed"):
-            lines.append(f'strategy "guided" may save up to {_counted(above, "row")}')
+            lines.append(f'strategy "guided" may save up to {counted(above, "row")}')
         for ids, fate in ((self.dropped, "dropped"), (self.truncated, "truncated")):
             if len(ids):
-                lines.append(f"{_counted(len(ids), 'sample')} longer than a row {fate}")
+                lines.append(f"{counted(len(ids), 'sample')} longer than a row {fate}")
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -190,10 +195,6 @@ def _checked_plan(parts: list[NDArray[np.int64]], about: Mapping[str, Any]) -> P
     if not isinstance(about["fingerprint"], str):
         raise TypeError(f"fingerprint is {about['fingerprint']!r}, want a string")
     return Packing(samples, row_offsets, dropped=dropped, truncated=truncated, **about)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _narrow(ids: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:

@@ -17,6 +17,7 @@ from hermes_pipeline.errors import UserError
 Config = TypeVar("Config")
 
 UNSET: Any = object()  # over a value of a recipe: it shall have none
+COMMANDS = {"answers": "complete"}  # of the project's recipes; the others are for `train`
 INT64 = range(-(2**63), 2**63)  # what JSON and databases hold
 
 
@@ -64,6 +65,20 @@ def find_recipe(name: str) -> Path:
         meant = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(f"no recipe {name!r}; {meant}there are: {_listed()}, or name a .toml file")
     return path
+
+
+def check_command(name: str | None, command: str) -> None:
+    """Refuse a recipe of the project that is for another command.
+
+    Raises:
+        UserError: it is; the message lists those for this one.
+    """
+    names = recipe_names()
+    theirs = COMMANDS.get(str(name), "train")
+    if name in names and theirs != command:
+        ours = [each for each in names if COMMANDS.get(each, "train") == command]
+        there = f"take {', '.join(ours)}, or name" if ours else "name"
+        raise UserError(f"recipe {name!r} is one of `hermes4 {theirs}`; {there} a .toml file")
 
 
 def recipe_names() -> list[str]:
@@ -205,7 +220,8 @@ def _value(value: Any, hint: Any, name: str, source: str) -> Any:
         choices = get_args(hint)
         if value not in choices or isinstance(value, bool):
             listed = ", ".join(repr(choice) for choice in choices)
-            meant = _meant(str(value), [str(choice) for choice in choices])
+            close = difflib.get_close_matches(str(value), map(str, choices), n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(f"{source}: {name} is {value!r}, not one of {listed}{meant}")
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

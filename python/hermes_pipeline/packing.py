@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hermes_core import Packing, Store, deal, pack, row_costs
-from hermes_core.packing import Strategy, TooLong
+from hermes_core.packing import Strategy, TooLong, counted
 from hermes_pipeline.errors import UserError
 
 _BAR = 40  # characters
@@ -34,12 +34,7 @@ def plan_epoch(
     Raises:
         UserError: the store cannot be packed so; the message says why.
     """
-    for name, value, known in (
-        ("strategy", strategy, get_args(Strategy)),
-        ("too-long", too_long, get_args(TooLong)),
-    ):
-        if value not in known:
-            raise UserError(f"--{name} {value!r} is not known; known: {', '.join(known)}")
+    check_choices(strategy, too_long)
     if len(store) == 0:
         raise UserError(f"the store {store.folder} has no samples")
     longest = int(store.lengths.max())
@@ -62,6 +57,20 @@ def plan_epoch(
         raise UserError(f"the store {store.folder} cannot be packed: {error}") from None
 
 
+def check_choices(strategy: str, too_long: str) -> None:
+    """Refuse what is no strategy, or no way with samples longer than a row.
+
+    Raises:
+        UserError: it is not known.
+    """
+    for name, value, known in (
+        ("strategy", strategy, get_args(Strategy)),
+        ("too-long", too_long, get_args(TooLong)),
+    ):
+        if value not in known:
+            raise UserError(f"--{name} {value!r} is not known; known: {', '.join(known)}")
+
+
 def imbalance_report(
     plan: Packing,
     lengths: NDArray[np.int64],
@@ -80,9 +89,15 @@ def imbalance_report(
     """
     costs = row_costs(plan, lengths, linear=flops[0], quadratic=flops[1])
     try:
-        return deal(costs, ranks=ranks, micro_batches=micro_batches).report()
+        dealing = deal(costs, ranks=ranks, micro_batches=micro_batches)
     except ValueError as error:
         raise UserError(f"--ranks {ranks}, --micro-batches {micro_batches}: {error}") from None
+    if plan.rows < ranks * micro_batches:
+        return (
+            f"{counted(plan.rows, 'row')}: fewer than one step of {counted(ranks, 'rank')} x "
+            f"{counted(micro_batches, 'micro-batch', 'es')} has, so nobody can say what these lose"
+        )
+    return dealing.report()
 
 
 def length_histogram(lengths: NDArray[np.int64], row_length: int) -> list[str]:

@@ -15,7 +15,9 @@ import pytest
 
 from hermes_core import __version__
 from hermes_pipeline.__main__ import EXTRAS
+from hermes_pipeline.config import recipe_names
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.evaluation.benchmarks import BENCHMARKS
 from hermes_pipeline.stages import demo, pack
 from running import Ended, Hermes4
 
@@ -51,6 +53,62 @@ def test_every_command_has_its_help(hermes4: Hermes4, command: str) -> None:
     ended = hermes4(command, "--help")
     assert (ended.code, ended.err) == (0, "")
     assert f"Usage: hermes4 {command} " in ended.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_speaks_of_no_python(hermes4: Hermes4, command: str) -> None:
+    told = hermes4(command, "--help").out
+    for words in ("None", "<bool>", "[default: ("):
+        assert words not in told
+    assert " --help " in told
+
+
+def test_help_names_every_recipe_and_benchmark(
+    hermes4: Hermes4, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    told = {command: hermes4(command, "--help").out for command in COMMANDS}
+    for name in recipe_names():
+        for command in ("complete",) if name == "answers" else ("train", "init"):
+            assert name in told[command]
+    assert f"Which benchmark: {', '.join(BENCHMARKS)}. [required, here or in" in told["evaluate"]
+    assert "[default: 0.6]" in told["complete"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["init", "--recipe", "answers", "--tokenizer", "t", "--out", "o"],
+            "recipe 'answers' is one of `hermes4 complete`; take finetune, hermes4_14b, "
+            "hermes4_405b, hermes4_70b, tiny, or name a .toml file",
+        ),
+        (
+            ["complete", "--recipe", "tiny"],
+            "recipe 'tiny' is one of `hermes4 train`; take answers, or name a .toml file",
+        ),
+        (
+            ["evaluate", "--recipe", "tiny"],
+            "recipe 'tiny' is one of `hermes4 train`; name a .toml file",
+        ),
+        (
+            ["evaluate", "--benchmark", "math500", "--out", "o"],
+            "unknown benchmark 'math500'; known: chain",
+        ),
+        (
+            ["evaluate", "--benchmark", "chian", "--out", "o"],
+            "unknown benchmark 'chian'; did you mean 'chain'? known: chain",
+        ),
+        (
+            [*("train", "--recipe", "tiny", "--out", "o", "--set", "training.precision=x")],
+            "recipe tiny.toml: training.precision is 'x', not one of 'bfloat16', 'float32'",
+        ),
+    ],
+)
+def test_a_wrong_name_is_refused_with_those_there_are(
+    hermes4: Hermes4, words: list[str], message: str
+) -> None:
+    assert hermes4(*words) == (2, "", f"hermes4: error: {message}\n")
 
 
 def test_without_a_command_the_help_is_printed_and_nothing_run(hermes4: Hermes4) -> None:
@@ -251,7 +309,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path, shared_data: Path) -> None:
             show(tmp_path, shared_data), stdout=full, stderr=subprocess.PIPE, text=True, timeout=80
         )
     assert ended.returncode == 2
-    assert ended.stderr == "hermes4: error: [Errno 28] No space left on device\n"
+    assert ended.stderr == (
+        "hermes4: error: No space left on device. Make room, and run the same command again\n"
+    )
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, shared_data: Path) -> None:

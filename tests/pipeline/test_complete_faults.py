@@ -121,7 +121,8 @@ def test_a_read_only_folder_is_one_line_and_costs_nothing(
         hermes4(*words(server, data, out, "--n", 1))
     paid = len(server.bodies)
     ended = in_a_namespace(READ_ONLY.format(out.parent), *command(server, data, out))
-    said = f"hermes4: error: --out {out} cannot be written: Read-only file system\n"
+    said = f"hermes4: error: --out {out} cannot be written: Read-only file system; "
+    said += "choose another --out, or give the right to write\n"
     assert ended == Ended(2, "", said)
     assert len(server.bodies) == paid
     if begun:
@@ -193,6 +194,36 @@ def test_data_that_has_moved_or_grown_goes_on(
     data.unlink()
     assert hermes4(*words(server, moved, out, "--n", 1)).code == 0
     assert server.answered.total() == len(server.answered) == RECORDS + 5
+
+
+def test_what_stands_in_quarantine_is_lost_to_no_other_data_and_no_shorter_pass(
+    server: CountingServer, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    good = [{"prompt": f"{i}?"} for i in range(4)]
+    data = write(tmp_path / "data.jsonl", *good[:2], "{broken", *good[2:], "{broken", "{broken")
+    other = write(tmp_path / "other.jsonl", {"prompt": "Who?"}, "{bad")
+    out = tmp_path / "out"
+
+    def quarantined() -> list[int]:
+        return [entry["line"] for entry in lines(out / "quarantine.jsonl")]
+
+    assert hermes4(*words(server, data, out, "--n", 3)).out.endswith(
+        f"12 answers: hermes4 export {out}\n"
+    )
+    before = (out / "quarantine.jsonl").read_bytes()
+    assert "record 1 of the data is not what it was" in refused(
+        hermes4(*words(server, other, out, "--n", 3))
+    )
+    assert (out / "quarantine.jsonl").read_bytes() == before
+    ended = hermes4(*words(server, data, out, "--n", 3, "--limit", 4))
+    assert ended.out == (
+        "4 read = 3 done + 0 set aside + 1 quarantined\n"
+        f"9 answers of 12 in the folder: hermes4 export {out}\n"
+    )
+    assert (out / "quarantine.jsonl").read_bytes() == before
+    write(data, *good[:2], {"prompt": "mended"}, *good[2:], "{broken", "{broken")
+    hermes4(*words(server, data, out, "--n", 3, "--limit", 4))
+    assert quarantined() == [6, 7]
 
 
 def test_a_record_that_is_cut_off_goes_to_quarantine(

@@ -250,5 +250,5 @@ def test_the_command_explains_an_unknown_benchmark_in_one_line(tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == (
-        "hermes4: error: unknown benchmark 'chian'; did you mean 'chain'? Known: chain\n"
+        "hermes4: error: unknown benchmark 'chian'; did you mean 'chain'? known: chain\n"
     )

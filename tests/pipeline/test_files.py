@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -359,21 +358,3 @@ def test_a_split_that_is_missing_names_those_found(tmp_path: Path) -> None:
     write_lines(tmp_path / "dev.jsonl")
     with pytest.raises(UserError, match=r"has no file of split 'train'; found: test, validation$"):
         DataSource(str(tmp_path))
-
-
-def test_the_identity_of_files_is_their_names_sizes_and_times(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    write_lines(path)
-    os.utime(path, ns=(1, 2))
-    wanted = {"files": [[str(path), path.stat().st_size, 2]]}
-    assert DataSource(str(path)).identity() == DataSource(str(tmp_path)).identity() == wanted
-
-
-@pytest.mark.parametrize("count", [1, 17])
-def test_the_identity_of_files_tells_edited_ones_apart(tmp_path: Path, count: int) -> None:
-    for index in range(count):
-        write_lines(tmp_path / f"{index}.jsonl")
-    before = DataSource(str(tmp_path)).identity()
-    assert DataSource(str(tmp_path)).identity() == before == json.loads(json.dumps(before))
-    os.utime(tmp_path / "0.jsonl", ns=(1, 1))
-    assert DataSource(str(tmp_path)).identity() != before

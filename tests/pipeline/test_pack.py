@@ -287,6 +287,27 @@ def test_an_option_that_cannot_be_is_refused(
     assert message in refused(pack(write_store(tmp_path), *words))
 
 
+@pytest.mark.parametrize("words", [["--strategy", "worst"], ["--too-long", "split"]])
+def test_a_wrong_word_is_refused_before_anything_is_printed(
+    pack: Pack, tmp_path: Path, words: list[str]
+) -> None:
+    ended = pack(write_store(tmp_path), *words)
+    assert (ended.code, ended.out) == (2, "")
+
+
+def test_one_row_is_one_row(pack: Pack, tmp_path: Path) -> None:
+    said = pack(write_store(tmp_path, [5]), "--row-length", 8, "--ranks", 1).out
+    for words in (
+        "1 sample, 5 tokens",
+        "1 row of 8 tokens",
+        "lower bound 1 row,",
+        "1 row in 1 step",
+    ):
+        assert words in said
+    assert "1 rows" not in said
+    assert "1 samples" not in said
+
+
 @pytest.mark.parametrize("row_length", [0, -8])
 def test_rows_without_room_are_refused(tmp_path: Path, row_length: int) -> None:
     store = open_store(write_store(tmp_path))

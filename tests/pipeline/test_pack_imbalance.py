@@ -38,6 +38,21 @@ def test_imbalance_is_not_said_unasked(store: Path, capsys: pytest.CaptureFixtur
     assert "ranks" not in capsys.readouterr().out
 
 
+def test_fewer_rows_than_a_step_has_are_said_to_be(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pack(LENGTHS, row_length=64).rows
+    run(store, row_length=64, ranks=rows, micro_batches=2)
+    said = capsys.readouterr().out
+    assert f"{rows} rows: fewer than one step of {rows} ranks x 2 micro-batches has" in said
+    assert "lose 1" not in said
+
+
+def test_micro_batches_without_ranks_are_refused(store: Path) -> None:
+    with pytest.raises(UserError, match=r"^--micro-batches 4 is for --ranks; give that, too$"):
+        run(store, row_length=64, micro_batches=4)
+
+
 def test_unknown_base_is_refused(store: Path) -> None:
     with pytest.raises(UserError, match="--base 'gpt2' is not known; known: qwen3_14b, llama3"):
         run(store, row_length=64, ranks=8, base="gpt2")

@@ -34,6 +34,40 @@ def test_lines_say_stage_count_rate_and_time_left(clock: list[float]) -> None:
     assert first == "pack: 20/100 rows, 2.0 rows/s, 10 s, 40 s left, loss 1.5"
 
 
+def test_what_was_done_before_counts_but_not_in_the_rate(clock: list[float]) -> None:
+    out, bar = io.StringIO(), Terminal()
+    with progress("train", total=400, unit="steps", done=44, stream=out) as counter:
+        clock[0] += 10
+        counter.advance(20)
+    assert out.getvalue() == "train: 64/400 steps, 2.0 steps/s, 10 s, 168 s left\n"
+    with progress("train", total=400, unit="steps", done=44, stream=bar) as counter:
+        clock[0] += 10
+        counter.advance(20)
+    assert "64/400" in bar.getvalue()
+    assert "2.0 steps/s" in bar.getvalue()
+
+
+def test_what_turns_out_to_be_none_leaves_the_total(clock: list[float]) -> None:
+    out, bar, lines = io.StringIO(), Terminal(), io.StringIO()
+    with progress("complete", total=40, unit="draws", stream=out) as counter:
+        clock[0] += 10
+        counter.advance(20, fewer=10)
+    assert out.getvalue() == "complete: 20/30 draws, 2.0 draws/s, 10 s, 5 s left\n"
+    with progress("complete", total=40, unit="draws", stream=bar) as counter:
+        counter.advance(20, fewer=10)
+    assert "20/30" in bar.getvalue()
+    told = JsonLines("complete", total=50, done=10, stream=lines)
+    clock[0] += 10
+    told.advance(20, {}, fewer=10)
+    assert json.loads(lines.getvalue()) == {
+        "stage": "complete",
+        "seconds": 10,
+        "done": 30,
+        "total": 40,
+        "seconds_left": 5,
+    }
+
+
 def test_lines_are_seldom(clock: list[float]) -> None:
     out = io.StringIO()
     with progress("pack", total=1000, unit="rows", stream=out) as counter:

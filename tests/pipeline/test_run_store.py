@@ -321,8 +321,9 @@ def test_a_disk_that_is_full_is_one_line_and_costs_nothing(tmp_path: Path) -> No
     full, read_only, nothing = done.stderr.splitlines()
     assert "records.sqlite cannot be read or written: database or disk is full; " in full
     assert "what is committed is safe" in full
-    assert read_only == f"--out {disk}/run cannot be written: Read-only file system"
-    assert nothing == f"--out {disk}/other cannot be written: Read-only file system"
+    way_out = "Read-only file system; choose another --out, or give the right to write"
+    assert read_only == f"--out {disk}/run cannot be written: {way_out}"
+    assert nothing == f"--out {disk}/other cannot be written: {way_out}"
     assert len(kept) > 64
     check_kept(copy, kept)
 

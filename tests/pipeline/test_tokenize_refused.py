@@ -75,7 +75,7 @@ def test_a_folder_that_holds_something_else_keeps_it(
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "notes.txt").write_text("mine")
     said = refused(tokenize(few, tmp_path))
-    assert f"--out {tmp_path} holds a tokenizer and no store" in said
+    assert f"--out {tmp_path} holds tokenizer and no store.json, so it is no folder" in said
     assert contents(tmp_path) == {"tokenizer/notes.txt": b"mine"}
 
 

@@ -101,6 +101,18 @@ def test_ctrl_c_says_what_is_safe_and_how_to_go_on(
     assert f"going on after {found[1]} records\n" in tokenize(few, tmp_path).out
 
 
+def test_ctrl_c_before_anything_is_written_says_how_to_go_on_too(
+    tokenize: Tokenize, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "load_tokenizer", interrupted)
+    ended = tokenize(few, tmp_path)
+    assert ended.code == 130
+    assert ended.err == "hermes4: interrupted; run the same command again to go on\n"
+
+
 @pytest.mark.parametrize("writes", [0, 7, 15])
 def test_a_full_disk_is_named_and_costs_no_byte(
     tokenize: Tokenize,
@@ -177,7 +189,7 @@ def other_data(few: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--data", "other_data", "--data {'files': .*chats.jsonl.*, not .*others.jsonl"),
+        ("--data", "other_data", "--data /[^ ]*chats.jsonl, not /[^ ]*others.jsonl;"),
         ("--tokenizer", "other_tokenizer", "--tokenizer .*tokenizer\\d*, not .*other;"),
         ("--template", "hermes_llama3", "--template hermes_chatml, not hermes_llama3;"),
         ("--max-chars", "99", "--max-chars 4000000, not 99;"),
@@ -210,7 +222,24 @@ def test_changed_data_of_the_same_name_is_refused(tokenize: Tokenize, tmp_path: 
     data = write_lines(tmp_path / "chats.jsonl", mixed(9))
     tokenize(data, tmp_path / "store")
     write_lines(data, mixed(10))
-    assert "was begun with --data {" in refused(tokenize(data, tmp_path / "store"))
+    said = refused(tokenize(data, tmp_path / "store"))
+    assert re.search(rf"was begun with --data {data} of [\d,]+ bytes, which has [\d,]+ now; ", said)
+
+
+@pytest.mark.parametrize("begun", ["interrupted", "finished"])
+def test_data_that_was_touched_goes_on(
+    tokenize: Tokenize, few: Path, calm: Path, tmp_path: Path, begun: str
+) -> None:
+    out = tmp_path / "store"
+    before = few.stat()
+    with interrupted_writing(at_line=10_000 if begun == "finished" else 200):
+        tokenize(few, out)
+    try:
+        os.utime(few)
+        assert tokenize(few, out).code == 0
+    finally:
+        os.utime(few, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert contents(out) == contents(calm)
 
 
 def test_a_changed_template_of_the_same_name_is_refused(

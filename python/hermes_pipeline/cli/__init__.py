@@ -11,9 +11,11 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from hermes_pipeline.cli.answering import complete, evaluate
 from hermes_pipeline.cli.data import pack, show, tokenize
+from hermes_pipeline.cli.options import FLAG
 from hermes_pipeline.cli.serving import route, sandbox, serve
 from hermes_pipeline.cli.training import demo, export, init, train
 from hermes_pipeline.errors import UserError
@@ -27,10 +29,31 @@ from hermes_pipeline.exits import (
     say,
     unread,
 )
+from hermes_pipeline.services.folders import explain
 
 UsageError: Any = typer.BadParameter.__base__  # its home has moved from click into typer
 
+
+class _Quiet:
+    """A command whose help shows no kind of value for --help, as for no other flag."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = FLAG
+        return option
+
+
+class _Command(_Quiet, TyperCommand):
+    """One subcommand."""
+
+
+class _Group(_Quiet, TyperGroup):
+    """All of them."""
+
+
 app = typer.Typer(
+    cls=_Group,
     name="hermes4",
     help="From conversations to a trained, served and scored model.",
     epilog=EXIT_CODES,
@@ -53,7 +76,11 @@ def about(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version.",
+            metavar=FLAG,
         ),
     ] = False,
 ) -> None:
@@ -75,7 +102,7 @@ COMMANDS = (
     demo,
 )
 for _command in COMMANDS:
-    app.command()(_command)
+    app.command(cls=_Command)(_command)
 
 
 def main() -> None:
@@ -111,7 +138,7 @@ def _run() -> Any:
     except (UserError, OSError) as error:  # files and disks, too, are the user's
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
-        say(f"hermes4: error: {error}")
+        say(f"hermes4: error: {explain(error) if isinstance(error, OSError) else error}")
         return MISTAKEN
     except KeyboardInterrupt:
         say("hermes4: interrupted")

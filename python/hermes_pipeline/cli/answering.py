@@ -9,6 +9,7 @@ import typer
 from hermes_pipeline.cli.options import (
     ANSWERS,
     COST,
+    NEEDED,
     REQUESTS,
     AsJson,
     Checkpoint,
@@ -18,7 +19,6 @@ from hermes_pipeline.cli.options import (
     MaxTokens,
     ModelName,
     OnRay,
-    OwnRecipe,
     Revision,
     Seed,
     Settings,
@@ -26,6 +26,7 @@ from hermes_pipeline.cli.options import (
     Temperature,
     TimeoutS,
     TopP,
+    default,
     name_model,
 )
 
@@ -35,19 +36,25 @@ def complete(
         str | None,
         typer.Option(
             help="Conversations: a .jsonl, .jsonl.gz, .json or .parquet file, a folder of them, or "
-            "the name of a Hugging Face data set."
+            f"the name of a Hugging Face data set. {NEEDED}"
         ),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder of the answers, such as runs/first/answers.")
+        str | None,
+        typer.Option(help=f"Folder of the answers, such as runs/first/answers. {NEEDED}"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records.")] = None,
     revision: Revision = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of the data set.", show_default="train")
+        str | None, typer.Option(help=f"Split of the data set. {default('train')}")
     ] = None,
     subset: Subset = None,
-    recipe: OwnRecipe = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="answers, which has every setting with its default, or a .toml file like it."
+        ),
+    ] = None,
     set_: Settings = None,
     as_json: AsJson = False,
     endpoint: Endpoints = None,
@@ -59,8 +66,7 @@ def complete(
         typer.Option(
             "--n",
             min=1,
-            help="Answers to each conversation.",
-            show_default="4",
+            help=f"Answers to each conversation. {default(4)}",
             rich_help_panel=ANSWERS,
         ),
     ] = None,
@@ -77,12 +83,14 @@ def complete(
     concurrency: Concurrency = None,
     timeout_s: TimeoutS = None,
     requests_per_s: Annotated[
-        float | None, typer.Option(help="At most so many requests.", rich_help_panel=REQUESTS)
+        float | None,
+        typer.Option(help="At most so many requests in a second.", rich_help_panel=REQUESTS),
     ] = None,
     tokens_per_s: Annotated[
         float | None,
         typer.Option(
-            help="At most so many tokens, of prompts and answers.", rich_help_panel=REQUESTS
+            help="At most so many tokens in a second, of prompts and answers.",
+            rich_help_panel=REQUESTS,
         ),
     ] = None,
     pilot: Annotated[
@@ -112,10 +120,11 @@ def complete(
     ray: OnRay = None,
 ) -> None:
     """Draw n answers to each conversation; resumes where the folder left off."""
-    from hermes_pipeline.config import load
+    from hermes_pipeline.config import check_command, load
     from hermes_pipeline.sampling.recipe import Recipe
     from hermes_pipeline.stages.complete import run
 
+    check_command(recipe, "complete")
     over = {
         "data.name": data,
         "data.revision": revision,
@@ -143,8 +152,10 @@ def complete(
 
 
 def evaluate(
-    benchmark: Annotated[str | None, typer.Option(help="Name of a benchmark.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for the scores and every answer.")] = None,
+    benchmark: Annotated[str | None, typer.Option(help=f"Which benchmark: chain. {NEEDED}")] = None,
+    out: Annotated[
+        str | None, typer.Option(help=f"Folder for the scores and every answer. {NEEDED}")
+    ] = None,
     endpoint: Endpoints = None,
     model: ModelName = None,
     checkpoint: Checkpoint = None,
@@ -153,7 +164,9 @@ def evaluate(
     draws: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Answers to each item; the benchmark's if None.", rich_help_panel=ANSWERS
+            min=1,
+            help="Answers to each item; the benchmark's own number if not given.",
+            rich_help_panel=ANSWERS,
         ),
     ] = None,
     temperature: Temperature = None,
@@ -163,15 +176,18 @@ def evaluate(
     concurrency: Concurrency = None,
     timeout_s: TimeoutS = None,
     ray: OnRay = None,
-    recipe: OwnRecipe = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A .toml file with these settings, and finer ones.")
+    ] = None,
     set_: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a model on a benchmark through one endpoint; every answer is logged."""
-    from hermes_pipeline.config import load
+    from hermes_pipeline.config import check_command, load
     from hermes_pipeline.evaluation.recipe import Recipe
     from hermes_pipeline.stages.evaluate import run
 
+    check_command(recipe, "evaluate")
     over = {
         "benchmark.name": benchmark,
         "benchmark.limit": limit,

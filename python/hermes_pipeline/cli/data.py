@@ -22,8 +22,8 @@ from hermes_pipeline.cli.options import (
 def show(
     data: Data,
     tokenizer: Tokenizer,
-    index: Annotated[int, typer.Option(min=0, help="Which conversation, from 0.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    index: Annotated[int, typer.Option(min=0, help="First conversation to print, from 0.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many conversations.")] = 1,
     template: Template = None,
     tokenizer_revision: TokenizerRevision = None,
     revision: Revision = None,
@@ -50,7 +50,10 @@ def tokenize(
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option(help="Folder of the token store.")],
     template: Template = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes; one for each core if not given.", show_default=False),
+    ] = os.cpu_count() or 1,
     max_chars: Annotated[
         int, typer.Option(min=1, help="Longer conversations go to quarantine.")
     ] = 4_000_000,
@@ -90,15 +93,26 @@ def pack(
     too_long: Annotated[
         str, typer.Option(help="Samples longer than a row: error, drop or truncate.")
     ] = "error",
-    seed: Annotated[int, typer.Option(help="Order of the rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed, another order of the rows.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the plan here (.npz).")] = None,
     ranks: Annotated[
         int | None,
         typer.Option(min=1, help="Say what so many data-parallel ranks lose by waiting."),
     ] = None,
-    micro_batches: Annotated[int, typer.Option(min=1, help="Of a step, one row a rank.")] = 1,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --ranks: rows that each rank takes in a step, one after another; 1 if not "
+            "given.",
+        ),
+    ] = None,
     base: Annotated[
-        str, typer.Option(help="Whose FLOPs count: qwen3_14b, llama3.1_70b or llama3.1_405b.")
+        str,
+        typer.Option(
+            help="With --ranks: the model by whose FLOPs rows are weighed: qwen3_14b, llama3.1_70b "
+            "or llama3.1_405b."
+        ),
     ] = "qwen3_14b",
 ) -> None:
     """Plan the rows of one epoch; print rows, fill, lower bound and histogram."""

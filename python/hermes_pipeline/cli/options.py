@@ -9,6 +9,15 @@ import typer
 # Panels of a long help text.
 MODEL, ANSWERS, REQUESTS, COST = "Model", "Answers", "Requests", "Cost"
 
+NEEDED = r"\[required, here or in the recipe]"
+FLAG = ""  # what stands for the value of an option that has none
+
+
+def default(value: object) -> str:
+    """A default that is the recipe's to change, as help texts show others."""
+    return rf"\[default: {value}]"
+
+
 # Data in.
 Data = Annotated[
     str,
@@ -17,13 +26,19 @@ Data = Annotated[
         "Hugging Face data set."
     ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Revision of the data set; name one.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a data set on the Hub; the newest if not given."),
+]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 Subset = Annotated[str | None, typer.Option(help="Configuration of the data set.")]
 Tokenizer = Annotated[
     str, typer.Option(help="A folder, a tokenizer.json(.gz), or the name of a Hugging Face model.")
 ]
-TokenizerRevision = Annotated[str | None, typer.Option(help="Revision of the tokenizer.")]
+TokenizerRevision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a tokenizer on the Hub; the newest if not given."),
+]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -38,7 +53,7 @@ Endpoints = Annotated[
     typer.Option(
         "--endpoint",
         help="An OpenAI-compatible endpoint, such as http://host/v1; several for a cluster. "
-        "OPENAI_API_KEY holds its key.",
+        "OPENAI_API_KEY holds its key. Give this with --model, or --checkpoint.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -59,22 +74,40 @@ MaxModelLen = Annotated[
     ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option(min=0, show_default="0.6", rich_help_panel=ANSWERS)
+    float | None,
+    typer.Option(
+        min=0,
+        help=f"How freely tokens are drawn; 0: always the likeliest. {default(0.6)}",
+        rich_help_panel=ANSWERS,
+    ),
 ]
 TopP = Annotated[
-    float | None, typer.Option(min=0, max=1, show_default="0.95", rich_help_panel=ANSWERS)
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help=f"Draw among the likeliest tokens that have this share together. {default(0.95)}",
+        rich_help_panel=ANSWERS,
+    ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Of one answer.", rich_help_panel=ANSWERS)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most tokens of one answer; the server's limit if not given.",
+        rich_help_panel=ANSWERS,
+    ),
 ]
 Concurrency = Annotated[
     int | None,
-    typer.Option(min=1, help="Requests in flight.", show_default="64", rich_help_panel=REQUESTS),
+    typer.Option(min=1, help=f"Requests at the same time. {default(64)}", rich_help_panel=REQUESTS),
 ]
 TimeoutS = Annotated[
     float | None,
     typer.Option(
-        min=0.001, help="Seconds for one try.", show_default="600", rich_help_panel=REQUESTS
+        min=0.001,
+        help=f"Seconds for one try of a request. {default(600)}",
+        rich_help_panel=REQUESTS,
     ),
 ]
 OnRay = Annotated[
@@ -83,22 +116,34 @@ OnRay = Annotated[
         help="Work on a Ray cluster: auto, host:port or ray://host:port.", rich_help_panel=REQUESTS
     ),
 ]
-Seed = Annotated[int | None, typer.Option(show_default="0", rich_help_panel=ANSWERS)]
-OwnRecipe = Annotated[
-    str | None,
-    typer.Option("--recipe", help="A .toml file with these settings, and finer ones."),
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Another seed, other answers. {default(0)}",
+        rich_help_panel=ANSWERS,
+    ),
 ]
 
-AsJson = Annotated[bool, typer.Option("--json", help="Progress and results as lines of JSON.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Progress and results as lines of JSON.", metavar=FLAG),
+]
 
 # Serving.
 Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: for other machines, too.")]
 
 # Training.
-Recipe = Annotated[str, typer.Option(help="A recipe of the project, or a .toml file.")]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        help="tiny, finetune, hermes4_14b, hermes4_70b, hermes4_405b, or a .toml file like them."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="One setting over the recipe's, as section.key=value."),
+    typer.Option(
+        "--set", help="One setting over the recipe's, as section.key=value; may be repeated."
+    ),
 ]
 
 

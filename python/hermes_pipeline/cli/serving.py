@@ -17,13 +17,14 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port.")] = 8000,
     host: Host = "127.0.0.1",
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Context length to serve; the model's if None.")
+        int | None,
+        typer.Option(min=1, help="Context length to serve; the model's own if not given."),
     ] = None,
     ready_s: Annotated[
         float, typer.Option(min=1, help="Seconds until it must have given a first answer.")
     ] = 600.0,
     log: Annotated[
-        Path | None, typer.Option(help="vLLM's output; MODEL.server.log here if None.")
+        Path | None, typer.Option(help="vLLM's output; MODEL.server.log here if not given.")
     ] = None,
     join: Annotated[
         str | None,
@@ -60,7 +61,7 @@ def route(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port.")] = 8000,
     host: Host = "127.0.0.1",
     log: Annotated[
-        Path | None, typer.Option(help="vllm-router's output; router.log here if None.")
+        Path | None, typer.Option(help="vllm-router's output; router.log here if not given.")
     ] = None,
 ) -> None:
     """Put one endpoint before many workers, which come and go.
@@ -79,7 +80,7 @@ def sandbox(
         str, typer.Option(help="Others than 127.0.0.1 need HERMES4_SANDBOX_TOKEN to be set.")
     ] = "127.0.0.1",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Jobs at a time; one for each core if None.")
+        int | None, typer.Option(min=1, help="Jobs at a time; one for each core if not given.")
     ] = None,
     box: Annotated[
         str, typer.Option(help="bubblewrap, docker, podman, docker:IMAGE or podman:IMAGE.")

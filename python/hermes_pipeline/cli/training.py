@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hermes_pipeline.cli.options import (
+    NEEDED,
     Recipe,
     Settings,
     Tokenizer,
@@ -29,11 +30,16 @@ def init(
 
 def train(
     recipe: Recipe,
-    store: Annotated[Path | None, typer.Option(help="Token store; over the recipe's.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Start weights in Hugging Face form; over the recipe's.")
+    store: Annotated[
+        Path | None, typer.Option(help=f"Token store; a run that goes on knows its own. {NEEDED}")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; over the recipe's.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Start weights in Hugging Face form; a run that goes on has its own. {NEEDED}"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help=f"Run folder. {NEEDED}")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
     set_: Settings = None,
 ) -> None:
@@ -51,19 +57,25 @@ def export(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the model; file or folder for answers, theirs if None."),
+        typer.Option(
+            help="Folder for the model; file or folder for answers, beside them if not given."
+        ),
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="Of answers: jsonl (if None), parquet or datasets."),
+        typer.Option(
+            "--format", help="Form of answers: jsonl, parquet or datasets; jsonl if not given."
+        ),
     ] = None,
     licence: Annotated[
-        str | None, typer.Option(help="Of answers, for the card of --format datasets.")
+        str | None, typer.Option(help="Licence of answers, for the card of --format datasets.")
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Checkpoint step; the last if None.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoint; the last if not given.")
+    ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16; that of the start weights if None."),
+        typer.Option(help="float32, bfloat16 or float16; that of the start weights if not given."),
     ] = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face model, or answers as a file or a data set."""
@@ -76,7 +88,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
         "runs/demo"
     ),
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Another seed, other data and weights.")] = 0,
 ) -> None:
     """Run the whole job on a tiny model: data, packing, training, serving, scores, report."""
     from hermes_pipeline.stages.demo import run

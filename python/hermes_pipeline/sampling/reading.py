@@ -18,7 +18,7 @@ class Reading:
     """The conversations of some records, read once.
 
     Args:
-        quarantine: takes what is said of a record that is no conversation.
+        quarantine: takes what is said of a record that is no conversation, with its number.
         system: the system message of conversations that have none.
     """
 
@@ -57,4 +57,4 @@ class Reading:
     def _set_aside(self, record: Record, reason: str) -> None:
         self.quarantined += 1
         self.reasons[without_numbers(reason)] += 1
-        self._quarantine(quarantine_entry(record, reason))
+        self._quarantine(quarantine_entry(record, reason) | {"number": self.read})

@@ -61,7 +61,7 @@ class Show:
 
     Args:
         left: draws to be had.
-        passed_over: how many of them turned out to be none.
+        passed_over: how many of them have turned out to be none.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Show:
     ) -> None:
         self.spending = spending
         self._tell, self._left, self._passed_over = tell, left, passed_over
-        self._shown = 0
+        self._shown = self._fewer = 0
         self._looks = deque([(time.monotonic(), 0)], maxlen=RATE_LOOKS)
 
     def __call__(self) -> None:
@@ -85,13 +85,13 @@ class Show:
             "in_flight": tally.in_flight,
             "tokens_per_s": round((tokens - before) / max(1e-3, now - then), 1),
         }
-        done = tally.kept + tally.set_aside + self._passed_over()
+        done, fewer = tally.kept + tally.set_aside, self._passed_over()
         if spending.prices.are_given:
-            told = spending.forecast(self._left - done)
+            told = spending.forecast(self._left - done - fewer)
             figures["cost"] = round(spending.cost, 6)
             figures["cost_expected"] = round(spending.cost + (told.cost if told else 0.0), 6)
-        self._tell(done - self._shown, figures)
-        self._shown = done
+        self._tell(done - self._shown, figures, fewer=fewer - self._fewer)
+        self._shown, self._fewer = done, fewer
 
 
 def describe(figures: Mapping[str, float]) -> str:

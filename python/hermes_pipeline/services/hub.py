@@ -8,13 +8,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.connection import reach_hub
 from hermes_pipeline.services.files import (
     EXTENSIONS,
     Cursor,
@@ -25,6 +25,7 @@ from hermes_pipeline.services.files import (
     read_file,
     without_nulls,
 )
+from hermes_pipeline.services.identity import FEW_FILES, identify
 
 MAX_BYTES = 1 << 28  # of one record, where the caller sets no limit
 
@@ -72,6 +73,11 @@ class DataSource:
         self._data_set: Any = None
         self._cursor = Cursor()
         path = _path(data)
+        if data == "-" or (path.exists() and not path.is_dir() and not path.is_file()):
+            raise UserError(
+                f"--data {data} is a pipe or a device, which cannot be read twice; write it to a "
+                f"file, such as chats.jsonl, and give that"
+            )
         if path.is_dir():
             if not _is_data_set(path, subset):
                 self._files = find_files(path, split)
@@ -84,7 +90,7 @@ class DataSource:
             )
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this data from other data, as JSON values."""
+        """Return what tells this data from other data, as JSON values; see `changed`."""
         if self._files is None:
             known = {
                 "data_set": self.name,
@@ -94,9 +100,14 @@ class DataSource:
                 "records": self.count(),
             }
             folder = _path(self.name)
-            return known | {"files": _folder_digest(folder)} if folder.is_dir() else known
-        files = _stats(self._files)
-        return {"files": files if len(files) <= 16 else _digest(files)}
+            if folder.is_dir():
+                return known | {"files": _digest(identify(_seen(folder)))}
+            return known
+        files = identify(self._files)
+        if len(files) <= FEW_FILES:
+            return {"files": files}
+        size = sum(size for _, size, _ in files)
+        return {"files": _digest(files), "count": len(files), "bytes": size}
 
     def count(self) -> int | None:
         """Return the number of records where that is known without reading."""
@@ -158,13 +169,14 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
             return _tokenizer_from_file(found[0])
     elif _looks_like_path(name_or_path):
         raise UserError(f"no such tokenizer: {name_or_path}")
+    here = path.is_dir() or not reach_hub("tokenizer", name_or_path, "models")
     from transformers import AutoTokenizer
 
-    if not path.is_dir():
-        _tell_of_hub("tokenizer", name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path) if path.is_dir() else name_or_path, revision=revision or "main"
+            str(path) if path.is_dir() else name_or_path,
+            revision=revision or "main",
+            local_files_only=here,
         )
     except Exception as error:
         raise UserError(f"tokenizer {name_or_path!r} cannot be loaded: {_line(error)}") from None
@@ -256,10 +268,14 @@ def _load_data_set(name: str, revision: str | None, split: str, subset: str | No
             return datasets.load_from_disk(str(path))
         if path.is_dir():
             # The library's own cache is known by README.md alone and outlives an edited file.
-            cache = Path(datasets.config.HF_DATASETS_CACHE) / _folder_digest(path)
+            stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in _seen(path)]
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / _digest(stats)
             return datasets.load_dataset(str(path), subset, split=split, cache_dir=str(cache))
-        _tell_of_hub("data set", name)
+        cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+        reach_hub("data set", name, "datasets", cached)
         return datasets.load_dataset(name, subset, split=split, revision=revision)
+    except UserError:
+        raise
     except Exception as error:  # whatever a data set's files and the network raise
         if isinstance(error, datasets.exceptions.DatasetGenerationError):
             error = error.__cause__ or error  # its own words are that there is an error
@@ -281,14 +297,10 @@ def _path(name: str) -> Path:
     return path
 
 
-def _stats(files: Iterable[Path]) -> list[list[Any]]:
-    stats = [(path.resolve(), path.stat()) for path in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-
-
-def _folder_digest(folder: Path) -> str:
+def _seen(folder: Path) -> list[Path]:
+    """The files under a folder in order, the hidden ones left out."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return _digest(_stats(p for p in files if not p.relative_to(folder).as_posix().startswith(".")))
+    return [p.resolve() for p in files if p.relative_to(folder).as_posix()[0] != "."]
 
 
 def _is_data_set(folder: Path, subset: str | None) -> bool:
@@ -304,11 +316,6 @@ def _looks_like_path(name: str) -> bool:
         or name.count("/") > 1
         or not name.strip()
     )
-
-
-def _tell_of_hub(kind: str, name: str) -> None:
-    """Say so before the network is waited for, which may take a minute to fail."""
-    sys.stderr.write(f"{kind} {name!r} is no file or folder here: asking the Hugging Face hub\n")
 
 
 def _line(error: Exception) -> str:

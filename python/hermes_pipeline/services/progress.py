@@ -25,26 +25,33 @@ LINE_EVERY_S = 5.0
 WAIT_LINE_EVERY_S = 15.0
 
 
-Tell = Callable[[float, Mapping[str, float]], None]
+class Tell(Protocol):
+    """Counts work done, with figures by their names; ``fewer`` turned out to be none."""
+
+    def __call__(self, count: float, figures: Mapping[str, float], *, fewer: float = 0) -> None: ...
 
 
 class Counter(Protocol):
     """Counts work done; `note` is a short live remark, such as the loss."""
 
-    def advance(self, count: float = 1, note: str = "") -> None: ...
+    def advance(self, count: float = 1, note: str = "", *, fewer: float = 0) -> None: ...
 
 
 class _Lines:
     """Progress as plain lines, one every few seconds and one at the end."""
 
-    def __init__(self, stage: str, total: float | None, unit: str, stream: TextIO) -> None:
+    def __init__(
+        self, stage: str, total: float | None, unit: str, stream: TextIO, done: float
+    ) -> None:
         self._stage, self._total, self._unit, self._stream = stage, total, unit, stream
-        self._done, self._note = 0.0, ""
+        self._before = self._done = done
+        self._note = ""
         self._start = self._last = time.monotonic()
         self._written = -1.0  # what the last line said was done
 
-    def advance(self, count: float = 1, note: str = "") -> None:
+    def advance(self, count: float = 1, note: str = "", *, fewer: float = 0) -> None:
         self._done += count
+        self._total = None if self._total is None else self._total - fewer
         self._note = note or self._note
         if time.monotonic() - self._last >= LINE_EVERY_S:
             self.write()
@@ -56,7 +63,7 @@ class _Lines:
     def write(self) -> None:
         self._last, self._written = time.monotonic(), self._done
         seconds = self._last - self._start
-        rate = self._done / seconds if seconds > 0 else 0.0
+        rate = (self._done - self._before) / seconds if seconds > 0 else 0.0
         text = f"{self._stage}: {self._done:,.0f}"
         if self._total is not None:
             text += f"/{self._total:,.0f}"
@@ -69,20 +76,29 @@ class _Lines:
 class _Bar:
     """Progress as a live bar."""
 
-    def __init__(self, bar: Progress, stage: str, total: float | None, unit: str) -> None:
-        self._bar, self._unit, self._done, self._start = bar, unit, 0.0, time.monotonic()
-        self._task = bar.add_task(stage, total=total, rate="", note="")
+    def __init__(
+        self, bar: Progress, stage: str, total: float | None, unit: str, done: float
+    ) -> None:
+        self._bar, self._unit, self._new, self._start = bar, unit, 0.0, time.monotonic()
+        self._total = total
+        self._task = bar.add_task(stage, total=total, completed=int(done), rate="", note="")
 
-    def advance(self, count: float = 1, note: str = "") -> None:
-        self._done += count
-        rate = self._done / max(1e-9, time.monotonic() - self._start)
+    def advance(self, count: float = 1, note: str = "", *, fewer: float = 0) -> None:
+        self._new += count
+        self._total = None if self._total is None else self._total - fewer
+        rate = self._new / max(1e-9, time.monotonic() - self._start)
         fields = {"rate": f"{rate:,.1f} {self._unit}/s"} | ({"note": note} if note else {})
-        self._bar.update(self._task, advance=count, **fields)  # type: ignore[arg-type]
+        self._bar.update(self._task, advance=count, total=self._total, **fields)  # type: ignore[arg-type]
 
 
 @contextmanager
 def progress(
-    stage: str, *, total: float | None, unit: str, stream: TextIO | None = None
+    stage: str,
+    *,
+    total: float | None,
+    unit: str,
+    done: float = 0,
+    stream: TextIO | None = None,
 ) -> Iterator[Counter]:
     """Show the progress of one stage on ``stream`` (standard error if None).
 
@@ -90,10 +106,11 @@ def progress(
         stage: what is being done.
         total: how much there is, or None when nobody knows.
         unit: what is counted, in the plural.
+        done: how much of it was there before; rates leave it out.
     """
     stream = stream or sys.stderr
     if not stream.isatty():
-        lines = _Lines(stage, total, unit, stream)
+        lines = _Lines(stage, total, unit, stream, done)
         try:
             yield lines
         finally:
@@ -110,27 +127,30 @@ def progress(
         TextColumn("{task.fields[note]}", table_column=Column()),
     )
     with Progress(*columns, console=Console(file=stream)) as bar:
-        yield _Bar(bar, stage, total, unit)
+        yield _Bar(bar, stage, total, unit, done)
 
 
 class JsonLines:
     """Progress for other programs: JSON, a line every few seconds."""
 
-    def __init__(self, stage: str, *, total: float | None, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, stage: str, *, total: float | None, done: float = 0, stream: TextIO | None = None
+    ) -> None:
         self._stage, self._total, self._stream = stage, total, stream or sys.stdout
-        self._done = 0.0
+        self._before = self._done = done
         self._start = self._last = time.monotonic()
 
-    def advance(self, count: float, figures: Mapping[str, float]) -> None:
+    def advance(self, count: float, figures: Mapping[str, float], *, fewer: float = 0) -> None:
         """Count work done; ``figures`` stand beside it, by their names."""
         self._done += count
+        self._total = None if self._total is None else self._total - fewer
         now = time.monotonic()
         if now - self._last < LINE_EVERY_S:
             return
         self._last, seconds = now, now - self._start
         line = {"stage": self._stage, "seconds": round(seconds, 1), "done": self._done}
-        if self._total is not None and self._done > 0:
-            left = max(0.0, self._total - self._done) * seconds / self._done
+        if self._total is not None and (new := self._done - self._before) > 0:
+            left = max(0.0, self._total - self._done) * seconds / new
             line |= {"total": self._total, "seconds_left": round(left, 1)}
         print(json.dumps(line | dict(figures)), file=self._stream, flush=True)
 
@@ -143,6 +163,7 @@ def telling(
     unit: str,
     describe: Callable[[Mapping[str, float]], str],
     as_json: bool,
+    done: float = 0,
     label: str | None = None,
 ) -> Iterator[Tell]:
     """Where a stage tells what is done, with figures by their names.
@@ -150,13 +171,18 @@ def telling(
     Args:
         describe: the figures as a remark for people.
         as_json: lines of JSON on standard output, instead of a bar or lines for people.
+        done: how much was there before.
         label: what people see, ``stage`` if None.
     """
     if as_json:
-        yield JsonLines(stage, total=total).advance
+        yield JsonLines(stage, total=total, done=done).advance
         return
-    with progress(label or stage, total=total, unit=unit) as bar:
-        yield lambda done, figures: bar.advance(done, describe(figures))
+    with progress(label or stage, total=total, unit=unit, done=done) as bar:
+
+        def tell(count: float, figures: Mapping[str, float], *, fewer: float = 0) -> None:
+            bar.advance(count, describe(figures), fewer=fewer)
+
+        yield tell
 
 
 @contextmanager

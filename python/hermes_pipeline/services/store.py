@@ -40,6 +40,7 @@ from hermes_core.files import remove_unfinished, write_atomically, write_text
 from hermes_pipeline.config import changes
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.files import without_numbers
+from hermes_pipeline.services.folders import check_folder, explain, writing
 from hermes_pipeline.services.store_reader import (
     FORMAT,
     explained,
@@ -329,7 +330,7 @@ def _take_lock(folder: Path) -> IO[bytes]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
+        raise UserError(explain(error, folder)) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -351,18 +352,11 @@ def _take_lock(folder: Path) -> IO[bytes]:
 def _keep_about(folder: Path, about: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
     """Write stage.json, or refuse a folder that was begun with other settings."""
     if not is_stage(folder):
-        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-        if others:
-            raise UserError(
-                f"--out {folder} holds {others[0]} and no stage.json, so it is no folder of ours; "
-                f"choose another --out"
-            )
+        check_folder(folder, "stage.json")
         versions = {"hermes4-core": __version__, "python": platform.python_version()}
         whole = {"format": FORMAT, **about, "recipe": dict(recipe), "versions": versions}
-        try:
+        with writing(folder):
             write_text(folder / "stage.json", json.dumps(whole, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--out {folder} cannot be written: {error.strerror}") from None
         return
     before = read_about(folder)
     if before["fingerprint"] == about["fingerprint"]:

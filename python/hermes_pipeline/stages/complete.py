@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -30,6 +31,7 @@ from hermes_pipeline.sampling.reading import Reading
 from hermes_pipeline.sampling.recipe import Data, Recipe
 from hermes_pipeline.sampling.spending import Show, Spending, describe
 from hermes_pipeline.services.endpoint import EndpointError, Reply
+from hermes_pipeline.services.folders import writing
 from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.services.progress import Tell, telling
 from hermes_pipeline.services.serving import (
@@ -93,26 +95,41 @@ def _run_whole(recipe: Recipe, source: DataSource, store: RunStore, as_json: boo
     """Every draw of every conversation."""
     out, draws = store.folder, recipe.run.draws
     tally = Tally()
-    reading = _read(source, recipe.data, out)
-    planned = plan(reading.inputs(), store.past, draws=draws, seed=recipe.run.seed)
-    # A run that has nothing to ask starts no server, and reckons nothing.
-    if first := next((draw for draw in planned if draw is not None), None):
-        spending = Spending(recipe.prices, read_usage(out), tally)
-        records, before = _count(source, recipe.data.limit), read_counts(out)
-        # As far as is known before the data is read.
-        quarantined = before["quarantined"] if before.get("read") == records else 0
-        left = _left(recipe, records, out, quarantined)
-        _tell_forecast(spending, left, as_json)
-        total = left + draws * quarantined
-        with _showing(recipe, out, total, as_json) as (tell, model):
-            show = Show(tell, spending, total, lambda: draws * reading.quarantined)
-            _ask(chain([first], planned), recipe, model, store, show)
-        _check_money(spending, store)
-    counts = _counts(reading, tally) | {"answers": count(out).records}
+    with _reading(source, recipe.data, out) as reading:
+        planned = plan(reading.inputs(), store.past, draws=draws, seed=recipe.run.seed)
+        # A run that has nothing to ask starts no server, and reckons nothing.
+        if first := next((draw for draw in planned if draw is not None), None):
+            spending = Spending(recipe.prices, read_usage(out), tally)
+            _ask_all(chain([first], planned), recipe, source, store, spending, reading, as_json)
+            _check_money(spending, store)
+    answers = count_kept(out, inputs=reading.read, draws=draws)
+    counts = _counts(reading, tally) | {"answers": answers}
     store.write_counts(counts)
     errors = store.write_errors()
     _check_useful(source, out, counts, reading.reasons, errors)
     _summarize(out, counts, errors, as_json)
+
+
+def _ask_all(
+    planned: Iterator[Draw | None],
+    recipe: Recipe,
+    source: DataSource,
+    store: RunStore,
+    spending: Spending,
+    reading: Reading,
+    as_json: bool,
+) -> None:
+    """Have what is planned answered; says before what it will cost, and meanwhile how far it is."""
+    out, draws = store.folder, recipe.run.draws
+    records, before = _count(source, recipe.data.limit), read_counts(out)
+    # As far as is known before the data is read.
+    known = before["quarantined"] if before.get("read") == records else 0
+    left = _left(recipe, records, out, known)
+    _tell_forecast(spending, left, as_json)
+    total = draws * (records - known)
+    with _showing(recipe, out, total, as_json, done=total - left) as (tell, model):
+        show = Show(tell, spending, left, lambda: draws * max(0, reading.quarantined - known))
+        _ask(planned, recipe, model, store, show)
 
 
 def _run_pilot(
@@ -124,13 +141,13 @@ def _run_pilot(
     chosen = set(random.Random(seed).sample(range(1, there + 1), min(wanted, there)))
     tally = Tally()
     spending = Spending(recipe.prices, read_usage(out), tally)
-    reading = _read(source, recipe.data, out)
-    inputs = (each if each and each[0].number in chosen else None for each in reading.inputs())
-    planned = plan(inputs, store.past, draws=1, seed=seed)
-    if first := next((draw for draw in planned if draw is not None), None):
-        with _showing(recipe, out, len(chosen), as_json) as (tell, model):
-            show = Show(tell, spending, len(chosen), lambda: 0)
-            _ask(chain([first], planned), recipe, model, store, show)
+    with _reading(source, recipe.data, out) as reading:
+        inputs = (each if each and each[0].number in chosen else None for each in reading.inputs())
+        planned = plan(inputs, store.past, draws=1, seed=seed)
+        if first := next((draw for draw in planned if draw is not None), None):
+            with _showing(recipe, out, len(chosen), as_json) as (tell, model):
+                show = Show(tell, spending, len(chosen), lambda: 0)
+                _ask(chain([first], planned), recipe, model, store, show)
     _check_money(spending, store)
     answers = count(out).records
     left = _left(recipe, there, out, reading.quarantined)
@@ -188,27 +205,52 @@ async def _answer(
 
 @contextmanager
 def _showing(
-    recipe: Recipe, out: Path, total: int, as_json: bool
+    recipe: Recipe, out: Path, total: int, as_json: bool, done: int = 0
 ) -> Iterator[tuple[Tell, Answerer]]:
     """The model, and where progress is told once it is there."""
     log = out / "server.log"
     with (
         answerer(recipe.model, recipe.requests, recipe.ray, log, _warn) as model,
-        telling("complete", total=total, unit="draws", describe=describe, as_json=as_json) as tell,
+        telling(
+            "complete", total=total, done=done, unit="draws", describe=describe, as_json=as_json
+        ) as tell,
     ):
         yield tell, model
 
 
-def _read(source: DataSource, data: Data, out: Path) -> Reading:
-    """The conversations of the data; what is none goes to quarantine.jsonl."""
+@contextmanager
+def _reading(source: DataSource, data: Data, out: Path) -> Iterator[Reading]:
+    """The conversations of the data; what is none goes to quarantine.jsonl.
+
+    A pass to its end takes the place of what earlier ones found among the same records; one that
+    ends early takes the place of nothing.
+    """
     path = out / "quarantine.jsonl"
-    path.unlink(missing_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    with writing(out), new.open("w", encoding="utf-8") as file:
+        try:
 
-    def quarantine(entry: Mapping[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            def quarantine(entry: Mapping[str, Any]) -> None:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    return Reading(islice(source.records(), data.limit), quarantine, data.system)
+            reading = Reading(islice(source.records(), data.limit), quarantine, data.system)
+            yield reading
+            file.writelines(_quarantined_behind(path, reading.read))
+            file.flush()
+            path.unlink(missing_ok=True)
+        finally:
+            if path.exists() or file.tell() == 0:
+                new.unlink()
+            else:
+                new.rename(path)
+
+
+def _quarantined_behind(path: Path, number: int) -> list[str]:
+    """The lines of a quarantine on records behind that number."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [line for line in file if json.loads(line).get("number", 0) > number]
 
 
 def _counts(reading: Reading, tally: Tally) -> dict[str, int]:
@@ -304,7 +346,9 @@ def _summarize(out: Path, counts: Mapping[str, int], errors: Counter[str], as_js
         for error, times in errors.most_common(5):
             _say(f"{times:>9,}  {error}")
         _say("run the same command again to ask for them again")
-    _say(f"{counts['answers']:,} answers: hermes4 export {out}")
+    all_of_them = count(out).records
+    more = "" if all_of_them == counts["answers"] else f" of {all_of_them:,} in the folder"
+    _say(f"{counts['answers']:,} answers{more}: hermes4 export {out}")
 
 
 def _safe(out: Path) -> str:

@@ -29,6 +29,7 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.recipe import Questions, Recipe, Run
 from hermes_pipeline.exits import INTERRUPTED, STOPPED, say
 from hermes_pipeline.services.endpoint import Sampling
+from hermes_pipeline.services.folders import check_folder, writing
 from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.services.progress import progress
 from hermes_pipeline.services.serving import Model
@@ -180,10 +181,9 @@ class Journal:
     """What of a demo's folder is finished, and under which keys: `steps.json`."""
 
     def __init__(self, out: Path) -> None:
-        try:
+        check_folder(out, "steps.json")
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"{out} is a file, not a folder; choose another --out") from None
         self._out, self._path = out, out / "steps.json"
         self._entries: dict[str, dict[str, Any]] = {}
         if self._path.exists():
@@ -191,8 +191,6 @@ class Journal:
                 self._entries = json.loads(self._path.read_text(encoding="utf-8"))
             except ValueError:
                 raise UserError(f"{self._path} is damaged; move {out} away") from None
-        elif any(out.iterdir()):
-            raise UserError(f"{out} is not empty and no folder of a demo; choose another --out")
         self._key = f"hermes4-core {metadata.version('hermes4-core')}"
 
     def begin(self, step: Step) -> bool:

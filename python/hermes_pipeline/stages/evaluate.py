@@ -73,7 +73,8 @@ def run(recipe: Recipe, *, label: str | None = None, as_json: bool = False) -> d
         if todo:
             told = telling(
                 "evaluate",
-                total=len(todo),
+                total=len(planned),
+                done=len(planned) - len(todo),
                 unit="answers",
                 describe=_note,
                 as_json=as_json,

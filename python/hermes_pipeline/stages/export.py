@@ -20,6 +20,7 @@ import orjson
 
 from hermes_core.files import write_atomically
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.folders import writing
 from hermes_pipeline.services.store_reader import (
     Recorded,
     count,
@@ -85,13 +86,14 @@ def export(
     elif to.is_dir():
         raise UserError(f"--out {to} is a folder; --format {form} writes a file")
     else:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(to) as file:
-            if form == "parquet":
-                _write_parquet(file, read_results(folder))
-            else:
-                for recorded in read_results(folder):
-                    file.write(orjson.dumps(_record(recorded)) + b"\n")
+        with writing(to, goes_on="run the same command again"):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(to) as file:
+                if form == "parquet":
+                    _write_parquet(file, read_results(folder))
+                else:
+                    for recorded in read_results(folder):
+                        file.write(orjson.dumps(_record(recorded)) + b"\n")
     inputs, answers = count(folder)
     sys.stderr.write(f"export: {answers:,} answers to {inputs:,} inputs in {to}\n")
 
@@ -154,7 +156,8 @@ def _write_data_set(folder: Path, out: Path, licence: str) -> None:
 
     shards = max(1, -(-count(folder).inputs // SHARD_RECORDS))
     card = _Card()
-    with written_whole(out, marker={"made_by": "hermes4 export"}) as temporary:
+    marker = {"made_by": "hermes4 export", "answers": str(folder.resolve())}
+    with written_whole(out, marker=marker) as temporary:
         seen = card.seeing(read_results(folder))
         for shard in range(shards):
             name = f"train-{shard:05}-of-{shards:05}.parquet"

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 from hermes_core import Store, StoreError, open_store
+from hermes_core.packing import counted
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.packing import imbalance_report, length_histogram, plan_epoch
+from hermes_pipeline.packing import check_choices, imbalance_report, length_histogram, plan_epoch
+from hermes_pipeline.services.folders import writing
 from hermes_pipeline.training.shape import BASES
 
 
@@ -20,7 +22,7 @@ def run(
     seed: int = 0,
     out: Path | None = None,
     ranks: int | None = None,
-    micro_batches: int = 1,
+    micro_batches: int | None = None,
     base: str = "qwen3_14b",
 ) -> None:
     """Print rows, fill, lower bound and histogram; write the plan to ``out`` (.npz).
@@ -34,6 +36,9 @@ def run(
         raise UserError(f"--seed is {seed}, want 0 or more")
     if out is not None and out.suffix != ".npz":
         raise UserError(f"--out {out} must end in .npz")
+    if ranks is None and micro_batches is not None:
+        raise UserError(f"--micro-batches {micro_batches} is for --ranks; give that, too")
+    check_choices(strategy, too_long)
     if base not in BASES:
         raise UserError(f"--base {base!r} is not known; known: {', '.join(BASES)}")
     try:
@@ -49,13 +54,12 @@ def run(
     _say(plan.report())
     if ranks is not None:
         flops = BASES[base].training_flops()
-        _say(imbalance_report(plan, lengths, flops, ranks=ranks, micro_batches=micro_batches))
+        given = micro_batches or 1
+        _say(imbalance_report(plan, lengths, flops, ranks=ranks, micro_batches=given))
     if out is not None:
-        try:
+        with writing(out, goes_on="run the same command again"):
             out.parent.mkdir(parents=True, exist_ok=True)
             plan.save(out)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error}") from None
         _say(f"plan written to {out}")
 
 
@@ -67,11 +71,12 @@ def _describe(folder: Path, store: Store, row_length: int) -> None:
             f"{folder} is damaged: its {store.token_count:,} tokens are in samples of {low:,} to "
             f"{high:,}; copy the store again"
         )
-    _say(f"{folder}: {len(store):,} samples, {store.token_count:,} tokens")
+    _say(f"{folder}: {counted(len(store), 'sample')}, {counted(store.token_count, 'token')}")
     for line in length_histogram(lengths, row_length):
         _say(line)
     longer = int((lengths > row_length).sum())
-    _say(f"{longer:,} samples are longer than a row of {row_length:,}")
+    verb = "is" if longer == 1 else "are"
+    _say(f"{counted(longer, 'sample')} {verb} longer than a row of {row_length:,}")
 
 
 def _say(line: str) -> None:

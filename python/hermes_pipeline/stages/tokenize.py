@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -24,12 +24,14 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import INTERRUPTED
 from hermes_pipeline.records import Sample
 from hermes_pipeline.services.files import Record, quarantine_entry, without_numbers
+from hermes_pipeline.services.folders import check_folder, writing
 from hermes_pipeline.services.hub import (
     DataSource,
     load_template,
     load_tokenizer,
     tokenizer_fingerprint,
 )
+from hermes_pipeline.services.identity import changed
 from hermes_pipeline.services.progress import progress
 from hermes_pipeline.services.workers import WorkerDied, map_in_order
 from hermes_pipeline.tokenization import Tokenization, TokenizerState, template_fingerprint
@@ -50,6 +52,17 @@ Batch = Sequence[Record]
 Result = Sample | str  # or why it is set aside
 
 
+@contextmanager
+def _telling_the_way_on() -> Iterator[None]:
+    """Say at an interrupt that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("hermes4: interrupted; run the same command again to go on", sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+@_telling_the_way_on()
 def run(
     source: DataSource,
     tokenizer: str,
@@ -73,7 +86,7 @@ def run(
             every record is bad.
         SystemExit: interrupted; what is written is safe.
     """
-    _check_folder(out)
+    check_folder(out, "store.json", "writing")
     loaded = load_tokenizer(tokenizer, tokenizer_revision)
     template_name, text = load_template(template, loaded)
     earlier = _recorded(out)
@@ -104,7 +117,10 @@ def run(
     if earlier:
         _check_same(out, earlier, meta)
     try:
-        with StoreWriter(out, meta=meta, vocab_size=tokenization.encoder.vocab_size) as writer:
+        with (
+            writing(out),
+            StoreWriter(out, meta=meta, vocab_size=tokenization.encoder.vocab_size) as writer,
+        ):
             if writer.finished:
                 _say(f"{out} is finished already, from the same data and settings")
             else:
@@ -115,7 +131,7 @@ def run(
                 left = None if limit is None else max(0, limit - writer.records_done)
                 work = (state, text, day, max_chars)
                 _write(writer, islice(records, left), source, work, workers, limit)
-    except (StoreError, OSError) as error:
+    except StoreError as error:
         raise UserError(str(error)) from None
     _summarize(out)
 
@@ -132,19 +148,21 @@ def _write(
     if before:
         _say(f"going on after {before:,} records")
     total = source.count() if limit is None else limit
-    left = None if total is None else max(0, total - before)
     done = map_in_order(_tokenize, _batches(records), setup=_set_up, given=work, workers=workers)
     # Whatever ends this early costs what came after the last commit, as kill -9 does: where
     # Ctrl-C strikes between two steps of the writer, a commit would write half of a record.
     try:
-        with closing(done), progress("tokenize", total=left, unit="conversations") as counter:
+        with (
+            closing(done),
+            progress("tokenize", total=total, unit="conversations", done=before) as counter,
+        ):
             for batch, results in done:
                 for record, result in zip(batch, results, strict=True):
                     if isinstance(result, str):
                         writer.quarantine(quarantine_entry(record, result))
                     else:
                         writer.append(result.token_ids, result.kept_spans)
-                note = "" if left is not None else f"{source.share_read():.0%} of the data read"
+                note = "" if total is not None else f"{source.share_read():.0%} of the data read"
                 counter.advance(len(batch), note)
         writer.finish()
     except WorkerDied:
@@ -206,27 +224,17 @@ def _batches(records: Iterator[Record]) -> Iterator[Batch]:
         yield batch
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse what is no folder, and a folder that holds a tokenizer but no store."""
-    taken = next(path for path in (out, *out.parents) if path.exists())
-    if not taken.is_dir():
-        raise UserError(f"--out {out}: {taken} is a file; choose another folder")
-    begun = (out / "store.json").exists() or (out / "writing").exists()
-    if not begun and (out / "tokenizer").exists():
-        raise UserError(
-            f"--out {out} holds a tokenizer and no store, which would put its own in that place; "
-            "choose another folder"
-        )
-
-
 def _check_same(out: Path, earlier: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Refuse other settings than those of an earlier run, in the words of the command line."""
     for option, key, name in CHOICES:
         if earlier.get(key) != meta[key]:
             then, now = earlier.get(name), meta[name]
-            changed = f"{then}, not {now}" if then != now else f"{now} of other contents"
+            if key == "source":
+                words = changed(then, now)
+            else:
+                words = f"{then}, not {now}" if then != now else f"{now} of other contents"
             raise UserError(
-                f"--out {out} was begun with {option} {changed}; choose another folder, or remove "
+                f"--out {out} was begun with {option} {words}; choose another folder, or remove "
                 "this one"
             )
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.folders import as_size, check_room
 from hermes_pipeline.training import run_folder
-from hermes_pipeline.training.job import prepare
+from hermes_pipeline.training.job import check_tokenizer, prepare
 from hermes_pipeline.training.launch import launch
-from hermes_pipeline.training.recipes import load_recipe
-from hermes_pipeline.training.shape import hugging_face_config, read_shape, recipe_shape
+from hermes_pipeline.training.recipes import Model, load_recipe
+from hermes_pipeline.training.shape import Shape, hugging_face_config, read_shape, recipe_shape
 from hermes_pipeline.training.weights import (
     copy_tokenizer,
     generation_config,
@@ -23,6 +25,7 @@ from hermes_pipeline.training.weights import (
     written_whole,
 )
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a weight
 VOCAB_MULTIPLE = 64  # so that tensor parallelism and vLLM can divide it
 
 
@@ -35,30 +38,48 @@ def init(
         tokenizer: a folder, a file or a name; its vocabulary, rounded up, is the model's where
             the recipe gives none.
     """
-    from hermes_pipeline.services.hub import load_tokenizer
+    from hermes_pipeline.services.hub import load_tokenizer, tokenizer_fingerprint
 
     model = load_recipe(recipe, settings).model
     loaded = load_tokenizer(tokenizer)
-    needed = _vocabulary(loaded)
-    shape = recipe_shape(model, -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
-    if shape.vocab_size < needed:
-        raise UserError(
-            f"the recipe's model.vocab_size = {shape.vocab_size}, but tokenizer {tokenizer} has "
-            f"{needed} tokens"
-        )
+    shape = _shape_for(model, loaded, tokenizer)
     token_ids = {
         name: getattr(loaded, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
     ends = [] if token_ids["eos_token_id"] is None else [token_ids["eos_token_id"]]
-    marker = {"made_by": "hermes4 init", "recipe": recipe, "seed": seed}
+    std = model.embedding_std or 0.02
+    marker = {
+        "made_by": "hermes4 init",
+        "recipe": recipe,
+        **{f"model.{key}": value for key, value in asdict(shape).items()},
+        "model.embedding_std": std,
+        "tokenizer": tokenizer_fingerprint(loaded)[:16],
+        "seed": seed,
+    }
     with written_whole(out, marker=marker) as folder:
+        size = BYTES["float32"] * shape.parameters()
+        check_room(out, size)
+        _say(f"init: a model of {shape.parameters():,} parameters, {as_size(size)} in float32")
         write_json(
             folder / "config.json",
             hugging_face_config(shape, dtype="float32", token_ids=token_ids),
         )
         write_json(folder / "generation_config.json", generation_config(token_ids, ends))
         loaded.save_pretrained(folder)
-        write_random(folder, shape, embedding_std=model.embedding_std or 0.02, seed=seed)
+        write_random(folder, shape, embedding_std=std, seed=seed)
+    _say(f"init: {_what_is(out, shape)}")
+
+
+def _shape_for(model: Model, tokenizer: Any, name: str) -> Shape:
+    """The recipe's shape, with room for every token of the tokenizer."""
+    needed = _vocabulary(tokenizer)
+    shape = recipe_shape(model, -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+    if shape.vocab_size < needed:
+        raise UserError(
+            f"the recipe's model.vocab_size = {shape.vocab_size}, but tokenizer {name} has "
+            f"{needed} tokens"
+        )
+    return shape
 
 
 def _vocabulary(tokenizer: Any) -> int:
@@ -88,8 +109,10 @@ def run(
         processes=processes,
     )
     if job.complete:
-        sys.stderr.write(f"train: {job.completion()}\n")
+        _say(f"train: {job.completion()}")
         return 0
+    _say("train: loading ...")
+    check_tokenizer(job)
     arguments = ["--recipe", recipe]
     for name, value in (("--store", store), ("--model", model), ("--out", out)):
         arguments += [] if value is None else [name, str(value)]
@@ -117,12 +140,13 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
     files = run / "model"
     shape = read_shape(files)
     dtype = dtype or stored_dtype(files)
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in BYTES:
         raise UserError(f"dtype is {dtype!r}, not float32, bfloat16 or float16")
     from hermes_pipeline.training.titan.export import export_weights
 
     marker = {"made_by": "hermes4 export", "run": str(run.resolve()), "step": chosen}
-    with written_whole(out, marker=marker) as folder:
+    with written_whole(out, marker=marker, may_differ=("step",)) as folder:
+        check_room(out, BYTES[dtype] * shape.parameters())
         export_weights(run / "checkpoint" / f"step-{chosen}", folder, shape, dtype=dtype)
         config = read_json(files / "config.json") | {"dtype": dtype}
         if "torch_dtype" in config:
@@ -130,4 +154,15 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", read_json(files / "generation_config.json"))
         copy_tokenizer(files, folder)
-    sys.stderr.write(f"export: step {chosen} of {run} in {out} ({dtype})\n")
+    _say(f"export: step {chosen} of {run} in {_what_is(out, shape)}, {dtype}")
+
+
+def _what_is(out: Path, shape: Shape) -> str:
+    """A model folder in words."""
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return f"{out}: {shape.parameters():,} parameters, {as_size(size)}"
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -11,6 +11,7 @@ import numpy as np
 
 from hermes_core import Store, StoreError, open_store
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.folders import check_folder
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.recipes import Recipe, load_recipe
 from hermes_pipeline.training.shape import Shape, check_shape, read_shape
@@ -63,6 +64,7 @@ def prepare(
     if recipe.run.out is None:
         raise UserError("where shall the run go? give --out RUN")
     folder = Path(recipe.run.out)
+    check_folder(folder, "run.json", may_hold=run_folder.is_log)
     record = run_folder.read_record(folder)
     recipe = _as_begun(recipe, record, folder)
     recipe.data_ranks(processes)
@@ -150,7 +152,6 @@ def _check(job: Job) -> None:
     _check_lengths(recipe, store)
     if job.model is not None:
         check_weights(job.model, shape)
-        _check_tokenizer(job.model, store)
 
 
 def _check_tensor_parallel(recipe: Recipe, shape: Shape) -> None:
@@ -183,11 +184,20 @@ def _check_lengths(recipe: Recipe, store: Store) -> None:
         )
 
 
-def _check_tokenizer(model: Path, store: Store) -> None:
-    """A model folder without a tokenizer passes: its vocabulary was compared already."""
+def check_tokenizer(job: Job) -> None:
+    """Compare the tokenizers of start weights and store, which takes seconds.
+
+    A model folder without a tokenizer passes: its vocabulary was compared already.
+
+    Raises:
+        UserError: they differ.
+    """
+    model, store = job.model, job.store
     wanted = store.meta.get("tokenizer")
+    if model is None or wanted is None:
+        return
     found = tokenizer_fingerprint_of(model)
-    if wanted is not None and found is not None and wanted != found:
+    if found is not None and wanted != found:
         raise UserError(
             f"store {store.folder} was made with another tokenizer "
             f"({store.meta.get('tokenizer_name', 'unknown')}) than that of model {model}; "

@@ -65,13 +65,18 @@ def _start(
     }
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this machine need resolve
-    return subprocess.Popen(
-        [sys.executable, "-m", "hermes_pipeline.training", *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,  # gloo's chatter; a rank speaks on standard error
-        start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on
-    )
+    # A rank hears signals once it can answer them: see `run.StopRequest`.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "hermes_pipeline.training", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # gloo's chatter; a rank speaks on standard error
+            start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -220,4 +220,5 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     Args:
         settings: ``section.key=value`` over what the recipe says.
     """
+    config.check_command(name, "train")
     return config.load(Recipe, name, settings)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, STOPPED
+from hermes_pipeline.services.folders import writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
-from hermes_pipeline.training.job import Job, prepare
+from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.report import NonFiniteStep, StepReport
 
 COMPLETE = 0
@@ -36,6 +37,8 @@ class StopRequest:
         self.training = False  # before the first step there is nothing to wait for
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        # The launcher starts us deaf, so that none comes before it is heard.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
 
     def __call__(self) -> bool:
         return self.exit_code is not None
@@ -43,6 +46,11 @@ class StopRequest:
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         repeated = self.exit_code is not None
         self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
+        if not self.training and os.environ.get("RANK", "0") == "0":
+            text = (
+                "train: interrupted before a step was taken; run the same command again to go on\n"
+            )
+            os.write(2, text.encode())
         if repeated or not self.training:
             os._exit(self.exit_code)
 
@@ -67,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if job.complete:
             _say(rank, job.completion())
             return COMPLETE
-        with run_folder.locked(job.folder, rank):
+        if PARENT not in os.environ:  # else it has looked
+            check_tokenizer(job)
+        with writing(job.folder), run_folder.locked(job.folder, rank):
             return _run(job, rank, stop)
     except UserError as error:
         _say(rank, f"error: {error}", name="hermes4")
@@ -147,15 +157,15 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
 def _begin(job: Job) -> Job:
     """Write what the run is into its folder, and clear away saves that were cut off."""
     run_folder.remove_torn_checkpoints(job.folder)
-    if job.model is not None:
-        run_folder.write_model_files(job.folder, job.model, job.store)
-    run_folder.write_record(
+    run_folder.write_record(  # first: it says whose the folder is
         job.folder,
         job.recipe,
         store=job.store.folder,
         fingerprint=job.store.fingerprint,
         model=None if job.recipe.model.path is None else Path(job.recipe.model.path),
     )
+    if job.model is not None:
+        run_folder.write_model_files(job.folder, job.model, job.store)
     return job
 
 
@@ -205,7 +215,7 @@ class _Observer:
         if step:
             _say(self._rank, f"going on from step {step} of {steps}")
         self._counter = self._stack.enter_context(
-            progress("train", total=steps - step, unit="steps")
+            progress("train", total=steps, unit="steps", done=step)
         )
 
     def __call__(self, report: StepReport) -> None:

@@ -36,6 +36,11 @@ from hermes_pipeline.training.weights import (
 FORMAT = 2  # 1: before rows were shuffled as they are now
 
 
+def is_log(name: str) -> bool:
+    """Is it a file that a job writes before run.json?"""
+    return re.fullmatch(r"log(\.rank\d+)?\.txt", name) is not None
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of whole checkpoints, rising; a save that was cut off is none."""
     return sorted(

@@ -76,13 +76,16 @@ class Shape:
             tensors["lm_head.weight"] = (self.vocab_size, wide)
         return tensors
 
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(size) for size in self.tensors().values())
+
     def training_flops(self) -> tuple[int, int]:
         """FLOPs of a segment, forward and backward: of each token, and of each square of a length.
 
         Six for each parameter and token; causal attention 6 * layers * model size * length².
         """
-        parameters = sum(math.prod(size) for size in self.tensors().values())
-        return 6 * parameters, 6 * self.layers * self.heads * self.head_size
+        return 6 * self.parameters(), 6 * self.layers * self.heads * self.head_size
 
 
 LLAMA_31 = {

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from hermes_pipeline.config import changes
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.folders import check_folder, writing
 from hermes_pipeline.training.shape import Shape
 
-MARKER = "hermes4.json"  # says which command wrote a folder, so that it may be replaced
+MARKER = "hermes4.json"  # who wrote a folder, and of what, so that it may be replaced
 FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -98,29 +101,60 @@ def tokenizer_fingerprint_of(folder: Path) -> str | None:
 
 
 @contextmanager
-def written_whole(out: Path, *, marker: Mapping[str, Any]) -> Iterator[Path]:
+def written_whole(
+    out: Path, *, marker: Mapping[str, Any], may_differ: Container[str] = ()
+) -> Iterator[Path]:
     """A temporary folder that becomes ``out`` at the end, and leaves nothing after an error.
 
-    A folder that an earlier call wrote is replaced.
+    A folder that an earlier call wrote with the same marker is replaced.
+
+    Args:
+        may_differ: keys of the marker that may have other values there.
 
     Raises:
-        UserError: ``out`` holds something else.
+        UserError: ``out`` holds something else, or cannot be written.
     """
-    if out.exists() and not (out.is_dir() and (_is_ours(out) or not any(out.iterdir()))):
-        raise UserError(f"{out} exists and is none of ours; choose another --out, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    check_folder(out, MARKER)
+    _refuse_other(out, marker, may_differ)
+    with writing(out, goes_on="run the same command again"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield temporary
+            write_json(temporary / MARKER, dict(marker))
+            _readable(temporary)
+            old = temporary.with_name(f"{temporary.name}.old")
+            if out.exists():
+                os.replace(out, old)
+            os.replace(temporary, out)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_other(out: Path, marker: Mapping[str, Any], may_differ: Container[str]) -> None:
+    """Refuse a folder of ours that the same command would not write again."""
+    path = out / MARKER
+    if not path.is_file():
+        return
     try:
-        yield temporary
-        (temporary / MARKER).write_text(json.dumps(dict(marker), indent=2) + "\n", encoding="utf-8")
-        _readable(temporary)
-        old = temporary.with_name(f"{temporary.name}.old")
-        if out.exists():
-            os.replace(out, old)
-        os.replace(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        before = read_json(path)
+    except ValueError:
+        raise UserError(f"{path} is damaged; choose another --out, or remove {out}") from None
+    if before.get("made_by") != marker["made_by"]:
+        raise UserError(
+            f"--out {out} holds what `{before.get('made_by')}` wrote; choose another --out, or "
+            f"remove this one"
+        )
+    then, now = (
+        {key: value for key, value in each.items() if key not in may_differ}
+        for each in (before, marker)
+    )
+    if differing := changes(then, now):
+        raise UserError(
+            f"--out {out} holds what `{marker['made_by']}` wrote of something else: "
+            f"{'; '.join(differing)}. Choose another --out, or remove this one"
+        )
 
 
 def _readable(folder: Path) -> None:
@@ -128,10 +162,6 @@ def _readable(folder: Path) -> None:
     folder.chmod(0o755)
     for path in folder.iterdir():
         path.chmod(0o644)
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / MARKER).is_file()
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -183,4 +213,10 @@ def write_random(folder: Path, shape: Shape, *, embedding_std: float, seed: int)
             std /= (2 * shape.layers) ** 0.5
         normal = np.random.Generator(np.random.Philox(key=[seed, number]))
         tensors[name] = (std * normal.standard_normal(size)).astype(np.float32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # its words end with the number that the system gave
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None

@@ -169,8 +169,31 @@ def test_stopped_run_saves_its_step_and_says_so(stopped: Stopped) -> None:
 
 def test_second_job_on_a_folder_is_refused_with_one_line(stopped: Stopped) -> None:
     assert stopped.second.code == 2
-    assert stopped.second.said.count("\n") == 1
-    assert "is in use by process" in stopped.second.said
+    loading, refused = stopped.second.said.splitlines()
+    assert loading == "train: loading ..."
+    assert "is in use by process" in refused
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_interrupt_before_the_first_step_is_said(
+    bench: Bench, number: int, code: int, after_s: float
+) -> None:
+    name = f"early{number}-{after_s}"
+    began = time.monotonic()
+    with bench.started(name) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "train: loading ...\n"
+        assert time.monotonic() - began < 5  # one second, on a machine with nothing else to do
+        time.sleep(after_s)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == code, said
+    assert said.splitlines()[-1] in (
+        "hermes4: interrupted",
+        "train: interrupted before a step was taken; run the same command again to go on",
+    )
+    assert read_metrics(bench.folder / name) == []
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.hub import load_tokenizer, tokenizer_fingerprint
 from hermes_pipeline.stages import train
 from hermes_pipeline.training import run_folder
-from hermes_pipeline.training.job import Job, prepare
+from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.recipes import MAY_CHANGE
 from hermes_pipeline.training.shape import Shape
 
@@ -47,7 +47,7 @@ def check(folder: Path, any_recipe: Path, tmp_path: Path) -> Check:
         recipe: str = str(any_recipe),
         processes: int = 1,
     ) -> Job:
-        return prepare(
+        job = prepare(
             recipe,
             store=store,
             model=str(model),
@@ -55,6 +55,8 @@ def check(folder: Path, any_recipe: Path, tmp_path: Path) -> Check:
             settings=settings,
             processes=processes,
         )
+        check_tokenizer(job)
+        return job
 
     return checked
 
@@ -291,7 +293,7 @@ def test_init_of_a_vocabulary_too_small(tokenizer_folder: Path, tmp_path: Path) 
 
 def test_init_over_a_folder_of_somebody_else(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").touch()
-    with pytest.raises(UserError, match="exists and is none of ours"):
+    with pytest.raises(UserError, match=r"holds precious.txt and no hermes4.json, so it"):
         train.init("tiny", tokenizer=str(tokenizer_folder), out=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 

@@ -23,5 +23,5 @@ def find_benchmark(name: str) -> Benchmark[Any]:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     close = difflib.get_close_matches(name, BENCHMARKS, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    raise UserError(f"unknown benchmark {name!r}{meant} Known: {', '.join(sorted(BENCHMARKS))}")
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(f"unknown benchmark {name!r}; {meant}known: {', '.join(sorted(BENCHMARKS))}")

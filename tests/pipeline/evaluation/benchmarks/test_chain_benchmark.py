@@ -56,5 +56,5 @@ def test_benchmarks_are_found_by_name() -> None:
 
 
 def test_an_unknown_benchmark_names_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'chian'; did you mean 'chain'\?.*Known: chain"):
+    with pytest.raises(UserError, match=r"'chian'; did you mean 'chain'\?.*known: chain"):
         find_benchmark("chian")
