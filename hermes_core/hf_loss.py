@@ -167,6 +167,11 @@ def _loss(
             found.flatten(0, -2), next_T, denominator=denominator,
             vocab_size=last.vocabulary, **options,
         ).total  # fmt: skip
+    if last.weight_VD.ndim != 2:
+        raise ValueError(
+            f"the output head's weight has shape {tuple(last.weight_VD.shape)} after the forward "
+            "pass: it is sharded away, as by DeepSpeed's ZeRO-3; use the model's own loss"
+        )
     if found.shape[-1:] != last.weight_VD.shape[1:]:
         raise ValueError(
             f"the model gave {tuple(found.shape)} where hidden states of size "

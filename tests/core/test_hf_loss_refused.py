@@ -175,3 +175,13 @@ def test_an_encoder_decoder_is_refused() -> None:
     config = T5Config(vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_layers=1, num_heads=4)
     with pytest.raises(ValueError, match="is an encoder-decoder"):
         compute_loss_func(T5ForConditionalGeneration(config))
+
+
+def test_a_weight_that_is_sharded_away_after_the_forward_pass_is_named() -> None:
+    model = llama().train()
+    loss_of = compute_loss_func(model)
+    ids_BL = torch.zeros(1, 4, dtype=torch.int64)
+    outputs = model(ids_BL)
+    model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 does
+    with pytest.raises(ValueError, match=r"has shape \(0,\) after the forward pass: it is sharded"):
+        loss_of(outputs, ids_BL)

@@ -221,6 +221,8 @@ def test_what_stands_in_quarantine_is_lost_to_no_other_data_and_no_shorter_pass(
         f"9 answers of 12 in the folder: hermes4 export {out}\n"
     )
     assert (out / "quarantine.jsonl").read_bytes() == before
+    with (out / "quarantine.jsonl").open("a") as file:
+        file.write('{"number": 9')  # as kill -9 may leave a line
     write(data, *good[:2], {"prompt": "mended"}, *good[2:], "{broken", "{broken")
     hermes4(*words(server, data, out, "--n", 3, "--limit", 4))
     assert quarantined() == [6, 7]

@@ -81,3 +81,11 @@ def test_train_takes_no_folder_of_another_command(hermes4: Hermes4, tmp_path: Pa
     ended = hermes4("train", "--recipe", "tiny", "--store", tmp_path, "--out", tmp_path)
     assert ended.code == 2
     assert f"--out {tmp_path} holds store.json and no run.json, so it is no folder" in ended.err
+
+
+def test_what_a_socket_or_a_device_refuses_is_not_said_of_the_folder(tmp_path: Path) -> None:
+    for code in (errno.ECONNRESET, errno.EADDRINUSE, errno.EIO, errno.ENOMEM):
+        with pytest.raises(OSError, match=os.strerror(code)), writing(tmp_path):
+            raise OSError(code, os.strerror(code))
+    with pytest.raises(FileNotFoundError), writing(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "/home/u/.triton/cache/x")

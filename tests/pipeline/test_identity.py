@@ -49,6 +49,20 @@ def test_a_large_file_is_read_in_places(tmp_path: Path, monkeypatch: pytest.Monk
         before = identify([path])
 
 
+def test_small_data_is_read_whole_whatever_else_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "SAMPLED", 1 << 20)
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(bytes((1 << 20) - 1))
+    small.write_bytes(b"x")
+    before = identify([large, small])
+    with large.open("r+b") as file:
+        file.seek(100_000)  # between the blocks that would be read of a larger one
+        file.write(b"x")
+    assert identify([large, small]) != before
+
+
 A, B = ["/a", 10, "aa"], ["/b", 20, "bb"]
 SET = {"data_set": "o/n", "revision": None, "split": "train", "subset": None, "records": 5}
 
@@ -71,6 +85,17 @@ SET = {"data_set": "o/n", "revision": None, "split": "train", "subset": None, "r
         (SET | {"files": "x"}, SET | {"files": "y"}, "o/n of other contents"),
         ({"files": [A]}, SET, "/a, not data set o/n"),
         (None, {"files": [A]}, "nobody knows which"),
+        (
+            {"files": [["/a", 10, 17]]},
+            {"files": [A]},
+            "/a by an earlier version, which did not look into it",
+        ),
+        (
+            {"files": "x"},
+            {"files": [A]},
+            "files by an earlier version, which did not look into them, not /a",
+        ),
+        ({"files": [A, A]}, {"files": [A]}, "the same files, listed otherwise"),
     ],
 )
 def test_the_difference_in_words(then: object, now: dict[str, object], words: str) -> None:

@@ -46,7 +46,8 @@ def reach_hub(kind: str, name: str, repositories: str, *caches: Path) -> bool:
 def _why_not(address: str) -> str | None:
     """Why nobody answers at an address, or at the proxy before it; None where somebody does."""
     url = urllib.parse.urlsplit(address)
-    proxy = urllib.request.getproxies().get(url.scheme)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
     if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
         url = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
     port = url.port or (80 if url.scheme == "http" else 443)

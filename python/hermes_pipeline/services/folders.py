@@ -12,6 +12,7 @@ from pathlib import Path
 from hermes_pipeline.errors import UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def check_folder(
@@ -44,6 +45,8 @@ def check_folder(
 def writing(out: Path, *, goes_on: str = "the same command goes on") -> Iterator[None]:
     """Say in one line why a result cannot be written, and the way out.
 
+    What other files, sockets or devices refuse meanwhile is raised as it is.
+
     Args:
         goes_on: what happens once there is room.
 
@@ -52,9 +55,9 @@ def writing(out: Path, *, goes_on: str = "the same command goes on") -> Iterator
     """
     try:
         yield
-    except BrokenPipeError:  # nobody reads what we say
-        raise
     except OSError as error:
+        if not _is_of(error, out):
+            raise
         raise UserError(explain(error, out, goes_on=goes_on)) from None
 
 
@@ -67,15 +70,15 @@ def explain(error: OSError, out: Path | None = None, *, goes_on: str = "") -> st
     """
     if error.strerror is None:
         return str(error)
-    named = None if error.filename is None else Path(os.fsdecode(error.filename))
-    ours = out is not None and (named is None or _is_part(named, out))
+    named = _named(error)
+    ours = out is not None and _is_of(error, out)
     where = f"--out {out} cannot be written: " if ours else f"{named}: " if named else ""
     text = f"{where}{error.strerror}"
     place = out if ours else named
     if error.errno in NO_ROOM:
         free = "" if place is None else f"; {as_size(room(place))} are free there"
         return f"{text}{free}. Make room, and {goes_on or 'run the same command again'}"
-    if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if ours and error.errno in NO_RIGHT:
         return f"{text}; choose another --out, or give the right to write"
     return text
 
@@ -108,6 +111,16 @@ def as_size(size: int) -> str:
             break
         value, unit = value / 1000, larger
     return f"{size:,} bytes" if unit == "bytes" else f"{value:,.1f} {unit}"
+
+
+def _named(error: OSError) -> Path | None:
+    return None if error.filename is None else Path(os.fsdecode(error.filename))
+
+
+def _is_of(error: OSError, out: Path) -> bool:
+    """Is it the result that was refused? Nameless errors may be of a socket or a device."""
+    named = _named(error)
+    return error.errno in NO_ROOM + NO_RIGHT if named is None else _is_part(named, out)
 
 
 def _is_part(path: Path, out: Path) -> bool:

@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 FEW_FILES = 16  # are named one by one
-SAMPLED = 1 << 26  # bytes that are read of all files; a larger file is read in places
+SAMPLED = 1 << 26  # bytes that are read of all files, and of each of many two blocks
 _BLOCK = 1 << 16
 
 
 def identify(files: Sequence[Path]) -> list[list[Any]]:
     """Path, size and a digest of the content of each file, whenever it was written.
 
-    Of files that hold more than `SAMPLED` bytes together the digest is of blocks at even distances:
-    an edit between them that leaves the size as it was is not seen.
+    Of files that hold more than `SAMPLED` bytes together, those that are larger than their share of
+    them are read in blocks at even distances: an edit between these that leaves the size as it was
+    is not seen.
     """
-    share = max(_BLOCK, SAMPLED // max(1, len(files)))
-    return [[str(path.resolve()), path.stat().st_size, _digest(path, share)] for path in files]
+    sizes = [path.stat().st_size for path in files]
+    share = SAMPLED if sum(sizes) <= SAMPLED else max(_BLOCK, SAMPLED // len(files))
+    return [
+        [str(path.resolve()), size, _digest(path, share)]
+        for path, size in zip(files, sizes, strict=True)
+    ]
 
 
 def _digest(path: Path, most: int) -> str:
@@ -66,10 +71,14 @@ def _changed_files(before: list[Any], after: list[Any]) -> str:
         return f"{', '.join(gone)}, which is not there any more"
     if new:
         return f"less: {', '.join(new)} is new"
-    path = next(path for path in now if then[path] != now[path])
-    (size, *_), (size_now, *_) = then[path], now[path]
+    path = next((path for path in now if then[path] != now[path]), None)
+    if path is None:
+        return "the same files, listed otherwise"
+    (size, mark), (size_now, _) = then[path], now[path]
     if size != size_now:
         return f"{path} of {size:,} bytes, which has {size_now:,} now"
+    if not isinstance(mark, str):
+        return f"{path} by an earlier version, which did not look into it"
     return f"{path} of other contents"
 
 
@@ -79,4 +88,6 @@ def _in_short(identity: Mapping[str, Any]) -> str:
     files = identity.get("files")
     if isinstance(files, list):
         return ", ".join(str(path) for path, *_ in files)
-    return f"{identity.get('count', 'many'):,} files of {identity.get('bytes', 0):,} bytes"
+    if "count" not in identity:
+        return "files by an earlier version, which did not look into them"
+    return f"{identity['count']:,} files of {identity['bytes']:,} bytes"

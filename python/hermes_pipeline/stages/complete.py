@@ -237,20 +237,30 @@ def _reading(source: DataSource, data: Data, out: Path) -> Iterator[Reading]:
             yield reading
             file.writelines(_quarantined_behind(path, reading.read))
             file.flush()
-            path.unlink(missing_ok=True)
-        finally:
-            if path.exists() or file.tell() == 0:
-                new.unlink()
+            if file.tell():
+                new.replace(path)
             else:
-                new.rename(path)
+                path.unlink(missing_ok=True)
+        finally:
+            if not path.exists() and file.tell():  # ended early, and there is none to keep
+                new.replace(path)
+            new.unlink(missing_ok=True)
 
 
 def _quarantined_behind(path: Path, number: int) -> list[str]:
     """The lines of a quarantine on records behind that number."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [line for line in file if json.loads(line).get("number", 0) > number]
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return [line for line in file if _number_of(line) > number]
+
+
+def _number_of(line: str) -> int:
+    """The record's number; 0 where a line was cut off."""
+    try:
+        return int(json.loads(line).get("number", 0))
+    except (ValueError, AttributeError, TypeError):
+        return 0
 
 
 def _counts(reading: Reading, tally: Tally) -> dict[str, int]:

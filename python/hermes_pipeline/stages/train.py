@@ -144,7 +144,8 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
         raise UserError(f"dtype is {dtype!r}, not float32, bfloat16 or float16")
     from hermes_pipeline.training.titan.export import export_weights
 
-    marker = {"made_by": "hermes4 export", "run": str(run.resolve()), "step": chosen}
+    source = {"run": str(run.resolve()), "dtype": dtype, "step": chosen}
+    marker = {"made_by": "hermes4 export"} | source
     with written_whole(out, marker=marker, may_differ=("step",)) as folder:
         check_room(out, BYTES[dtype] * shape.parameters())
         export_weights(run / "checkpoint" / f"step-{chosen}", folder, shape, dtype=dtype)

@@ -128,6 +128,7 @@ class _Comparison:
                 self._end()
                 raise
         if reply == "no memory":
+            self._end()  # what it holds would count against the next answer
             raise _LimitError("cannot be compared in memory")
         return bool(reply)
 
