@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -91,4 +92,45 @@ inline std::int64_t integer_of(const char* name, const py::object& value, std::i
                               "]");
     }
     return integer;
+}
+
+// The numbers of a range, each inside [0, count).
+inline std::vector<std::int64_t> numbers_of(const char* name, const py::handle& range,
+                                            std::int64_t count) {
+    if (!PyRange_Check(range.ptr())) {
+        throw py::type_error(std::string(name) + " is " + described(range) + ", want a range");
+    }
+    const auto item = [&](py::ssize_t i) {
+        return py::reinterpret_steal<py::object>(PySequence_GetItem(range.ptr(), i));
+    };
+    const auto number = [&](py::ssize_t i) {  // -1: outside
+        int overflow = 0;
+        const std::int64_t n = PyLong_AsLongLongAndOverflow(item(i).ptr(), &overflow);
+        return overflow == 0 && n >= 0 && n < count ? n : -1;
+    };
+    py::ssize_t size = PyObject_Size(range.ptr());
+    if (size < 0) {  // more than can be counted, or listed
+        PyErr_Clear();
+        size = PY_SSIZE_T_MAX;
+    }
+    if (size == 0) {
+        return {};
+    }
+    const std::int64_t first = number(0), last = number(size - 1);
+    if (first < 0 || last < 0) {
+        py::ssize_t inside = -1, outside = first < 0 ? 0 : size - 1;
+        while (outside - inside > 1) {
+            const py::ssize_t middle = inside + (outside - inside) / 2;
+            (number(middle) < 0 ? outside : inside) = middle;
+        }
+        throw py::value_error(std::string(name) + "[" + std::to_string(outside) + "] is " +
+                              std::string(py::str(item(outside))) + ", outside [0, " +
+                              std::to_string(count) + ")");
+    }
+    std::vector<std::int64_t> numbers(static_cast<std::size_t>(size), first);
+    const std::int64_t step = size == 1 ? 0 : (last - first) / (size - 1);
+    for (std::size_t i = 1; i < numbers.size(); ++i) {
+        numbers[i] = numbers[i - 1] + step;
+    }
+    return numbers;
 }

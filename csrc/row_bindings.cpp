@@ -89,46 +89,6 @@ void load_shards(Shards& shards, const Load& load, const std::vector<std::int64_
 
 // ---- a plan -----------------------------------------------------------------------------------
 
-// Rows of a plan by a range of their numbers, each inside [0, count).
-std::vector<std::int64_t> row_numbers_of(const py::handle& range, std::int64_t count) {
-    if (!PyRange_Check(range.ptr())) {
-        throw py::type_error("rows is " + described(range) + ", want a range");
-    }
-    const auto item = [&](py::ssize_t i) {
-        return py::reinterpret_steal<py::object>(PySequence_GetItem(range.ptr(), i));
-    };
-    const auto number = [&](py::ssize_t i) {  // -1: outside
-        int overflow = 0;
-        const std::int64_t n = PyLong_AsLongLongAndOverflow(item(i).ptr(), &overflow);
-        return overflow == 0 && n >= 0 && n < count ? n : -1;
-    };
-    py::ssize_t size = PyObject_Size(range.ptr());
-    if (size < 0) {  // more than can be counted, or listed
-        PyErr_Clear();
-        size = PY_SSIZE_T_MAX;
-    }
-    if (size == 0) {
-        return {};
-    }
-    const std::int64_t first = number(0), last = number(size - 1);
-    if (first < 0 || last < 0) {
-        py::ssize_t inside = -1, outside = first < 0 ? 0 : size - 1;
-        while (outside - inside > 1) {
-            const py::ssize_t middle = inside + (outside - inside) / 2;
-            (number(middle) < 0 ? outside : inside) = middle;
-        }
-        throw py::value_error("rows[" + std::to_string(outside) + "] is " +
-                              std::string(py::str(item(outside))) + ", outside [0, " +
-                              std::to_string(count) + ")");
-    }
-    std::vector<std::int64_t> numbers(static_cast<std::size_t>(size), first);
-    const std::int64_t step = size == 1 ? 0 : (last - first) / (size - 1);
-    for (std::size_t i = 1; i < numbers.size(); ++i) {
-        numbers[i] = numbers[i - 1] + step;
-    }
-    return numbers;
-}
-
 hermes::Request request_of(const Int64s& samples, const Int64s& row_offsets, const Int64s& rows,
                            std::int64_t row_length, bool truncate) {
     check_range("row_length", row_length, 1, hermes::kMaxRowLength);
@@ -356,7 +316,7 @@ py::object build_rows(const py::type& rows_type, Shards& shards, const Load& loa
     std::vector<std::int64_t> numbers;
     Int64s wanted{};
     if (PyRange_Check(rows.ptr())) {
-        numbers = row_numbers_of(rows, offsets.size - 1);
+        numbers = numbers_of("rows", rows, offsets.size - 1);
         wanted = {numbers.data(), static_cast<std::int64_t>(numbers.size())};
     } else {
         wanted = int64_of(rows, "rows");
@@ -394,7 +354,7 @@ void bind_rows(py::module_& m) {
     m.def(
         "range_numbers",
         [](const py::object& range, std::int64_t count) {
-            const std::vector<std::int64_t> numbers = row_numbers_of(range, count);
+            const std::vector<std::int64_t> numbers = numbers_of("rows", range, count);
             return Int64Array(static_cast<py::ssize_t>(numbers.size()), numbers.data());
         },
         "range"_a, "count"_a, "The numbers of a range, each inside [0, count).");

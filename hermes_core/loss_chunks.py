@@ -156,8 +156,7 @@ def kept_labels(
             _check_kept(kept_M, labels_T, ignore_index)
     labels_M = labels_T.index_select(0, kept_M)
     outside_M = (labels_M < 0) | (labels_M >= vocab_size)
-    if checks and bool(outside_M.any()):
-        at = int(outside_M.nonzero()[0])
+    if checks and (at := _first(outside_M)) is not None:
         raise ValueError(
             f"labels[{int(kept_M[at])}] is {int(labels_M[at])}, outside [0, {vocab_size})"
         )
@@ -166,23 +165,23 @@ def kept_labels(
 
 def _check_kept(kept_M: Tensor, labels_T: Tensor, ignore_index: int) -> None:
     outside_M = (kept_M < 0) | (kept_M >= len(labels_T))
-    if bool(outside_M.any()):
-        at = int(outside_M.nonzero()[0])
+    if (at := _first(outside_M)) is not None:
         raise ValueError(f"kept[{at}] is {int(kept_M[at])}, outside [0, {len(labels_T)})")
-    falls = kept_M.diff() <= 0
-    if bool(falls.any()):
-        at = int(falls.nonzero()[0])
+    if (at := _first(kept_M.diff() <= 0)) is not None:
         raise ValueError(
             f"kept[{at + 1}] is {int(kept_M[at + 1])} after {int(kept_M[at])}; kept must rise: "
             "sort it and name each position once"
         )
-    ignored_M = labels_T.index_select(0, kept_M) == ignore_index
-    if bool(ignored_M.any()):
-        at = int(ignored_M.nonzero()[0])
+    if (at := _first(labels_T.index_select(0, kept_M) == ignore_index)) is not None:
         raise ValueError(
             f"kept[{at}] is {int(kept_M[at])}, whose label is ignore_index {ignore_index}; "
             "leave it out of kept"
         )
+
+
+def _first(wrong_M: Tensor) -> int | None:
+    """Where the first one is; waits for the device."""
+    return int(wrong_M.nonzero()[0]) if bool(wrong_M.any()) else None
 
 
 def divides_late(like: Tensor, denominator: Tensor | None) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.exits import say
 
 WAIT_S = 5.0  # for a first connection; the libraries behind it try for a minute
 
@@ -25,7 +25,7 @@ def reach_hub(kind: str, name: str, repositories: str, *caches: Path) -> bool:
     Raises:
         UserError: it is not, and nothing was downloaded before.
     """
-    _say(f"{kind} {name!r} is no file or folder here: asking the Hugging Face hub")
+    say(f"{kind} {name!r} is no file or folder here: asking the Hugging Face hub")
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -39,7 +39,7 @@ def reach_hub(kind: str, name: str, repositories: str, *caches: Path) -> bool:
             f"{kind} {name!r} is no file or folder here, and {constants.ENDPOINT} cannot be "
             f"reached ({reason}); give a path that exists, or a connection"
         )
-    _say(f"{constants.ENDPOINT} cannot be reached ({reason}): taking what was downloaded before")
+    say(f"{constants.ENDPOINT} cannot be reached ({reason}): taking what was downloaded before")
     return False
 
 
@@ -65,8 +65,3 @@ def _why_not(address: str) -> str | None:
     trial.start()
     trial.join(WAIT_S)
     return reasons[-1]
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,14 +66,14 @@ def run(out: Path, *, seed: int = 0) -> None:
     journal = Journal(out)
     steps = [*data_steps(out, seed), *model_steps(out, seed)]
     for number, step in enumerate(steps, 1):
-        _say(f"[{number}/{len(steps) + 1}] {step.name}")
+        say(f"[{number}/{len(steps) + 1}] {step.name}")
         if journal.begin(step):
-            _say("  finished before")
+            say("  finished before")
             continue
         began = time.monotonic()
         step.work()
         journal.finish(step, time.monotonic() - began)
-    _say(f"[{len(steps) + 1}/{len(steps) + 1}] report")
+    say(f"[{len(steps) + 1}/{len(steps) + 1}] report")
     report.run(_material(out, steps, journal), out / "report.html")
     _print_summary(out, time.monotonic() - start)
 
@@ -285,8 +284,3 @@ def _print_summary(out: Path, seconds: float) -> None:
     console.print(
         f"this run took {seconds:.0f} s; the report: {out / 'report.html'}", soft_wrap=True
     )
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.exits import say
 from hermes_pipeline.services.folders import as_size, check_room
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import check_tokenizer, prepare
@@ -59,7 +59,7 @@ def init(
     with written_whole(out, marker=marker) as folder:
         size = BYTES["float32"] * shape.parameters()
         check_room(out, size)
-        _say(f"init: a model of {shape.parameters():,} parameters, {as_size(size)} in float32")
+        say(f"init: a model of {shape.parameters():,} parameters, {as_size(size)} in float32")
         write_json(
             folder / "config.json",
             hugging_face_config(shape, dtype="float32", token_ids=token_ids),
@@ -67,7 +67,7 @@ def init(
         write_json(folder / "generation_config.json", generation_config(token_ids, ends))
         loaded.save_pretrained(folder)
         write_random(folder, shape, embedding_std=std, seed=seed)
-    _say(f"init: {_what_is(out, shape)}")
+    say(f"init: {_what_is(out, shape)}")
 
 
 def _shape_for(model: Model, tokenizer: Any, name: str) -> Shape:
@@ -109,9 +109,9 @@ def run(
         processes=processes,
     )
     if job.complete:
-        _say(f"train: {job.completion()}")
+        say(f"train: {job.completion()}")
         return 0
-    _say("train: loading ...")
+    say("train: loading ...")
     check_tokenizer(job)
     arguments = ["--recipe", recipe]
     for name, value in (("--store", store), ("--model", model), ("--out", out)):
@@ -155,15 +155,10 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
         write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", read_json(files / "generation_config.json"))
         copy_tokenizer(files, folder)
-    _say(f"export: step {chosen} of {run} in {_what_is(out, shape)}, {dtype}")
+    say(f"export: step {chosen} of {run} in {_what_is(out, shape)}, {dtype}")
 
 
 def _what_is(out: Path, shape: Shape) -> str:
     """A model folder in words."""
     size = sum(path.stat().st_size for path in out.iterdir())
     return f"{out}: {shape.parameters():,} parameters, {as_size(size)}"
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
