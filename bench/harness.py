@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,13 +25,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """CPU seconds of several runs, which other work on the machine disturbs least."""
+    """Seconds of several runs, by the wall and of the CPU, which other work disturbs least."""
 
-    cpu_s: float
-    fastest_s: float
-    slowest_s: float
-    wall_s: float
-    runs: int
+    cpu: tuple[float, ...]
+    wall: tuple[float, ...]
+
+    @property
+    def cpu_s(self) -> float:
+        return statistics.median(self.cpu)
+
+    @property
+    def wall_s(self) -> float:
+        return statistics.median(self.wall)
+
+    @property
+    def fastest_s(self) -> float:
+        return min(self.cpu)
+
+    @property
+    def slowest_s(self) -> float:
+        return max(self.cpu)
+
+    @property
+    def runs(self) -> int:
+        return len(self.cpu)
+
+    def times(self, other: Timing) -> float:
+        """How many times as long as another: the median over runs that went by turns."""
+        if self.runs != other.runs:
+            return self.cpu_s / other.cpu_s
+        return statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +81,24 @@ def chosen(shapes: list[T], only: str) -> list[T]:
 
 
 def measure(call: Callable[[], object], *, runs: int = 20) -> Timing:
-    """Median and spread over ``runs`` calls, after one that is not counted."""
-    call()
-    cpu, wall = [], []
+    """So many runs of a call, after one that is not counted."""
+    return by_turns([call], runs=runs)[0]
+
+
+def by_turns(calls: Sequence[Callable[[], object]], *, runs: int) -> list[Timing]:
+    """So many rounds, each call once in each, so that a slow minute of the machine meets all."""
+    for call in calls:
+        call()
+    cpu: list[list[float]] = [[] for _ in calls]
+    wall: list[list[float]] = [[] for _ in calls]
     for _ in range(runs):
-        started, clock = time.process_time(), time.perf_counter()
-        result = call()
-        cpu.append(time.process_time() - started)
-        wall.append(time.perf_counter() - clock)
-        del result
-    return Timing(statistics.median(cpu), min(cpu), max(cpu), statistics.median(wall), runs)
+        for i, call in enumerate(calls):
+            started, clock = time.process_time(), time.perf_counter()
+            result = call()
+            cpu[i].append(time.process_time() - started)
+            wall[i].append(time.perf_counter() - clock)
+            del result
+    return [Timing(tuple(c), tuple(w)) for c, w in zip(cpu, wall, strict=True)]
 
 
 def peak_bytes(call: Callable[[], object]) -> int | None:
@@ -91,11 +122,8 @@ def _peak(call: Callable[[], object]) -> int | None:
     return peak
 
 
-def row_result(
-    backend: str, call: Callable[[], object], tokens: int, notes: str, *, runs: int = 20
-) -> Result:
+def row_result(backend: str, timing: Timing, tokens: int, notes: str = "") -> Result:
     """Tokens of batches of rows, for each second of CPU time."""
-    timing = measure(call, runs=runs)
     return Result(
         op="rows",
         shape=f"rows of {ROW_LENGTH}",
@@ -104,7 +132,7 @@ def row_result(
         unit="M tokens/CPU-s",
         value=tokens / timing.cpu_s / 1e6,
         spread=(tokens / timing.slowest_s / 1e6, tokens / timing.fastest_s / 1e6),
-        runs=runs,
+        runs=timing.runs,
         notes=f"{notes}; wall {tokens / timing.wall_s / 1e6:,.0f}".removeprefix("; "),
     )
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import Result, row_result
+from bench.harness import Result, by_turns, row_result
 from bench.lengths import ROW_LENGTH
 from hermes_core import IGNORE_INDEX, Packing, Samples
 
-BATCHES = 4  # of the plan; a collator takes a tenth of a second for each
+ROWS = 32  # of the plan; a collator takes some ten milliseconds for each
+RUNS = 9
 BINS = 64  # rows that Grain's first fit has open
 
 Features = list[dict[str, Any]]
@@ -85,26 +86,36 @@ PEERS = (
 
 
 def against_peers(
-    samples: Samples, packing: Packing, batch: int, ours: Result
+    samples: Samples, packing: Packing, ours: dict[int, tuple[Callable[[], object], int]]
 ) -> Iterator[Result | str]:
-    """Each peer that is installed, on samples of the same batches, and our multiple of it."""
-    batches = [features(samples, packing, batch * i, batch * (i + 1)) for i in range(BATCHES)]
-    tokens = sum(len(each["input_ids"]) for some in batches for each in some)
-    for peer in PEERS:
-        try:
-            importlib.import_module(peer.module)
-        except ImportError as error:
-            yield f"{peer.name}: skipped, not importable ({error})"
-            continue
-        given = peer.prepare(batches)
-        made = sum(
-            ids.size if isinstance(ids, np.ndarray) else ids.numel() for ids in peer.call(given)
-        )
-        if made != tokens:
-            raise SystemExit(f"{peer.name} gives {made} tokens of {tokens}: no time for it")
-        theirs = row_result(peer.name, partial(peer.call, given), tokens, "", runs=5)
-        yield theirs
-        yield f"build_rows int64 is {ours.value / theirs.value:.0f} x {peer.name}"
+    """Each peer that is installed, by turns with ours on samples of the same rows.
+
+    ``ours``, by rows at a time: a call that builds all batches, and the tokens in them.
+    """
+    for batch, (build, ours_tokens) in ours.items():
+        yield f"{batch} row{'s' * (batch > 1)} at a time"
+        starts = range(0, ROWS, batch)
+        batches = [features(samples, packing, start, start + batch) for start in starts]
+        tokens = sum(len(each["input_ids"]) for some in batches for each in some)
+        for peer in PEERS:
+            try:
+                importlib.import_module(peer.module)
+            except ImportError as error:
+                yield f"{peer.name}: skipped, not importable ({error})"
+                continue
+            given = peer.prepare(batches)
+            check(peer, given, tokens)
+            mine, theirs = by_turns([build, partial(peer.call, given)], runs=RUNS)
+            times = theirs.times(mine) * ours_tokens / tokens
+            yield row_result(peer.name, theirs, tokens, f"build_rows int64 is {times:.0f} x")
+
+
+def check(peer: Peer, given: Any, tokens: int) -> None:
+    """Stop if its batches have other tokens: no time for a wrong answer."""
+    ids = peer.call(given)
+    made = sum(some.size if isinstance(some, np.ndarray) else some.numel() for some in ids)
+    if made != tokens:
+        raise SystemExit(f"{peer.name} gives {made} tokens of {tokens}: no time for it")
 
 
 def features(samples: Samples, packing: Packing, first: int, end: int) -> Features:

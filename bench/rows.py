@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import Result, row_result
+from bench.harness import Result, by_turns, measure, row_result
 from bench.lengths import ROW_LENGTH, hermes_lengths
 from bench.row_peers import against_peers
 from bench.row_store import from_a_cold_store
 from hermes_core import IGNORE_INDEX, Packing, Rows, Samples, Shard, build_rows, pack
 
 ROWS = 1024  # 67 MB of token ids: past every cache
-BATCH = 8
+BATCHES = (1, 8, 64)  # rows at a time: inside the second-level cache, past it, past every cache
+BATCH = 8  # rows at a time of the gate, the slow loop and the cold store
 LARGE = 64  # rows that several threads share
+RUNS = 20
 SLOW_ROWS = 64  # enough for a Python loop
 VOCABULARY = 151_936  # Qwen3's: ids need 32 bits
 ARRAYS = ("input_ids", "labels", "positions", "cu_seqlens")
@@ -24,42 +26,53 @@ Build = Callable[[Samples, Packing, range], Rows]
 
 
 def run() -> Iterator[Result | str]:
-    """Tokens for each second of CPU time, a batch of eight rows at a time."""
+    """Tokens for each second of CPU time; who is compared went by turns."""
     samples = hermes_samples(ROWS * ROW_LENGTH)
     packing = pack(samples.lengths, row_length=ROW_LENGTH)
     gate(samples, packing)
     yield "gate passed: every array of eight rows equals the collator's"
-    yield f"{len(samples):,} samples in {packing.rows:,} rows, {BATCH} at a time\n"
-    floor = row_result("memcpy of two int32 columns", copying(samples), samples.token_count, "")
-    yield floor
-    ours = {}
-    for name, build in ways().items():
-        call, tokens = batches(build, samples, packing, packing.rows)
-        ours[name] = row_result(f"build_rows {name}", call, tokens, "")
-        yield ours[name]
+    yield f"{len(samples):,} samples in {packing.rows:,} rows\n"
+    for batch in BATCHES:
+        yield from against_a_copy(samples, packing, batch)
     for threads in (1, 2):
         call, tokens = batches(built(threads=threads), samples, packing, packing.rows, LARGE)
-        yield row_result(f"build_rows int64, {LARGE} rows, threads={threads}", call, tokens, "")
-    call, tokens = batches(collate, samples, packing, SLOW_ROWS)
-    plain = row_result("collator in NumPy", call, tokens, "", runs=5)
-    yield plain
-    yield (
-        f"\nbuild_rows: int32 is {ours['int32'].value / floor.value:.2f} of memcpy, int64 "
-        f"{ours['int64'].value / floor.value:.2f}, and {ours['int64'].value / plain.value:.0f} x "
-        f"the collator\n"
-    )
-    yield from against_peers(samples, packing, BATCH, ours["int64"])
+        timing = measure(call, runs=RUNS)
+        yield row_result(f"build_rows int64, {LARGE} rows, threads={threads}", timing, tokens)
+    ours = {batch: batches(built(), samples, packing, packing.rows, batch) for batch in BATCHES[:2]}
+    slow, slow_tokens = batches(collate, samples, packing, SLOW_ROWS, BATCH)
+    mine, plain = by_turns([ours[BATCH][0], slow], runs=5)
+    yield row_result("collator in NumPy", plain, slow_tokens)
+    times = plain.times(mine) * ours[BATCH][1] / slow_tokens
+    yield f"build_rows int64, {BATCH} rows, is {times:.0f} x the collator\n"
+    yield from against_peers(samples, packing, ours)
     yield ""
     yield from from_a_cold_store(samples, packing, BATCH)
 
 
-def ways() -> dict[str, Build]:
+def against_a_copy(samples: Samples, packing: Packing, batch: int) -> Iterator[Result | str]:
+    """So many rows at a time, beside a bare copy of two of their columns."""
+    made = {
+        name: batches(build, samples, packing, packing.rows, batch)
+        for name, build in ways(batch).items()
+    }
+    copy, *ours = by_turns(
+        [copying(samples, batch), *(call for call, _ in made.values())], runs=RUNS
+    )
+    rows = f"{batch} row{'s' * (batch > 1)}"
+    yield row_result(f"memcpy of two int32 columns, {rows}", copy, samples.token_count)
+    for (name, (_, tokens)), timing in zip(made.items(), ours, strict=True):
+        share = copy.times(timing) * tokens / samples.token_count
+        yield row_result(f"build_rows {name}, {rows}", timing, tokens, f"{share:.2f} of the memcpy")
+    yield ""
+
+
+def ways(batch: int) -> dict[str, Build]:
     """Three columns and cu_seqlens: in memory that is used again, or in the caller's."""
     return {
         "int64": built(),
-        "int64, out=": built(out=Rows.empty(BATCH, ROW_LENGTH)),
+        "int64, out=": built(out=Rows.empty(batch, ROW_LENGTH)),
         "int32": built(dtype=np.int32),
-        "int32, out=": built(out=Rows.empty(BATCH, ROW_LENGTH, dtype=np.int32)),
+        "int32, out=": built(out=Rows.empty(batch, ROW_LENGTH, dtype=np.int32)),
     }
 
 
@@ -68,7 +81,7 @@ def built(**options: Any) -> Build:
 
 
 def batches(
-    build: Build, samples: Samples, packing: Packing, rows: int, batch: int = BATCH
+    build: Build, samples: Samples, packing: Packing, rows: int, batch: int
 ) -> tuple[Callable[[], None], int]:
     """All whole batches of so many rows, one after another, and the tokens in them."""
     starts = range(0, rows // batch * batch, batch)
@@ -81,10 +94,10 @@ def batches(
     return call, int(samples.lengths[packing.samples[:end]].sum())
 
 
-def copying(samples: Samples) -> Callable[[], None]:
+def copying(samples: Samples, batch: int) -> Callable[[], None]:
     """Two columns, a batch at a time, each to the same place."""
     tokens = samples.shard(0).tokens.view(np.int32)
-    width = BATCH * ROW_LENGTH
+    width = batch * ROW_LENGTH
     columns = [(tokens, np.empty(width, np.int32)), (tokens.copy(), np.empty(width, np.int32))]
 
     def call() -> None:
@@ -133,7 +146,7 @@ def gate(samples: Samples, packing: Packing) -> None:
     """Stop unless a batch equals the collator's in every array, whichever way it is built."""
     rows = range(packing.rows - BATCH, packing.rows)
     want = collate(samples, packing, rows)
-    for way, build in ways().items():
+    for way, build in ways(BATCH).items():
         got = build(samples, packing, rows)
         for name in ARRAYS:
             if not np.array_equal(getattr(got, name), getattr(want, name)):
