@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import Result, Timing, chosen, measure
+from bench.harness import Result, Timing, by_turns, chosen
 from hermes_core.loss import linear_cross_entropy
 
 POSITIONS = 2048
 SHAPES = ((32_768, 1_024), (128_256, 512))
 KEPT = (0.1, 0.3, 0.6, 1.0)
 IGNORE = -100
-SLOW_S = 10  # who takes longer is timed once: the whole is to end within half an hour
+RUNS = 5
+SLOW_S = 10  # who takes longer is timed once: the whole is to end within an hour
 
 Call = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # hidden, weight, labels, M -> mean loss
+Found = tuple[Timing, float]  # and MB at the peak beyond inputs and gradients
 
 
 def ours(hidden: Tensor, weight: Tensor, labels: Tensor, kept: int) -> Tensor:
@@ -102,12 +104,13 @@ class Peer:
     name: str
     call: Call
     compacts: bool  # its time depends on the kept share
+    compiles: bool = False  # its first run takes longer than others
 
 
 def peers() -> list[Peer]:
     return [
         Peer("F.cross_entropy", eager, False),
-        Peer("F.cross_entropy, torch.compile", torch.compile(eager), False),
+        Peer("F.cross_entropy, torch.compile", torch.compile(eager), False, True),
         Peer("F.linear_cross_entropy, chunked", chunked_by_torch, False),
         Peer("Liger's algorithm in PyTorch", liger_in_torch, False),
         Peer("kept rows, F.cross_entropy", compacted_whole, True),
@@ -165,46 +168,68 @@ def cpu_shapes() -> dict[str, tuple[int, int, torch.dtype]]:
 def at_shape(
     vocabulary: int, size: int, dtype: torch.dtype, everyone: list[Peer]
 ) -> Iterator[Result | str]:
+    """Ours and all peers, by turns; who is slow and computes every row at the first share alone."""
     shape = f"V {vocabulary}, D {size}, {POSITIONS} positions"
-    whole: dict[str, tuple[Timing, float]] = {}
+    slow: dict[str, Found] = {}
     for share in KEPT:
         given = problem(POSITIONS, vocabulary, size, share, dtype)
-        mine = timed(ours, given, runs=5)
-        yield told("hermes_core", shape, share, dtype, mine, "")
         for peer in everyone:
-            if peer.compacts or peer.name not in whole:
-                whole[peer.name] = timed(peer.call, given, runs=3)
-            theirs = whole[peer.name]
-            ratio = theirs[0].cpu_s / mine[0].cpu_s
-            note = f"{ratio:.2f} x our time, {theirs[1] / max(mine[1], 1.0):.1f} x our memory"
-            yield told(peer.name, shape, share, dtype, theirs, note)
+            if peer.compiles and share == KEPT[0]:
+                Step(peer.name, peer.call, given)()
+        steps = [Step(peer.name, peer.call, given) for peer in everyone if peer.name not in slow]
+        found = timed([Step("hermes_core", ours, given), *steps]) | slow
+        mine, memory = found["hermes_core"]
+        yield told("hermes_core", shape, share, dtype, found["hermes_core"], "")
+        for peer in everyone:
+            theirs, peak = found[peer.name]
+            if theirs.runs == 1 and not peer.compacts:
+                slow[peer.name] = found[peer.name]
+            note = (
+                f"{theirs.times(mine):.2f} x our time, {peak / max(memory, 1.0):.1f} x our memory"
+            )
+            yield told(peer.name, shape, share, dtype, found[peer.name], note)
 
 
-def timed(
-    call: Call, given: tuple[Tensor, Tensor, Tensor, int], *, runs: int
-) -> tuple[Timing, float]:
-    """CPU time of forward + backward, and peak memory in MB beyond inputs and gradients."""
-    hidden, weight, labels, kept = given
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Forward + backward of a problem."""
 
-    def step() -> None:
+    name: str
+    call: Call
+    given: tuple[Tensor, Tensor, Tensor, int]
+
+    def __call__(self) -> None:
+        hidden, weight, labels, kept = self.given
+        self.forget()
+        self.call(hidden, weight, labels, kept).backward()  # type: ignore[no-untyped-call]
+
+    def forget(self) -> None:
+        hidden, weight, *_ = self.given
         hidden.grad = weight.grad = None
-        call(hidden, weight, labels, kept).backward()  # type: ignore[no-untyped-call]
 
-    def peak_mb() -> float:
-        hidden.grad = weight.grad = None
+    def peak_mb(self) -> float:
+        """Peak memory of a run beyond inputs and gradients."""
+        hidden, weight, *_ = self.given
+        self.forget()
         before = _resident_mb("VmRSS", forget=True)
-        step()
-        return _resident_mb("VmHWM") - before - (hidden.nbytes + weight.nbytes) / 1e6
+        self()
+        peak = _resident_mb("VmHWM") - before - (hidden.nbytes + weight.nbytes) / 1e6
+        self.forget()
+        return peak
 
-    started, clock = time.process_time(), time.perf_counter()
-    peak = peak_mb()
-    seconds, wall = time.process_time() - started, time.perf_counter() - clock
-    timing = Timing(seconds, seconds, seconds, wall, 1)
-    if seconds < SLOW_S:
-        timing = measure(step, runs=runs)
-        peak = peak_mb()  # without what was compiled at first
-    hidden.grad = weight.grad = None
-    return timing, peak
+
+def timed(steps: list[Step]) -> dict[str, Found]:
+    """CPU time and peak memory of each, by its name."""
+    found = {}
+    for step in steps:
+        started, clock = time.process_time(), time.perf_counter()
+        peak = step.peak_mb()
+        once = Timing((time.process_time() - started,), (time.perf_counter() - clock,))
+        found[step.name] = once, peak
+    quick = [step for step in steps if found[step.name][0].cpu_s < SLOW_S]
+    for step, timing in zip(quick, by_turns(quick, runs=RUNS), strict=True):
+        found[step.name] = timing, found[step.name][1]
+    return found
 
 
 def _resident_mb(key: str, *, forget: bool = False) -> float:
@@ -217,7 +242,7 @@ def _resident_mb(key: str, *, forget: bool = False) -> float:
 
 
 def told(
-    name: str, shape: str, share: float, dtype: torch.dtype, found: tuple[Timing, float], note: str
+    name: str, shape: str, share: float, dtype: torch.dtype, found: Found, note: str
 ) -> Result:
     timing, peak = found
     return Result(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,8 +109,8 @@ def test_peak_memory_counts_what_was_freed_again() -> None:
         return loss.ours(hidden, weight, labels, kept)
 
     given = loss.problem(64, 301, 8, 0.5, torch.float32)
-    assert loss.timed(wasteful, given, runs=1)[1] > 190
-    assert loss.timed(loss.ours, given, runs=1)[1] < 20
+    assert loss.Step("wasteful", wasteful, given).peak_mb() > 190
+    assert loss.Step("ours", loss.ours, given).peak_mb() < 20
 
 
 def test_memory_in_bf16_is_that_of_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +118,35 @@ def test_memory_in_bf16_is_that_of_one_chunk(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(loss_chunks.CPU_CHUNK_BYTES, 2, 2**26)
     monkeypatch.setattr(loss_weight, "WIDENED_TILE", 2**9)  # a MB, not 5
     given = loss.problem(300, 128_256, 16, 1.0, torch.bfloat16)
-    peaks = [loss.timed(loss.ours, given, runs=1)[1] for _ in range(3)]
+    ours = loss.Step("ours", loss.ours, given)
+    peaks = [ours.peak_mb() for _ in range(3)]
     assert 60 < min(peaks) < 75  # what else the process does can only add
+
+
+def test_who_is_slow_is_timed_once_and_all_others_by_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+
+    def named(name: str) -> loss.Call:
+        def call(hidden: Tensor, weight: Tensor, *_: object) -> Tensor:
+            order.append(name)
+            end = time.process_time() + (0.3 if name == "slow" else 0)
+            while time.process_time() < end:
+                pass
+            return hidden.sum() + weight.sum()
+
+        return call
+
+    monkeypatch.setattr(loss, "SLOW_S", 0.3)
+    given = loss.problem(4, 8, 4, 1.0, torch.float32)
+    found = loss.timed([loss.Step(name, named(name), given) for name in ("a", "slow", "b")])
+    assert order == ["a", "slow", "b"] + ["a", "b"] * (1 + loss.RUNS)
+    assert {name: timing.runs for name, (timing, _) in found.items()} == {
+        "a": loss.RUNS,
+        "slow": 1,
+        "b": loss.RUNS,
+    }
 
 
 def test_shapes_are_chosen_by_a_part_of_their_name() -> None:
