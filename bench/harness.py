@@ -82,23 +82,38 @@ def chosen(shapes: list[T], only: str) -> list[T]:
 
 def measure(call: Callable[[], object], *, runs: int = 20) -> Timing:
     """So many runs of a call, after one that is not counted."""
-    return by_turns([call], runs=runs)[0]
+    call()
+    return _timing([_timed(call) for _ in range(runs)])
 
 
 def by_turns(calls: Sequence[Callable[[], object]], *, runs: int) -> list[Timing]:
-    """So many rounds, each call once in each, so that a slow minute of the machine meets all."""
-    for call in calls:
-        call()
-    cpu: list[list[float]] = [[] for _ in calls]
-    wall: list[list[float]] = [[] for _ in calls]
+    """So many rounds over all calls, so that a slow minute of the machine meets all of them.
+
+    Each is called twice in a round and timed the second time: it finds caches, and memory that a
+    virtual machine's host would have to find anew, as it leaves them itself.
+    """
+    rounds = []
     for _ in range(runs):
-        for i, call in enumerate(calls):
-            started, clock = time.process_time(), time.perf_counter()
-            result = call()
-            cpu[i].append(time.process_time() - started)
-            wall[i].append(time.perf_counter() - clock)
-            del result
-    return [Timing(tuple(c), tuple(w)) for c, w in zip(cpu, wall, strict=True)]
+        of_round = []
+        for call in calls:
+            call()
+            of_round.append(_timed(call))
+        rounds.append(of_round)
+    return [_timing(of_call) for of_call in zip(*rounds, strict=True)]
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, float]:
+    """CPU and wall seconds of a call; what it gives is dropped after the clock has stopped."""
+    started, clock = time.process_time(), time.perf_counter()
+    result = call()
+    seconds = time.process_time() - started, time.perf_counter() - clock
+    del result
+    return seconds
+
+
+def _timing(runs: Sequence[tuple[float, float]]) -> Timing:
+    cpu, wall = zip(*runs, strict=True)
+    return Timing(cpu, wall)
 
 
 def peak_bytes(call: Callable[[], object]) -> int | None:

@@ -22,8 +22,8 @@ POSITIONS = 2048
 SHAPES = ((32_768, 1_024), (128_256, 512))
 KEPT = (0.1, 0.3, 0.6, 1.0)
 IGNORE = -100
-RUNS = 5
-SLOW_S = 10  # who takes longer is timed once: the whole is to end within an hour
+RUNS = 3
+SLOW_S = 20  # who takes longer is timed once: the whole is to end within an hour
 
 Call = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # hidden, weight, labels, M -> mean loss
 Found = tuple[Timing, float]  # and MB at the peak beyond inputs and gradients
@@ -176,17 +176,17 @@ def at_shape(
         for peer in everyone:
             if peer.compiles and share == KEPT[0]:
                 Step(peer.name, peer.call, given)()
+        mine = Step("hermes_core", ours, given)
         steps = [Step(peer.name, peer.call, given) for peer in everyone if peer.name not in slow]
-        found = timed([Step("hermes_core", ours, given), *steps]) | slow
-        mine, memory = found["hermes_core"]
-        yield told("hermes_core", shape, share, dtype, found["hermes_core"], "")
+        found = slow | timed(mine, steps)
+        timing, memory = found[mine.name]
+        yield told(mine.name, shape, share, dtype, found[mine.name], "")
         for peer in everyone:
             theirs, peak = found[peer.name]
             if theirs.runs == 1 and not peer.compacts:
                 slow[peer.name] = found[peer.name]
-            note = (
-                f"{theirs.times(mine):.2f} x our time, {peak / max(memory, 1.0):.1f} x our memory"
-            )
+            times, memories = theirs.times(timing), peak / max(memory, 1.0)
+            note = f"{times:.2f} x our time, {memories:.1f} x our memory"
             yield told(peer.name, shape, share, dtype, found[peer.name], note)
 
 
@@ -218,18 +218,16 @@ class Step:
         return peak
 
 
-def timed(steps: list[Step]) -> dict[str, Found]:
-    """CPU time and peak memory of each, by its name."""
-    found = {}
+def timed(mine: Step, steps: list[Step]) -> dict[str, Found]:
+    """CPU time and peak memory of ours and of each step, by its name."""
+    peaks, once = {mine.name: mine.peak_mb()}, {}
     for step in steps:
         started, clock = time.process_time(), time.perf_counter()
-        peak = step.peak_mb()
-        once = Timing((time.process_time() - started,), (time.perf_counter() - clock,))
-        found[step.name] = once, peak
-    quick = [step for step in steps if found[step.name][0].cpu_s < SLOW_S]
-    for step, timing in zip(quick, by_turns(quick, runs=RUNS), strict=True):
-        found[step.name] = timing, found[step.name][1]
-    return found
+        peaks[step.name] = step.peak_mb()
+        once[step.name] = Timing((time.process_time() - started,), (time.perf_counter() - clock,))
+    quick = [mine, *(step for step in steps if once[step.name].cpu_s < SLOW_S)]
+    timings = dict(zip((step.name for step in quick), by_turns(quick, runs=RUNS), strict=True))
+    return {name: (timings.get(name) or once[name], peak) for name, peak in peaks.items()}
 
 
 def _resident_mb(key: str, *, forget: bool = False) -> float:
