@@ -27,34 +27,38 @@ T = TypeVar("T")
 class Timing:
     """Seconds of several runs, by the wall and of the CPU, which other work disturbs least."""
 
-    cpu: tuple[float, ...]
-    wall: tuple[float, ...]
+    each_cpu_s: tuple[float, ...]
+    each_wall_s: tuple[float, ...]
 
     @property
     def cpu_s(self) -> float:
-        return statistics.median(self.cpu)
+        return statistics.median(self.each_cpu_s)
 
     @property
     def wall_s(self) -> float:
-        return statistics.median(self.wall)
+        return statistics.median(self.each_wall_s)
 
     @property
     def fastest_s(self) -> float:
-        return min(self.cpu)
+        return min(self.each_cpu_s)
 
     @property
     def slowest_s(self) -> float:
-        return max(self.cpu)
+        return max(self.each_cpu_s)
 
     @property
     def runs(self) -> int:
-        return len(self.cpu)
+        return len(self.each_cpu_s)
 
     def times(self, other: Timing) -> float:
-        """How many times as long as another: the median over runs that went by turns."""
-        if self.runs != other.runs:
+        """How many times as long as another took: the median over rounds in which both went.
+
+        Of the medians where one of them ran once.
+        """
+        if 1 in (self.runs, other.runs):
             return self.cpu_s / other.cpu_s
-        return statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True))
+        pairs = zip(self.each_cpu_s, other.each_cpu_s, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +141,11 @@ def _peak(call: Callable[[], object]) -> int | None:
     return peak
 
 
-def row_result(backend: str, timing: Timing, tokens: int, notes: str = "") -> Result:
-    """Tokens of batches of rows, for each second of CPU time."""
+def row_result(backend: str, rows: int, timing: Timing, tokens: int, notes: str = "") -> Result:
+    """Tokens of batches of so many rows, for each second of CPU time."""
     return Result(
         op="rows",
-        shape=f"rows of {ROW_LENGTH}",
+        shape=f"{rows} x {ROW_LENGTH}",
         dtype="uint32 ids in",
         backend=backend,
         unit="M tokens/CPU-s",

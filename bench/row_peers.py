@@ -25,13 +25,14 @@ Features = list[dict[str, Any]]
 class Peer:
     """A way to make batches; ``call`` alone is timed, over the samples of several batches.
 
-    ``call`` gives the ids of each batch as an array, whose length is checked against the samples.
+    ``call`` gets what ``prepare`` made, and the rows of a batch; it gives the ids of each batch as
+    an array, whose length is checked against the samples.
     """
 
     name: str
     module: str
     prepare: Callable[[list[Features]], Any]
-    call: Callable[[Any], list[Any]]
+    call: Callable[[Any, int], list[Any]]
 
 
 def as_lists(batches: list[Features]) -> list[Features]:
@@ -39,14 +40,14 @@ def as_lists(batches: list[Features]) -> list[Features]:
     return [[{name: array.tolist() for name, array in each.items()} for each in b] for b in batches]
 
 
-def transformers(batches: list[Features]) -> list[Any]:
+def transformers(batches: list[Features], _: int) -> list[Any]:
     collator = importlib.import_module("transformers").DataCollatorWithFlattening(
         return_flash_attn_kwargs=True
     )
     return [collator(batch)["input_ids"] for batch in batches]
 
 
-def trl(batches: list[Features]) -> list[Any]:
+def trl(batches: list[Features], _: int) -> list[Any]:
     module = importlib.import_module("trl.trainer.sft_trainer")
     collator = module.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     return [collator(batch)["input_ids"] for batch in batches]
@@ -57,7 +58,7 @@ def one_dataset(batches: list[Features]) -> Any:
     return importlib.import_module("grain").MapDataset.source(samples).to_iter_dataset()
 
 
-def grain_first_fit(dataset: Any) -> list[Any]:
+def grain_first_fit(dataset: Any, rows: int) -> list[Any]:
     packed = importlib.import_module("grain.experimental").FirstFitPackIterDataset(
         dataset,
         length_struct={"input_ids": ROW_LENGTH, "labels": ROW_LENGTH},
@@ -65,14 +66,14 @@ def grain_first_fit(dataset: Any) -> list[Any]:
         shuffle_bins=False,
         meta_features=["labels"],  # one set of positions is enough
     )
-    return [batch["input_ids"][batch["input_ids_segment_ids"] > 0] for batch in packed.batch(8)]
+    return [each["input_ids"][each["input_ids_segment_ids"] > 0] for each in packed.batch(rows)]
 
 
-def grain_split(dataset: Any) -> list[Any]:
+def grain_split(dataset: Any, rows: int) -> list[Any]:
     packed = importlib.import_module("grain.experimental").ConcatThenSplitIterDataset(
         dataset, length_struct={"input_ids": ROW_LENGTH, "labels": ROW_LENGTH}
     )
-    return [batch["input_ids"][batch["input_ids_segment_ids"] > 0] for batch in packed.batch(8)]
+    return [each["input_ids"][each["input_ids_segment_ids"] > 0] for each in packed.batch(rows)]
 
 
 PEERS = (
@@ -88,12 +89,12 @@ PEERS = (
 def against_peers(
     samples: Samples, packing: Packing, ours: dict[int, tuple[Callable[[], object], int]]
 ) -> Iterator[Result | str]:
-    """Each peer that is installed, by turns with ours on samples of the same rows.
+    """Each peer that is installed, on the plan's first rows, by turns with ours on all of them.
 
-    ``ours``, by rows at a time: a call that builds all batches, and the tokens in them.
+    Theirs stay in the caches; ours, by rows at a time: a call for all batches, and their tokens.
     """
     for batch, (build, ours_tokens) in ours.items():
-        yield f"{batch} row{'s' * (batch > 1)} at a time"
+        yield f"\n{batch} at a time"
         starts = range(0, ROWS, batch)
         batches = [features(samples, packing, start, start + batch) for start in starts]
         tokens = sum(len(each["input_ids"]) for some in batches for each in some)
@@ -103,19 +104,20 @@ def against_peers(
             except ImportError as error:
                 yield f"{peer.name}: skipped, not importable ({error})"
                 continue
-            given = peer.prepare(batches)
-            check(peer, given, tokens)
-            mine, theirs = by_turns([build, partial(peer.call, given)], runs=RUNS)
+            call = partial(peer.call, peer.prepare(batches), batch)
+            check(peer.name, call(), tokens)
+            mine, theirs = by_turns([build, call], runs=RUNS)
             times = theirs.times(mine) * ours_tokens / tokens
-            yield row_result(peer.name, theirs, tokens, f"build_rows int64 is {times:.0f} x")
+            rate = ours_tokens / mine.cpu_s / 1e6
+            note = f"build_rows int64, {rate:,.0f} beside it, is {times:.0f} x"
+            yield row_result(peer.name, batch, theirs, tokens, note)
 
 
-def check(peer: Peer, given: Any, tokens: int) -> None:
-    """Stop if its batches have other tokens: no time for a wrong answer."""
-    ids = peer.call(given)
-    made = sum(some.size if isinstance(some, np.ndarray) else some.numel() for some in ids)
+def check(name: str, batches: list[Any], tokens: int) -> None:
+    """Stop if these hold other tokens: no time for a wrong answer."""
+    made = sum(ids.size if isinstance(ids, np.ndarray) else ids.numel() for ids in batches)
     if made != tokens:
-        raise SystemExit(f"{peer.name} gives {made} tokens of {tokens}: no time for it")
+        raise SystemExit(f"{name} gives {made} tokens of {tokens}: no time for it")
 
 
 def features(samples: Samples, packing: Packing, first: int, end: int) -> Features:

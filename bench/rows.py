@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness import Result, by_turns, measure, row_result
+from bench.harness import Result, by_turns, row_result
 from bench.lengths import ROW_LENGTH, hermes_lengths
 from bench.row_peers import against_peers
 from bench.row_store import from_a_cold_store
 from hermes_core import IGNORE_INDEX, Packing, Rows, Samples, Shard, build_rows, pack
 
 ROWS = 1024  # 67 MB of token ids: past every cache
-BATCHES = (1, 8, 64)  # rows at a time: inside the second-level cache, past it, past every cache
-BATCH = 8  # rows at a time of the gate, the slow loop and the cold store
-LARGE = 64  # rows that several threads share
+BATCHES = (1, 8, 64)  # rows at a time: int64 columns of 0.4, 3.1 and 25 MB
+BATCH = 8  # rows at a time of the slow loop and the cold store
+THREADS_FROM = 64  # rows that two threads share
 RUNS = 20
 SLOW_ROWS = 64  # enough for a Python loop
 VOCABULARY = 151_936  # Qwen3's: ids need 32 bits
@@ -26,22 +26,24 @@ Build = Callable[[Samples, Packing, range], Rows]
 
 
 def run() -> Iterator[Result | str]:
-    """Tokens for each second of CPU time; who is compared went by turns."""
+    """Tokens for each second of CPU time; who is compared goes by turns."""
     samples = hermes_samples(ROWS * ROW_LENGTH)
     packing = pack(samples.lengths, row_length=ROW_LENGTH)
-    gate(samples, packing)
-    yield "gate passed: every array of eight rows equals the collator's"
-    yield f"{len(samples):,} samples in {packing.rows:,} rows\n"
     for batch in BATCHES:
+        gate(samples, packing, batch)
+    yield f"gate passed: every array equals the collator's, {BATCHES} rows at a time"
+    yield f"{len(samples):,} samples in {packing.rows:,} rows"
+    for batch in BATCHES:
+        yield f"\n{batch} at a time"
         yield from against_a_copy(samples, packing, batch)
-    call, tokens = batches(built(threads=2), samples, packing, packing.rows, LARGE)
-    yield row_result(f"build_rows int64, {LARGE} rows, threads=2", measure(call, runs=RUNS), tokens)
     ours = {batch: batches(built(), samples, packing, packing.rows, batch) for batch in BATCHES[:2]}
     slow, slow_tokens = batches(collate, samples, packing, SLOW_ROWS, BATCH)
     mine, plain = by_turns([ours[BATCH][0], slow], runs=5)
-    yield row_result("collator in NumPy", plain, slow_tokens)
     times = plain.times(mine) * ours[BATCH][1] / slow_tokens
-    yield f"build_rows int64, {BATCH} rows, is {times:.0f} x the collator\n"
+    yield f"\n{BATCH} at a time"
+    yield row_result(
+        "collator in NumPy", BATCH, plain, slow_tokens, f"build_rows int64 is {times:.0f} x"
+    )
     yield from against_peers(samples, packing, ours)
     yield ""
     yield from from_a_cold_store(samples, packing, BATCH)
@@ -53,24 +55,24 @@ def against_a_copy(samples: Samples, packing: Packing, batch: int) -> Iterator[R
         name: batches(build, samples, packing, packing.rows, batch)
         for name, build in ways(batch).items()
     }
-    copy, *ours = by_turns(
-        [copying(samples, batch), *(call for call, _ in made.values())], runs=RUNS
-    )
-    rows = f"{batch} row{'s' * (batch > 1)}"
-    yield row_result(f"memcpy of two int32 columns, {rows}", copy, samples.token_count)
+    calls = [copying(samples, batch), *(call for call, _ in made.values())]
+    copy, *ours = by_turns(calls, runs=RUNS)
+    yield row_result("memcpy of two int32 columns", batch, copy, samples.token_count)
     for (name, (_, tokens)), timing in zip(made.items(), ours, strict=True):
         share = copy.times(timing) * tokens / samples.token_count
-        yield row_result(f"build_rows {name}, {rows}", timing, tokens, f"{share:.2f} of the memcpy")
-    yield ""
+        note = f"{share:.2f} of the memcpy"
+        yield row_result(f"build_rows {name}", batch, timing, tokens, note)
 
 
 def ways(batch: int) -> dict[str, Build]:
     """Three columns and cu_seqlens: in memory that is used again, or in the caller's."""
+    threads = {"int64, threads=2": built(threads=2)} if batch >= THREADS_FROM else {}
     return {
         "int64": built(),
         "int64, out=": built(out=Rows.empty(batch, ROW_LENGTH)),
         "int32": built(dtype=np.int32),
         "int32, out=": built(out=Rows.empty(batch, ROW_LENGTH, dtype=np.int32)),
+        **threads,
     }
 
 
@@ -140,14 +142,14 @@ def collate(samples: Samples, packing: Packing, rows: range) -> Rows:
     return Rows(input_ids, labels, positions, cu_seqlens)
 
 
-def gate(samples: Samples, packing: Packing) -> None:
+def gate(samples: Samples, packing: Packing, batch: int) -> None:
     """Stop unless a batch equals the collator's in every array, whichever way it is built."""
-    rows = range(packing.rows - BATCH, packing.rows)
+    rows = range(packing.rows - batch, packing.rows)
     want = collate(samples, packing, rows)
-    for way, build in ways(BATCH).items():
+    for way, build in ways(batch).items():
         got = build(samples, packing, rows)
         for name in ARRAYS:
             if not np.array_equal(getattr(got, name), getattr(want, name)):
-                raise SystemExit(f"build_rows {way} differs from the collator in {name}")
+                raise SystemExit(f"build_rows {way}, {batch} rows, differs in {name}")
         if got.kept_count != want.kept_count:
             raise SystemExit(f"build_rows {way} counts {got.kept_count}, not {want.kept_count}")
