@@ -103,9 +103,11 @@ def build_rows(
     Raises:
         TypeError: an argument or an array of ``out`` of another type.
         ValueError: row numbers of another shape or out of range, a plan of other samples where that
-            shows (one that is not there, or is too long for its row), a corrupt store, an array of
-            ``out`` that cannot be written so, a token id over int32.
+            shows (by its store's fingerprint, a sample that is not there, or is too long for its
+            row), a corrupt store, an array of ``out`` that cannot be written so, a token id over
+            int32.
     """
+    _refuse_another_store(samples, packing)
     try:
         built: Rows = _C.build_rows(  # by place: names would cost a tenth of a small batch
             Rows,
@@ -141,6 +143,15 @@ def row_numbers(rows: RowNumbers, count: int) -> NDArray[np.int64]:
     if numbers.dtype == np.uint64:
         check_row_numbers(numbers, count)
     return np.ascontiguousarray(numbers, np.int64)
+
+
+def _refuse_another_store(samples: object, packing: object) -> None:
+    """A plan and samples that both know their store know the same."""
+    planned, given = getattr(packing, "fingerprint", ""), getattr(samples, "fingerprint", "")
+    if planned and given and planned != given:
+        raise ValueError(
+            f"packing was made for the store {planned}, not for samples of {given}; pack them again"
+        )
 
 
 def _refuse_others(samples: object, packing: object, out: object) -> None:

@@ -132,6 +132,9 @@ class Samples:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """[N] tokens of each sample; read-only."""
+        return self._measure()
+
+    def _measure(self) -> NDArray[np.int64]:
         parts = [np.diff(shard.offsets) for shard in self.shards]
         lengths: NDArray[np.int64] = np.concatenate([*parts, np.zeros(0, np.int64)])
         lengths.flags.writeable = False

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hermes_core import _C
 from hermes_core.files import write_atomically
@@ -59,7 +60,7 @@ class Store(Samples):
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # shards are mapped later, wherever the process is then
         self.meta: dict[str, Any] = about["meta"]
         self.vocab_size: int = about["vocab_size"]
         self.fingerprint: str = about["fingerprint"]
@@ -74,6 +75,16 @@ class Store(Samples):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_store, (self.folder,)  # a worker maps the files again: no token is copied
+
+    def _measure(self) -> NDArray[np.int64]:
+        lengths = super()._measure()
+        low, high = int(lengths.min(initial=1)), int(lengths.max(initial=1))
+        if not 1 <= low <= high <= max(self.token_count, 1):
+            raise StoreError(
+                f"{self.folder} is damaged: its {self.token_count:,} tokens are in samples of "
+                f"{low:,} to {high:,}; copy the store again"
+            )
+        return lengths
 
     @property
     def token_count(self) -> int:
@@ -120,7 +131,11 @@ class Store(Samples):
             raise StoreError(f"{quarantine} has {lines} lines, want {self.quarantined}")
         for entry in self.entries:
             path = self.folder / entry.name
-            if checksum(_C.map_file(os.fsencode(path))) != entry.sha256:
+            try:
+                found = checksum(_C.map_file(os.fsencode(path)))
+            except OSError as error:
+                raise StoreError(f"{path} cannot be read: {error}") from error
+            if found != entry.sha256:
                 raise StoreError(f"{path} is damaged: its checksum differs from store.json")
 
 

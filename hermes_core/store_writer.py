@@ -226,10 +226,10 @@ class StoreWriter:
 
     def _resume(self) -> None:
         path = self._writing / "progress.json"
-        shards = sorted(self.folder.glob("shard-*.bin"))
+        shards = set(self.folder.glob("shard-*.bin"))
         if not path.exists():
             if shards and not self._writing.exists():
-                raise StoreError(f"{shards[0]} exists without store.json: choose another folder")
+                raise StoreError(f"{min(shards)} exists without store.json: choose another folder")
             self._writing.mkdir(exist_ok=True)
             self._advance()
             sync_folder(self.folder)
@@ -241,14 +241,15 @@ class StoreWriter:
             self._progress = Progress(**about["progress"])
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path} is damaged: {error!r}") from error
-        for missing in map(self._shard_path, range(len(shards), self._progress.shards)):
+        committed = [self._shard_path(number) for number in range(self._progress.shards)]
+        for missing in (path for path in committed if path not in shards):
             raise StoreError(f"{missing} is missing: it was committed; remove {self.folder}")
         # What a writer left that was stopped between two commits.
         log = self._log_path()
         _cut(self.folder / "quarantine.jsonl", self._progress.quarantine_bytes)
         _cut(log, self._progress.log_bytes)
         for left in (
-            *shards[self._progress.shards :],
+            *shards.difference(committed),
             *self.folder.glob(".*.unfinished"),
             *(other for other in self._writing.glob("*.log") if other != log),
         ):

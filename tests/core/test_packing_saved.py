@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hermes_core import Packing, pack
+from hermes_core import Packing, RowLoader, StoreWriter, build_rows, open_store, pack
 
 
 def test_saved_plan_takes_about_five_bytes_a_sample(tmp_path: Path) -> None:
@@ -38,6 +38,27 @@ def test_plan_of_another_store_is_refused(tmp_path: Path) -> None:
     pack([1], row_length=1, fingerprint="abc").save(tmp_path / "plan.npz")
     with pytest.raises(ValueError, match="was made for the store abc, not for def; pack this"):
         Packing.load(tmp_path / "plan.npz", fingerprint="def")
+
+
+@pytest.mark.parametrize("use", [RowLoader, build_rows])
+def test_plan_of_another_store_builds_no_rows(tmp_path: Path, use: Any) -> None:
+    """Both stores have samples of the same lengths, so that only the fingerprints differ."""
+    stores = []
+    for name in ("a", "b"):
+        with StoreWriter(tmp_path / name, meta={"name": name}, vocab_size=9) as writer:
+            for length in (3, 4):
+                writer.append([len(stores)] * length, [])
+            writer.finish()
+        stores.append(open_store(tmp_path / name))
+    plan = pack(stores[0].lengths, row_length=8, fingerprint=stores[0].fingerprint)
+    options: dict[str, Any] = {"batch_rows": 1} if use is RowLoader else {"rows": [0]}
+    use(stores[0], plan, **options)
+    with pytest.raises(
+        ValueError, match=f"store {plan.fingerprint}, not for samples of {stores[1].fingerprint}"
+    ):
+        use(stores[1], plan, **options)
+    without = pack(stores[0].lengths, row_length=8)
+    use(stores[1], without, **options)
 
 
 def test_plan_of_a_newer_version_is_refused(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,3 +349,47 @@ def test_kill_at_any_moment_changes_no_byte(tmp_path: Path) -> None:
     assert len(set(begun)) > 6  # a restart goes on, it does not begin again
     assert open_store(tmp_path / "stormy").quarantined == 192
     assert contents(tmp_path / "stormy") == contents(tmp_path / "calm")
+
+
+def test_a_store_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    store = open_store("store")
+    monkeypatch.chdir("/")
+    assert len(store.lengths) == len(pickle.loads(pickle.dumps(store)).lengths) == 40
+    store.verify()
+    (tmp_path / "store" / "shard-00001.bin").unlink()
+    with pytest.raises(StoreError, match=r"shard-00001\.bin cannot be read"):
+        store.verify()
+
+
+def test_a_sample_without_a_possible_length_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "shard-00000.bin"
+    second = store_module.read_header(path)[2][1] + 8
+    data = bytearray(path.read_bytes())
+    data[second + 7] = 0x80
+    path.write_bytes(data)
+    store = open_store(tmp_path)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"is damaged: its [\d,]+ tokens are in samples of -"):
+            len(store.lengths)
+
+
+def test_committed_shards_are_known_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        StoreWriter, "_shard_path", lambda writer, number: writer.folder / f"shard-{number}.bin"
+    )
+    options: Any = {"meta": META, "vocab_size": 9, "shard_tokens": 1}
+    with StoreWriter(tmp_path, **options) as writer:
+        for _ in range(13):  # 12 of them in shards
+            writer.append([1], [])
+    shutil.copy(tmp_path / "shard-0.bin", tmp_path / "shard-12.bin")  # not committed
+    with StoreWriter(tmp_path, **options):
+        left = {path.name for path in tmp_path.glob("shard-*.bin")}
+    assert left == {f"shard-{number}.bin" for number in range(12)}
+    (tmp_path / "shard-9.bin").unlink()
+    with pytest.raises(StoreError, match=r"shard-9\.bin is missing: it was committed"):
+        StoreWriter(tmp_path, **options)

@@ -65,12 +65,6 @@ def run(
 
 def _describe(folder: Path, store: Store, row_length: int) -> None:
     lengths = store.lengths
-    low, high = int(lengths.min()), int(lengths.max())
-    if not 1 <= low <= high <= store.token_count:
-        raise UserError(
-            f"{folder} is damaged: its {store.token_count:,} tokens are in samples of {low:,} to "
-            f"{high:,}; copy the store again"
-        )
     _say(f"{folder}: {counted(len(store), 'sample')}, {counted(store.token_count, 'token')}")
     for line in length_histogram(lengths, row_length):
         _say(line)

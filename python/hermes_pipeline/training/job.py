@@ -115,7 +115,8 @@ def _open_store(recipe: Recipe, record: dict[str, Any] | None) -> Store:
         raise UserError("train on what? give --store STORE, made by `hermes4 tokenize`")
     try:
         store = open_store(Path(recipe.data.store))
-    except StoreError as error:
+        len(store.lengths)  # which maps every shard
+    except (StoreError, OSError) as error:
         raise UserError(str(error)) from None
     if record is not None and store.fingerprint != record["store"]["fingerprint"]:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hermes_core.store import HEADER, read_header
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.hub import load_tokenizer, tokenizer_fingerprint
 from hermes_pipeline.stages import train
@@ -225,6 +226,26 @@ def test_run_folder_of_another_recipe(check: Check, begun: Path) -> None:
     assert check().begun
     with pytest.raises(UserError, match=r"optimizer\.learning_rate was 0\.001 and is 0\.5"):
         check("optimizer.learning_rate=0.5")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("header", r"shard-00000\.bin is not the shard that store\.json lists"),
+        ("offsets", "tokens are in samples of -"),
+    ],
+)
+def test_damaged_shard_before_anything_starts(
+    check: Check, make_store: Callable[..., Path], tmp_path: Path, damage: str, message: str
+) -> None:
+    store = make_store(tmp_path / "damaged", samples=10, seed=1)
+    path = store / "shard-00000.bin"
+    data = bytearray(path.read_bytes())
+    second_sample = read_header(path)[2][1] + 8
+    data[HEADER.size - 1 if damage == "header" else second_sample + 7] ^= 0x80
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        check(store=store)
 
 
 def test_run_folder_of_another_store(
