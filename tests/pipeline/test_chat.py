@@ -142,6 +142,11 @@ def test_an_empty_thought_is_none() -> None:
     assert answer(content="Hello.", reasoning="").reasoning is None
 
 
+def test_an_empty_thought_hides_no_other() -> None:
+    thought = answer(content="Hello.", reasoning_content="", reasoning="Hm.")
+    assert thought.reasoning == "Hm."
+
+
 def test_a_thought_without_an_answer_is_a_message() -> None:
     assert answer(content=None, reasoning="Hm.") == Message(
         "assistant", "", reasoning="Hm.", train=True

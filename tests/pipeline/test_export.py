@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.hub import DataSource
 from hermes_pipeline.services.store import Input, RunStore
 from hermes_pipeline.stages import export as module
@@ -59,6 +60,15 @@ def run(tmp_path: Path) -> Path:
         asyncio.run(fill(store))
         store.write_counts({"quarantined": 7})
     return folder
+
+
+def test_results_of_another_stage_are_refused_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "scores"
+    with RunStore(folder, stage="evaluate", settings={}, seed=4):
+        (folder / "answers.jsonl").write_text("theirs")
+    with pytest.raises(UserError, match=r"holds results of `hermes4 evaluate`, not of"):
+        module.export(folder)
+    assert (folder / "answers.jsonl").read_text() == "theirs"
 
 
 def test_json_lines_hold_one_record_for_each_input_in_order(hermes4: Hermes4, run: Path) -> None:

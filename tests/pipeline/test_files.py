@@ -49,6 +49,7 @@ FORMATS: dict[str, Callable[[Path], None]] = {
     "lines.JSONL": write_lines,
     "lines.json": write_lines,
     "lines.jsonl.gz": write_gzip,
+    "LINES.JSONL.GZ": write_gzip,
     "lines.json.gz": write_gzip,
     "appended.jsonl.gz": write_two_gzips,
     "list.json": write_list,

@@ -276,6 +276,14 @@ def test_a_refused_record_says_why_in_one_line_and_the_next_is_shown(
         ("[1]", "a record must be a JSON object, not a list"),
         (json.dumps({"two\nlines": 1}), "no known form; "),
         (json.dumps(chat("Hi", "<tool_response>")), "message 1 (assistant): <tool_response> is "),
+        (
+            json.dumps(chat("Hi", "<tool_response><tool_response>b</tool_response> c")),
+            "message 1 (assistant): <tool_response> stands in what a tool said",
+        ),
+        (
+            json.dumps(chat("Hi", "<tool_response>a</tool_response> b</tool_response> c")),
+            "message 1 (assistant): </tool_response> stands in what a tool said",
+        ),
     ],
 )
 def test_every_refusal_is_one_line_above_the_record(

@@ -82,6 +82,14 @@ def test_a_reply_carries_tool_calls_and_why_it_ended() -> None:
     assert (reply.finish_reason, reply.completion_tokens) == ("tool_calls", 9)
 
 
+@pytest.mark.parametrize("inner", ["Hm.", [{"type": "text", "text": "Hm."}]])
+def test_an_answer_in_parts_is_joined(inner: object) -> None:
+    thought = {"type": "thinking", "thinking": inner}
+    parts = [thought, {"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    content = answer({"message": {"content": parts}, "finish_reason": "stop"})
+    assert read_answer(content).replies[0].text == "<think>Hm.</think>42"
+
+
 def test_both_forms_of_logprobs_come_back_as_one() -> None:
     chat = {
         "message": {"content": "ab"},
@@ -137,6 +145,8 @@ def test_an_empty_answer_and_one_that_met_its_length_are_answers() -> None:
     [b"", b"{", b"[]", b"null", b'{"choices": []}', b'{"choices": [{}]}', b"<html>", b"\xff",
      b'{"error": {"message": "upstream"}}', b'{"choices": [{"text": "a", "logprobs": {}}]}',
      answer({"text": "half", "finish_reason": "abort"}),
+     answer({"message": {"content": 5}, "finish_reason": "stop"}),
+     answer({"message": {"content": [{"type": "image"}]}, "finish_reason": "stop"}),
      answer({"text": "", "finish_reason": "stop"}, {"text": "", "finish_reason": "error"})],
 )  # fmt: skip
 def test_what_is_no_answer_is_a_broken_reply(content: bytes) -> None:

@@ -266,11 +266,9 @@ def _content(content: object, where: str) -> str:
 
 def _reasoning(turn: Mapping[str, Any], where: str) -> str | None:
     for key in ("reasoning_content", "reasoning", "thinking"):
-        value = turn.get(key)
-        if value is not None:
-            if not isinstance(value, str):
-                raise Refused(f"{where}: {key} must be a string, not {kind_of(value)}")
-            return checked_text(value, where) or None
+        value = _optional(turn, key, where)
+        if value:
+            return value
     return None
 
 

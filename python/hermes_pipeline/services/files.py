@@ -117,7 +117,7 @@ def read_file(
     else:
         try:
             with path.open("rb") as raw:
-                opened: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+                opened: Any = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
                 with io.BufferedReader(opened, _CHUNK) as file:
                     if _holds_list(path, file):
                         records = _read_list(path, file)

@@ -241,7 +241,7 @@ def _tokenizer_from_file(path: Path) -> Any:
 
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if path.suffix.lower() == ".gz" else data).decode("utf-8")
         backend = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path} is not a tokenizer.json: {_line(error)}") from None

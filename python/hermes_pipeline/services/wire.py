@@ -185,11 +185,27 @@ def _reply(choice: Mapping[str, Any], prompt_tokens: int | None, tokens: int | N
 
 def _text(message: Mapping[str, Any]) -> str:
     """All a model wrote, also where a server has put its thinking apart."""
-    content = message.get("content") or ""
-    thinking = message.get("reasoning_content") or message.get("reasoning")
+    content, apart = _content(message.get("content") or "")
+    thinking = message.get("reasoning_content") or message.get("reasoning") or apart
     if not thinking:
-        return str(content)
+        return content
     return f"<think>{thinking}" + (f"</think>{content}" if content else "")
+
+
+def _content(content: object) -> tuple[str, str]:
+    """What was said and what was thought: a string, or parts of these kinds."""
+    if isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        raise TypeError(f"content is {type(content).__name__}")
+    said, thought = "", ""
+    for part in content:
+        if part["type"] == "thinking":
+            inner = part["thinking"]
+            thought += inner if isinstance(inner, str) else "".join(each["text"] for each in inner)
+        else:
+            said += part["text"]
+    return said, thought
 
 
 def _logprobs(logprobs: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:

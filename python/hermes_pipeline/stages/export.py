@@ -80,6 +80,8 @@ def export(
         raise UserError(f"--format {form!r} is not known; known: {', '.join(FORMS)}")
     if licence is not None and form != "datasets":
         raise UserError("--licence is for the card of --format datasets")
+    if (stage := read_about(folder)["stage"]) != "complete":
+        raise UserError(f"{folder} holds results of `hermes4 {stage}`, not of `hermes4 complete`")
     to = out or folder / FORMS[form]
     if form == "datasets":
         _write_data_set(folder, to, licence or "unknown")

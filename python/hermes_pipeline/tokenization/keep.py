@@ -9,7 +9,8 @@ from hermes_pipeline.records import Message, Span
 from hermes_pipeline.tokenization.turns import Turn
 
 _OPEN = "<tool_response>"
-_INJECTED = re.compile(r"<tool_response>.*?</tool_response>", re.DOTALL)
+_CLOSE = "</tool_response>"
+_INJECTED = re.compile(rf"{_OPEN}.*?{_CLOSE}", re.DOTALL)
 
 
 def kept_spans(text: str, turn: Turn, message: Message) -> list[Span]:
@@ -41,6 +42,12 @@ def _injected(text: str, turn: Turn, message: Message) -> list[Span]:
             f"message {turn.message} (assistant): {_OPEN} is opened in its content and not "
             "closed, so what the tool said cannot be told from what the model said"
         )
+    for tag in (_OPEN, _CLOSE):
+        if text.count(tag, turn.start, turn.text_end) != len(found):
+            raise Refused(
+                f"message {turn.message} (assistant): {tag} stands in what a tool said, so that "
+                "cannot be told from what the model said"
+            )
     return found
 
 

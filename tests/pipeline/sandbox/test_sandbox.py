@@ -76,6 +76,29 @@ def test_what_keeps_the_limits_ends_well(name: str, sandbox: Sandbox, wait: Wait
     assert (result.ended, result.stdout.strip(), result.stderr) == ("ok", said, ""), result
 
 
+@pytest.mark.parametrize(
+    ("source", "ended", "said"),
+    [
+        ("def f(x: List[int]): return x\nprint(f(1))", "error", ""),
+        ("def f(x: int): return x\nprint(f.__annotations__['x'] is int)", "ok", "True"),
+        ("import sys\nsys.stdout.reconfigure(encoding='utf-8')\nprint('ü')", "ok", "ü"),
+        (
+            "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\n"
+            "print(sys.stdout.seekable())",
+            "ok",
+            "False",
+        ),
+        ("import sys\nsys.stderr.reconfigure(errors='strict')\nprint(1)", "ok", "1"),
+    ],
+)
+def test_a_program_runs_as_by_itself(
+    sandbox: Sandbox, wait: Wait, source: str, ended: str, said: str
+) -> None:
+    result = wait(sandbox.run(source))
+    assert (result.ended, result.stdout.strip()) == (ended, said), result
+    assert ended == "ok" or "NameError: name 'List' is not defined" in result.stderr
+
+
 def test_a_program_reads_its_input_and_ends_with_its_code(sandbox: Sandbox, wait: Wait) -> None:
     text = "ü\n" * 1_000_000
     source = "import sys\nprint(len(sys.stdin.read()))\nprint('why', file=sys.stderr)\nexit(3)"

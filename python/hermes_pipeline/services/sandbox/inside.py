@@ -140,8 +140,9 @@ def _run_python(job: dict[str, Any]) -> int:
     module.__dict__.update(__file__=MAIN, __builtins__=__builtins__)
     sys.modules["__main__"] = module
     sys.argv, sys.path = [MAIN], [FOLDER, *(path for path in sys.path if path)]
+    _open_streams()
     try:
-        exec(compile(read(MAIN), MAIN, "exec"), module.__dict__)
+        exec(compile(read(MAIN), MAIN, "exec", dont_inherit=True), module.__dict__)
         if job["function"]:
             owner, _, name = job["function"].rpartition(".")
             holder = module.__dict__[owner]() if owner else module
@@ -155,6 +156,15 @@ def _run_python(job: dict[str, Any]) -> int:
         traceback.print_exception(type(error), error, below)
         return 1
     return 0
+
+
+def _open_streams() -> None:
+    """Standard output and error on what they are now; the zygote's still know of its own files."""
+    for fd, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+        buffering = 1 if name == "stderr" else -1
+        stream = open(fd, "w", buffering, "utf-8", errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _code_of(code: object) -> int:
