@@ -214,6 +214,22 @@ def test_stopped_run_ends_with_the_same_bits(resumed: Any, straight: Path) -> No
     assert_same_bits(resumed.folder, straight)
 
 
+def test_checkpoint_under_another_name_is_neither_loaded_nor_removed(
+    bench: Bench, stopped: Stopped
+) -> None:
+    folder = bench.folder / "aside"
+    shutil.copytree(stopped.folder, folder)
+    (step,) = checkpoint_steps(folder)
+    aside = folder / f"checkpoint/bad-step-{step}"
+    (folder / f"checkpoint/step-{step}").rename(aside)
+    best = shutil.copytree(aside, folder / "checkpoint/step-1-best")
+    ended = bench.run("aside", settings=(*COMMON, "checkpoint.every=5"))
+    assert ended.code == 0, ended.said
+    assert "going on from" not in ended.said
+    assert (aside / ".metadata").is_file()
+    assert (best / ".metadata").is_file()
+
+
 def test_stopped_run_goes_on_with_more_processes(
     bench: Bench, stopped: Stopped, straight: Path
 ) -> None:
