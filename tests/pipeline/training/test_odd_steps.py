@@ -100,27 +100,51 @@ def test_gradient_that_is_not_finite_waits_for_the_save_before_it(
     tmp_path: Path, make_model: Callable[..., Path], any_recipe: Path, fails: bool
 ) -> None:
     poisoned(tmp_path, make_model)
-    words = [sys.executable, "-c", LATE, "--recipe", str(any_recipe)]
-    for name in ("store", "model"):
-        words += [f"--{name}", str(tmp_path / name)]
-    words += ["--out", str(tmp_path / "run"), "--set", f"data.local_rows={LOCAL_ROWS}"]
-    words += ["--set", "checkpoint.every=1", "--set", "checkpoint.background=true"]
     # The first step's save alone is under way: a later save would wait for it.
-    words += ["--set", "data.seed=" + str(seed_with_bad_second_step(tmp_path))]
-
-    done = subprocess.run(
-        words,
-        env=os.environ | ({"FAILS": "1"} if fails else {}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    seed = f"data.seed={seed_with_bad_second_step(tmp_path)}"
+    done = run_late(tmp_path, any_recipe, seed, "checkpoint.background=true", fails=fails)
 
     assert done.returncode == 3, done.stderr
     assert done.stderr.splitlines()[-1].startswith("hermes4: error: step 2: loss nan")
     assert "Traceback" not in done.stderr
     assert checkpoint_steps(tmp_path / "run") == ([] if fails else [1])
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_save_that_a_disk_refuses_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    any_recipe: Path,
+    background: str,
+) -> None:
+    make_store(tmp_path / "store")
+    make_model(tmp_path / "model")
+
+    done = run_late(tmp_path, any_recipe, f"checkpoint.background={background}", fails=True)
+
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(
+        r"\nhermes4: error: checkpoint \S+/run/checkpoint/step-1 cannot be saved: .*No space left "
+        r"on device; [\d.]+ .B are free there\. Make room, and the same command goes on\n$",
+        "\n" + done.stderr,
+    )
+    assert "Traceback" in (tmp_path / "run/log.txt").read_text()
+
+
+def run_late(
+    folder: Path, recipe: Path, *settings: str, fails: bool
+) -> subprocess.CompletedProcess[str]:
+    """A run whose saves, one for each step, end late or fail."""
+    words = [sys.executable, "-c", LATE, "--recipe", str(recipe), "--out", str(folder / "run")]
+    words += ["--store", str(folder / "store"), "--model", str(folder / "model")]
+    for setting in (f"data.local_rows={LOCAL_ROWS}", "checkpoint.every=1", *settings):
+        words += ["--set", setting]
+    environment = os.environ | ({"FAILS": "1"} if fails else {})
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def seed_with_bad_second_step(folder: Path) -> int:
