@@ -137,6 +137,7 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
         store=job.store.folder,
         model=job.model,
         out=job.folder,
+        step=job.step,
     )
     with ExitStack() as stack:
         observer = _Observer(job, rank, stack)

@@ -41,20 +41,26 @@ def is_log(name: str) -> bool:
     return re.fullmatch(r"log(\.rank\d+)?\.txt", name) is not None
 
 
+def saves(checkpoints: Path) -> dict[int, Path]:
+    """The folders that saves have written or begun, by step; other names are the user's."""
+    return {
+        int(match.group(1)): path
+        for path in checkpoints.glob("step-*")
+        if (match := re.fullmatch(r"step-(0|[1-9]\d*)", path.name)) and path.is_dir()
+    }
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of whole checkpoints, rising; a save that was cut off is none."""
-    return sorted(
-        int(match.group(1))
-        for path in (folder / "checkpoint").glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / ".metadata").is_file()
-    )
+    found = saves(folder / "checkpoint")
+    return sorted(step for step, path in found.items() if (path / ".metadata").is_file())
 
 
 def remove_torn_checkpoints(folder: Path) -> None:
     """Delete what saves that were cut off have left."""
     whole = checkpoint_steps(folder)
-    for path in (folder / "checkpoint").glob("step-*"):
-        if path.name not in {f"step-{step}" for step in whole}:
+    for step, path in saves(folder / "checkpoint").items():
+        if step not in whole:
             shutil.rmtree(path)
 
 

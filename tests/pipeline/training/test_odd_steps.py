@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,23 @@ from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 
 ROWS, LOCAL_ROWS, POISON, BAD_SAMPLE = 12, 2, 120, 58
+
+# Every save ends late, and with an error where a word says so.
+LATE = """
+import os, sys, time
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+finish = FileSystemWriter.finish
+def late(self, *given, **named):
+    time.sleep(1)
+    if os.environ.get("FAILS"):
+        raise OSError(28, "No space left on device")
+    return finish(self, *given, **named)
+FileSystemWriter.finish = late
+from hermes_pipeline.training.run import main
+code = main(sys.argv[1:])
+sys.stderr.flush()
+os._exit(code)
+"""
 
 
 def poisoned(folder: Path, make_model: Callable[..., Path]) -> None:
@@ -73,6 +93,70 @@ def test_gradient_that_is_not_finite_ends_the_run_and_names_its_rows(
     assert re.search(rf"row {row} \(samples {BAD_SAMPLE}\)", error)
     assert checkpoint_steps(tmp_path / "run")[-1] == step - 1
     assert len(read_metrics(tmp_path / "run")) == step - 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradient_that_is_not_finite_waits_for_the_save_before_it(
+    tmp_path: Path, make_model: Callable[..., Path], any_recipe: Path, fails: bool
+) -> None:
+    poisoned(tmp_path, make_model)
+    # The first step's save alone is under way: a later save would wait for it.
+    seed = f"data.seed={seed_with_bad_second_step(tmp_path)}"
+    done = run_late(tmp_path, any_recipe, seed, "checkpoint.background=true", fails=fails)
+
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("hermes4: error: step 2: loss nan")
+    assert "Traceback" not in done.stderr
+    assert checkpoint_steps(tmp_path / "run") == ([] if fails else [1])
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_save_that_a_disk_refuses_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    any_recipe: Path,
+    background: str,
+) -> None:
+    make_store(tmp_path / "store")
+    make_model(tmp_path / "model")
+
+    done = run_late(tmp_path, any_recipe, f"checkpoint.background={background}", fails=True)
+
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(
+        r"\nhermes4: error: checkpoint \S+/run/checkpoint/step-1 cannot be saved: .*No space left "
+        r"on device; [\d.]+ .B are free there\. Make room, and the same command goes on\n$",
+        "\n" + done.stderr,
+    )
+    assert "Traceback" in (tmp_path / "run/log.txt").read_text()
+
+
+def run_late(
+    folder: Path, recipe: Path, *settings: str, fails: bool
+) -> subprocess.CompletedProcess[str]:
+    """A run whose saves, one for each step, end late or fail."""
+    words = [sys.executable, "-c", LATE, "--recipe", str(recipe), "--out", str(folder / "run")]
+    words += ["--store", str(folder / "store"), "--model", str(folder / "model")]
+    for setting in (f"data.local_rows={LOCAL_ROWS}", "checkpoint.every=1", *settings):
+        words += ["--set", setting]
+    environment = os.environ | ({"FAILS": "1"} if fails else {})
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def seed_with_bad_second_step(folder: Path) -> int:
+    """A seed of the order by which the second step has the bad sample."""
+    store = open_store(folder / "store")
+    for seed in range(100):
+        order = RowOrder(
+            store, row_length=64, packing="best_fit_decreasing", too_long="error", seed=seed
+        )
+        if any(BAD_SAMPLE in ids for ids in order.sample_ids(range(ROWS, 2 * ROWS))):
+            return seed
+    raise AssertionError("no such seed")
 
 
 def test_step_without_kept_tokens_has_loss_0(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics
 
 pytestmark = [
@@ -212,6 +213,47 @@ def test_stopped_run_goes_on_where_it_stopped(stopped: Stopped, resumed: Any) ->
 
 def test_stopped_run_ends_with_the_same_bits(resumed: Any, straight: Path) -> None:
     assert_same_bits(resumed.folder, straight)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damaged_checkpoint_is_named_once_with_the_way_out(
+    bench: Bench, stopped: Stopped, processes: int
+) -> None:
+    from hermes_pipeline.stages.train import export
+
+    folder = bench.folder / f"damaged{processes}"
+    shutil.copytree(stopped.folder, folder)
+    (step,) = checkpoint_steps(folder)
+    checkpoint = folder / f"checkpoint/step-{step}"
+    shutil.copytree(checkpoint, folder / "checkpoint/step-1")
+    data = checkpoint / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:1000])
+
+    ended = bench.run(folder.name, processes=processes)
+
+    assert ended.code == 2, ended.said
+    loading, error = ended.said.splitlines()
+    assert loading == "train: loading ..."
+    assert error.startswith(f"hermes4: error: checkpoint {checkpoint} cannot be loaded: ")
+    assert error.endswith("remove that folder to go on from step 1")
+    with pytest.raises(UserError, match=rf"step-{step} cannot be read: .*--step of another"):
+        export(folder, folder / "exported")
+
+
+def test_checkpoint_under_another_name_is_neither_loaded_nor_removed(
+    bench: Bench, stopped: Stopped
+) -> None:
+    folder = bench.folder / "aside"
+    shutil.copytree(stopped.folder, folder)
+    (step,) = checkpoint_steps(folder)
+    aside = folder / f"checkpoint/bad-step-{step}"
+    (folder / f"checkpoint/step-{step}").rename(aside)
+    best = shutil.copytree(aside, folder / "checkpoint/step-1-best")
+    ended = bench.run("aside", settings=(*COMMON, "checkpoint.every=5"))
+    assert ended.code == 0, ended.said
+    assert "going on from" not in ended.said
+    assert (aside / ".metadata").is_file()
+    assert (best / ".metadata").is_file()
 
 
 def test_stopped_run_goes_on_with_more_processes(

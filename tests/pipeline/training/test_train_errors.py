@@ -222,6 +222,23 @@ def begun(check: Check, folder: Path) -> Path:
     return job.folder
 
 
+def test_only_folders_of_saves_are_removed(begun: Path) -> None:
+    checkpoints = begun / "checkpoint"
+    whole = ("step-2", "step-2-best", "step-3.bad", "bad-step-4", "step-05")
+    for name in (*whole, "step-6", "step-7-torn"):
+        (checkpoints / name).mkdir(parents=True)
+    for name in whole:
+        (checkpoints / name / ".metadata").touch()
+    (checkpoints / "step-notes.txt").touch()
+    (checkpoints / "step-8").touch()
+    before = {path.name for path in checkpoints.iterdir()}
+
+    run_folder.remove_torn_checkpoints(begun)
+
+    assert before - {path.name for path in checkpoints.iterdir()} == {"step-6"}
+    assert run_folder.checkpoint_steps(begun) == [2]
+
+
 def test_run_folder_of_another_recipe(check: Check, begun: Path) -> None:
     assert check().begun
     with pytest.raises(UserError, match=r"optimizer\.learning_rate was 0\.001 and is 0\.5"):

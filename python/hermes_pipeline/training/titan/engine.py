@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.config import TrainingConfig
 from torchtitan.config.configs import CommConfig, DebugConfig
@@ -16,6 +15,7 @@ from torchtitan.tools import utils as titan_utils
 from hermes_pipeline.training.recipes import Checkpoint, Recipe, Training
 from hermes_pipeline.training.report import StepReport
 from hermes_pipeline.training.shape import Shape
+from hermes_pipeline.training.titan.checkpoints import Checkpoints
 from hermes_pipeline.training.titan.data import NoTokenizer, PackedRows
 from hermes_pipeline.training.titan.loss import KeptTokenLoss
 from hermes_pipeline.training.titan.model import model_spec
@@ -34,12 +34,14 @@ def trainer_config(
     store: Path,
     model: Path | None,
     out: Path,
+    step: int = 0,
 ) -> SegmentTrainer.Config:
     """torchtitan's configuration of a run.
 
     Args:
         local_rows: of one forward pass on one data-parallel rank.
         model: folder of the start weights, for a run folder without checkpoints.
+        step: of the checkpoint to go on from; 0 for none.
     """
     recompute = RECOMPUTE[recipe.training.recompute]
     return SegmentTrainer.Config(
@@ -61,7 +63,7 @@ def trainer_config(
         ),
         training=_training(recipe, local_rows),
         parallelism=parallelism(recipe.parallel),
-        checkpoint=_checkpoint(recipe.checkpoint, model),
+        checkpoint=_checkpoint(recipe.checkpoint, model, step),
         activation_checkpoint=recompute() if recompute else None,
         comm=CommConfig(
             init_timeout_seconds=recipe.parallel.timeout_s,
@@ -93,12 +95,13 @@ def _debug(training: Training) -> DebugConfig:
     )
 
 
-def _checkpoint(checkpoint: Checkpoint, model: Path | None) -> CheckpointManager.Config:
-    return CheckpointManager.Config(
+def _checkpoint(checkpoint: Checkpoint, model: Path | None, step: int) -> Checkpoints.Config:
+    return Checkpoints.Config(
         enable=True,
         interval=checkpoint.every,
         keep_latest_k=checkpoint.keep,
         async_mode="async" if checkpoint.background else "disabled",
+        load_step=step or -1,
         initial_load_path=None if model is None else str(model.resolve()),
         initial_load_in_hf=model is not None,
         last_save_model_only=False,

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.shape import Shape
+from hermes_pipeline.training.titan.checkpoints import reason
 from hermes_pipeline.training.titan.model import model_spec
 from hermes_pipeline.training.weights import SHARD_BYTES, write_json
 
@@ -39,7 +41,7 @@ def export_weights(
         state = {name: torch.empty(sizes[name].size, dtype=_dtype(sizes[name])) for name in names}
         with warnings.catch_warnings():  # one process is what is wanted
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+            _load(state, checkpoint)
         tensors = {
             name: tensor.to(DTYPES[dtype]).contiguous()
             for name, tensor in adapter.to_hf(state).items()
@@ -71,6 +73,16 @@ def _stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
         for name, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith(beside)
     }
+
+
+def _load(state: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    try:
+        load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    except CheckpointException as error:
+        raise UserError(
+            f"checkpoint {checkpoint} cannot be read: {reason(error)}; if it is damaged, give the "
+            f"--step of another"
+        ) from None
 
 
 def _dtype(entry: TensorStorageMetadata) -> torch.dtype:

@@ -5,6 +5,7 @@ Shapes: B rows, L row length, D model size.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.distributed import utils as titan_distributed
 from torchtitan.distributed.spmd_types import annotate_input_spmd_types
 from torchtitan.trainer import Trainer
@@ -21,6 +23,8 @@ from torchtitan.trainer import Trainer
 from hermes_core.segments import segments
 from hermes_pipeline.training.report import NonFiniteStep, StepReport
 from hermes_pipeline.training.titan.data import MicroBatch
+
+logger = logging.getLogger(__name__)
 
 
 class SegmentTrainer(Trainer):
@@ -61,7 +65,11 @@ class SegmentTrainer(Trainer):
         while self.step < self.config.training.steps:
             self.step += 1
             self.gc_handler.run(self.step)
-            report = self.train_step(batches, stop=asked_to_stop())
+            try:
+                report = self.train_step(batches, stop=asked_to_stop())
+            except NonFiniteStep:
+                self._finish_saving()
+                raise
             observe(report)
             last = report.stop or self.step == self.config.training.steps
             self.checkpointer.save(self.step, last_step=last)
@@ -69,6 +77,16 @@ class SegmentTrainer(Trainer):
                 break
         self.checkpointer.maybe_wait_for_saving()
         return bool(self.step >= self.config.training.steps)
+
+    def _finish_saving(self) -> None:
+        """Wait for a save in the background, which would end with the process.
+
+        Its failure is logged alone, so that it hides no other error.
+        """
+        try:
+            self.checkpointer.maybe_wait_for_saving()
+        except (Exception, CheckpointException):
+            logger.exception("The save in the background failed.")
 
     def train_step(self, batches: Iterator[MicroBatch], *, stop: bool = False) -> StepReport:
         """One step of the optimizer, over all ranks and accumulation steps."""
