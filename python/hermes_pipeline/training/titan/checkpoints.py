@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.components.checkpoint import AsyncMode, CheckpointManager
+from torchtitan.components.checkpointer import AsyncMode, CheckpointManager
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.folders import as_size, room
@@ -46,14 +46,14 @@ class Checkpoints(CheckpointManager):
         enable_garbage_collection: bool = False,
         to_hf: bool = False,
     ) -> Any:
-        self._saving = checkpoint_id
+        self._last_save = checkpoint_id
         with _saving(checkpoint_id):
             return super().dcp_save(
                 state_dict, checkpoint_id, async_mode, enable_garbage_collection, to_hf
             )
 
     def _wait_for_saving(self) -> None:
-        with _saving(self._saving):
+        with _saving(self._last_save):
             super()._wait_for_saving()
 
     def dcp_load(

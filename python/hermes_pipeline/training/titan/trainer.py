@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.distributed import utils as titan_distributed
 from torchtitan.distributed.spmd_types import annotate_input_spmd_types
 from torchtitan.trainer import Trainer
@@ -85,7 +84,7 @@ class SegmentTrainer(Trainer):
         """
         try:
             self.checkpointer.maybe_wait_for_saving()
-        except (Exception, CheckpointException):
+        except Exception:
             logger.exception("The save in the background failed.")
 
     def train_step(self, batches: Iterator[MicroBatch], *, stop: bool = False) -> StepReport:
