@@ -98,14 +98,11 @@ hermes::Seed seed_of(const std::vector<std::uint64_t>& words) {
     return seed;
 }
 
-// Room for so many. NumPy's own arrays begin anywhere, so that up to four megabytes of each lie in
-// small pages: large ones are ours.
-Int64Array room_for(std::int64_t count) {
-    constexpr std::int64_t large = std::int64_t{1} << 19;
-    if (count < large) {
-        return Int64Array(count);
-    }
-    auto buffer = std::make_unique<hermes::Buffer<std::int64_t>>(static_cast<std::size_t>(count));
+// Room for `count`, and for so many more `words` of 32 bits as scratch past those of the result.
+// NumPy's own memory begins anywhere, so that much of it lies in small pages.
+Int64Array room_for(std::int64_t count, std::size_t words = 0) {
+    const std::size_t size = std::max(static_cast<std::size_t>(count), (words + 1) / 2);
+    auto buffer = std::make_unique<hermes::Buffer<std::int64_t>>(size);
     std::int64_t* data = buffer->data();
     const py::capsule owner(buffer.release(),
                             [](void* p) { delete static_cast<hermes::Buffer<std::int64_t>*>(p); });
@@ -143,15 +140,15 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
         refuse_length(lengths, scanned.too_long, false, row_length);
     }
     // The result's memory is the scratch as well: its two halves hold the ids while they move.
-    Int64Array all = room_for(lengths.count);
+    Int64Array all = room_for(lengths.count, hermes::layout_words(lengths, scanned));
     std::int64_t* samples = all.mutable_data();
-    auto* ids = reinterpret_cast<std::uint32_t*>(samples);
+    std::uint32_t* spare = reinterpret_cast<std::uint32_t*>(samples) + lengths.count;
     hermes::Sorted sorted;
     hermes::Choice choice{};
     Packed packed{};
     {
         py::gil_scoped_release release;
-        sorted = hermes::sort_by_length(lengths, scanned, row_length, ids, ids + lengths.count);
+        sorted = hermes::sort_lengths(lengths, scanned, row_length, spare);
         choice = hermes::best_plan(sorted.classes, limits, strategies);
     }
     const hermes::Plan& plan = choice.plan;
@@ -167,11 +164,11 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
     packed.row_offsets = room_for(plan.rows + 1);
     std::int64_t* row_offsets = packed.row_offsets.mutable_data();
     packed.dropped = Int64Array(sorted.dropped);
-    std::copy_n(ids, sorted.dropped, packed.dropped.mutable_data());
+    std::int64_t* dropped = packed.dropped.mutable_data();
     {
         py::gil_scoped_release release;
-        hermes::lay_out(plan, seed_words.empty() ? nullptr : &seed, lengths.count, sorted.dropped,
-                        samples, row_offsets);
+        hermes::lay_out(plan, seed_words.empty() ? nullptr : &seed, lengths, scanned, samples,
+                        row_offsets, dropped, sorted.dropped);
     }
     packed.samples =
         sorted.dropped == 0 ? all : Int64Array({lengths.count - sorted.dropped}, {8}, samples, all);

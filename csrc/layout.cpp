@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <numeric>
 
 #include "buffer.hpp"
 
@@ -13,23 +14,11 @@
 namespace hermes {
 namespace {
 
-// Of a row: where its ids lie among the packed ones, and how many. In one word, so that the rows
-// are kept and shuffled where their offsets will stand.
-struct Row {
-    std::uint32_t begin;
-    std::uint32_t size;
+constexpr std::uint32_t kFew = 8;  // so many ids of a row are copied at once, needed or not
+constexpr std::size_t kMostBuckets = 1024;
 
-    static Row of(std::int64_t word) {
-        const auto bits = static_cast<std::uint64_t>(word);
-        return {static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32)};
-    }
-    std::int64_t word() const {
-        return static_cast<std::int64_t>(std::uint64_t{size} << 32 | begin);
-    }
-};
-
-// Where each row's ids begin, by its number in the plan; `words` become the rows.
-Buffer<std::uint32_t> measure_rows(const Plan& plan, std::int64_t* words) {
+// Where each row's ids begin, in packing order, and their end.
+Buffer<std::uint32_t> measure_rows(const Plan& plan) {
     // First how much larger each row is than the one before it.
     Buffer<std::uint32_t> begins(static_cast<std::size_t>(plan.rows) + 1);
     std::fill(begins.begin(), begins.end(), 0U);
@@ -37,12 +26,11 @@ Buffer<std::uint32_t> measure_rows(const Plan& plan, std::int64_t* words) {
         begins[p.first] += p.each;
         begins[p.first + p.rows] -= p.each;
     }
-    Row row{0, 0};
-    for (std::int64_t i = 0; i < plan.rows; ++i) {
-        row.size += begins[i];
-        words[i] = row.word();
-        begins[i] = row.begin;
-        row.begin += row.size;
+    std::uint32_t size = 0, begin = 0;
+    for (std::uint32_t& row : begins) {
+        size += row;
+        row = begin;
+        begin += size;
     }
     return begins;
 }
@@ -76,93 +64,226 @@ void expect_writes(const std::uint32_t* begin, std::size_t count) {
 }
 
 // Puts sorted ids where their rows are; what they were sorted by is the order of the placements.
-void deal(const Plan& plan, const std::uint32_t* ids, std::uint32_t* ends, std::uint32_t* packed) {
+class Dealer {
+public:
+    Dealer(const Plan& plan, std::uint32_t* ends, std::uint32_t* packed)
+        : all_(plan.placements), ends_(ends), packed_(packed) {}
+
+    // Those of whole placements.
+    void take(const std::uint32_t* ids, std::size_t count) {
+        for (const std::uint32_t* const end = ids + count; ids < end; ++next_) {
+            expect();
+            const auto [first, rows, each] = all_[next_];
+            const auto deal_some = each < kDealFew.size() ? kDealFew[each] : deal_many;
+            deal_some(ids, each, ends_ + first, rows, packed_);
+            ids += std::size_t{rows} * each;
+        }
+    }
+
+private:
     // The rows of a placement lie together, those of the next anywhere: first their ends are asked
     // for, then where those point. Of few rows that takes longer than it spares.
-    constexpr std::uint32_t many = 32;
-    constexpr std::size_t soon = 8, later = 16;  // placements ahead
-    const std::vector<Placement>& all = plan.placements;
-    for (std::size_t i = 0; i < all.size(); ++i) {
-        if (i + later < all.size() && all[i + later].rows >= many) {
-            expect_writes(ends + all[i + later].first, all[i + later].rows);
+    void expect() const {
+        constexpr std::uint32_t many = 32;
+        constexpr std::size_t soon = 8, later = 16;  // placements ahead
+        if (next_ + later < all_.size() && all_[next_ + later].rows >= many) {
+            expect_writes(ends_ + all_[next_ + later].first, all_[next_ + later].rows);
         }
-        if (i + soon < all.size() && all[i + soon].rows >= many) {
-            const auto [first, rows, each] = all[i + soon];
-            expect_writes(packed + ends[first], ends[first + rows - 1] + each - ends[first]);
+        if (next_ + soon < all_.size() && all_[next_ + soon].rows >= many) {
+            const auto [first, rows, each] = all_[next_ + soon];
+            expect_writes(packed_ + ends_[first], ends_[first + rows - 1] + each - ends_[first]);
         }
-        const auto [first, rows, each] = all[i];
-        const auto deal_some = each < kDealFew.size() ? kDealFew[each] : deal_many;
-        deal_some(ids, each, ends + first, rows, packed);
-        ids += std::size_t{rows} * each;
+    }
+
+    const std::vector<Placement>& all_;
+    std::uint32_t* ends_;  // of each row, so far
+    std::uint32_t* packed_;
+    std::size_t next_ = 0;
+};
+
+// Ids of 32 bits become 64 in place, from the last one down.
+void widen(std::int64_t* samples, std::size_t count) {
+    std::array<std::uint32_t, 4096> block;
+    const auto* ids = reinterpret_cast<const std::uint32_t*>(samples);
+    while (count > 0) {
+        const std::size_t some = std::min(count, block.size());
+        count -= some;
+        std::copy_n(ids + count, some, block.data());
+        std::copy_n(block.data(), some, samples + count);
     }
 }
 
-// Copies the `count` ids of the rows one row after another. In place of each row's word stands at
-// last where its ids begin.
-void gather(const std::uint32_t* packed, std::int64_t count, std::int64_t rows, std::uint32_t* out,
-            std::int64_t* words) {
-    constexpr std::int64_t few = 8;    // so many are copied at once, needed or not
-    constexpr std::int64_t far = 192;  // rows ahead: they lie anywhere in what may fit in no cache
-    constexpr std::uint32_t line = 64 / sizeof *out;
-    std::int64_t written = 0;
-    for (std::int64_t i = 0; i < rows; ++i) {
-        if (i + far < rows) {
-            const Row row = Row::of(words[i + far]);
-            const std::uint32_t* next = packed + row.begin;
-            for (std::uint32_t at = 0; at < row.size; at += line) {
-                __builtin_prefetch(next + at);
-            }
-            __builtin_prefetch(next + std::max<std::int64_t>(row.size, few) - 1);
-        }
-        const auto [begin, size] = Row::of(words[i]);
-        if (size <= few && std::max<std::int64_t>(begin, written) + few <= count) {
-            std::memcpy(out + written, packed + begin, few * sizeof *out);
-        } else {
-            std::memcpy(out + written, packed + begin, size * sizeof *out);
-        }
-        words[i] = written;
-        written += size;
+// Rows are shuffled where a cache holds them: each goes to a bucket by chance, and within a bucket
+// Fisher and Yates decide. Every order is as likely as another (Rao, 1961; Sandelius, 1962). In a
+// bucket, the last id of each row is marked by the bit that no id has.
+constexpr std::uint32_t kLast = std::uint32_t{1} << 31;
+
+std::size_t bucket_count(std::size_t rows, std::size_t ids) {
+    constexpr std::size_t most_rows = 1 << 12, most_ids = 1 << 15;
+    std::size_t count = 1;
+    while (count < kMostBuckets && (rows / count > most_rows || ids / count > most_ids)) {
+        count *= 2;
     }
-    words[rows] = written;
+    return count;
 }
 
-// Ids of 32 bits become 64 in place, from the last one down, written past the caches.
-void widen(std::int64_t* samples, std::int64_t count) {
-    auto* ids = reinterpret_cast<std::uint32_t*>(samples);
-    std::int64_t i = count;
+// Calls f(bucket, begin, end) for each row, with its place in `packed`.
+template <class F>
+void draw_buckets(const std::uint32_t* ends, std::size_t rows, std::size_t count,
+                  Xoshiro256& random, F f) {
+    std::uint32_t begin = 0;
+    for (std::size_t row = 0; row < rows;) {
+        std::uint64_t word = count == 1 ? 0 : random.next();
+        for (const std::size_t last = std::min(rows, row + 4); row < last; ++row, word >>= 16) {
+            f(word & (count - 1), begin, ends[row]);
+            begin = ends[row];
+        }
+    }
+}
+
+// Copies each row to the end of its bucket. A bucket begins `kFew` words after the one before it.
+void fill_bucket(const std::uint32_t* __restrict row, std::uint32_t size,
+                 std::uint32_t* __restrict to) {
+    constexpr std::uint32_t line = 64 / sizeof *to;
+    if (size <= kFew) {
+        std::memcpy(to, row, kFew * sizeof *to);
+    } else {
+        std::memcpy(to, row, size * sizeof *to);
+    }
+    to[size - 1] = row[size - 1] | kLast;
+    __builtin_prefetch(to + size + line, 1);
+}
+
 #ifdef __SSE2__
-    for (; i > 0 && reinterpret_cast<std::uintptr_t>(samples + i) % 16 != 0; --i) {
-        samples[i - 1] = ids[i - 1];
-    }
-    for (; i >= 4; i -= 4) {
-        const __m128i zero = _mm_setzero_si128();
-        const auto four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(ids + i - 4));
-        auto* to = reinterpret_cast<__m128i*>(samples + i - 4);
-        _mm_stream_si128(to + 1, _mm_unpackhi_epi32(four, zero));
-        _mm_stream_si128(to, _mm_unpacklo_epi32(four, zero));
-    }
-    _mm_sfence();
+// Of four ids, one bit each: is it the last of its row?
+inline unsigned last_of(const std::uint32_t* ids) {
+    return static_cast<unsigned>(_mm_movemask_ps(_mm_loadu_ps(reinterpret_cast<const float*>(ids))));
+}
 #endif
-    for (; i > 0; --i) {
-        samples[i - 1] = ids[i - 1];
+
+// Writes where each row of a bucket begins, and gives their number.
+std::size_t find_rows(const std::uint32_t* ids, std::size_t count, std::uint32_t* begins) {
+    std::size_t rows = 0, i = 0;
+    begins[0] = 0;
+#ifdef __SSE2__
+    for (; i + 32 <= count; i += 32) {
+        std::uint32_t last = 0;
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) {
+            last |= last_of(ids + i + 4 * k) << (4 * k);
+        }
+        for (; last != 0; last &= last - 1) {
+            begins[++rows] = static_cast<std::uint32_t>(i) + __builtin_ctz(last) + 1;
+        }
     }
+#endif
+    for (; i < count; ++i) {
+        begins[rows + 1] = static_cast<std::uint32_t>(i) + 1;
+        rows += ids[i] >> 31;
+    }
+    return rows;
+}
+
+// Copies a row, and up to kFew - 1 elements more. Gives its end.
+inline std::int64_t* widen_row(const std::uint32_t* ids, std::int64_t* out) {
+#ifdef __SSE2__
+    static_assert(kFew == 8);
+    const __m128i zero = _mm_setzero_si128(), mask = _mm_set1_epi32(static_cast<int>(~kLast));
+    for (;; ids += 8, out += 8) {
+        for (int k = 0; k < 8; k += 4) {
+            const auto four = _mm_and_si128(
+                mask, _mm_loadu_si128(reinterpret_cast<const __m128i*>(ids + k)));
+            auto* to = reinterpret_cast<__m128i*>(out + k);
+            _mm_storeu_si128(to, _mm_unpacklo_epi32(four, zero));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi32(four, zero));
+        }
+        if (const unsigned last = last_of(ids) | last_of(ids + 4) << 4; last != 0) {
+            return out + __builtin_ctz(last) + 1;
+        }
+    }
+#else
+    for (;; ++ids) {
+        *out++ = *ids & ~kLast;
+        if (*ids & kLast) {
+            return out;
+        }
+    }
+#endif
+}
+
+// Shuffles the rows of each bucket and copies them out, one after another.
+void empty_buckets(const std::vector<std::size_t>& begins, const std::uint32_t* ids,
+                   Xoshiro256& random, std::int64_t* samples, std::int64_t* row_offsets) {
+    constexpr std::size_t ahead = 512;
+    std::size_t most = 0;
+    for (std::size_t i = 0; i + 1 < begins.size(); ++i) {
+        most = std::max(most, begins[i + 1] - begins[i]);
+    }
+    Buffer<std::uint32_t> order(most + 1), copy(most);
+    std::int64_t* out = samples;
+    for (std::size_t i = 0; i + 1 < begins.size(); ++i) {
+        const std::uint32_t* from = ids + begins[i];
+        const std::size_t count = begins[i + 1] - begins[i] - kFew;
+        if (reinterpret_cast<std::uint32_t*>(out + count + kFew) > from) {
+            std::copy_n(from, count + kFew, copy.data());
+            from = copy.data();
+        }
+        const std::size_t rows = find_rows(from, count, order.data());
+        shuffle(order.data(), rows, random);
+        for (std::size_t row = 0; row < rows; ++row) {
+            *row_offsets++ = out - samples;
+            out = widen_row(from + order[row], out);
+            __builtin_prefetch(out + ahead, 1);
+        }
+    }
+    *row_offsets = out - samples;
 }
 
 }  // namespace
 
-void lay_out(const Plan& plan, const Seed* seed, std::int64_t count, std::int64_t skipped,
-             std::int64_t* samples, std::int64_t* row_offsets) {
-    auto* ids = reinterpret_cast<std::uint32_t*>(samples);
-    std::uint32_t* packed = ids + count;
-    const std::int64_t packed_count = count - skipped;
-    Buffer<std::uint32_t> begins = measure_rows(plan, row_offsets);
-    deal(plan, ids + skipped, begins.data(), packed);
-    if (seed != nullptr) {
-        Xoshiro256 random(*seed);
-        shuffle(row_offsets, static_cast<std::size_t>(plan.rows), random);
+std::size_t layout_words(const Lengths& lengths, const Scan& scanned) {
+    const auto count = static_cast<std::size_t>(lengths.count);
+    const std::size_t in_buckets = count + kFew * kMostBuckets;
+    return count + std::max(spare_words(lengths, scanned), in_buckets);
+}
+
+void lay_out(const Plan& plan, const Seed* seed, const Lengths& lengths, const Scan& scanned,
+             std::int64_t* samples, std::int64_t* row_offsets, std::int64_t* dropped,
+             std::int64_t dropped_count) {
+    auto* const packed = reinterpret_cast<std::uint32_t*>(samples);
+    std::uint32_t* const spare = packed + lengths.count;
+    Buffer<std::uint32_t> ends = measure_rows(plan);
+    Dealer dealer(plan, ends.data(), packed);
+    give_sorted(lengths, scanned, spare, [&](const std::uint32_t* ids, std::size_t count) {
+        const std::size_t too_long = std::min<std::size_t>(count, dropped_count);
+        dropped = std::copy_n(ids, too_long, dropped);
+        dropped_count -= too_long;
+        dealer.take(ids + too_long, count - too_long);
+    });
+    const auto rows = static_cast<std::size_t>(plan.rows);
+    const std::size_t packed_count = ends[rows];
+    if (seed == nullptr) {
+        row_offsets[0] = 0;
+        std::copy_n(ends.data(), rows, row_offsets + 1);
+        widen(samples, packed_count);
+        return;
     }
-    gather(packed, packed_count, plan.rows, ids, row_offsets);
-    widen(samples, packed_count);
+    const std::size_t buckets = bucket_count(rows, packed_count);
+    Xoshiro256 random(*seed), again(*seed);
+    std::vector<std::size_t> begins(buckets + 1, kFew);
+    begins[0] = 0;
+    draw_buckets(ends.data(), rows, buckets, random,
+                 [&](std::size_t bucket, std::uint32_t begin, std::uint32_t end) {
+                     begins[bucket + 1] += end - begin;
+                 });
+    std::partial_sum(begins.begin(), begins.end(), begins.begin());
+    std::vector<std::size_t> next = begins;
+    draw_buckets(ends.data(), rows, buckets, again,
+                 [&](std::size_t bucket, std::uint32_t begin, std::uint32_t end) {
+                     fill_bucket(packed + begin, end - begin, spare + next[bucket]);
+                     next[bucket] += end - begin;
+                 });
+    empty_buckets(begins, spare, random, samples, row_offsets);
 }
 
 }  // namespace hermes

@@ -1,19 +1,25 @@
 // From a plan to its arrays: sample ids row after row, and where each row begins.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "packing.hpp"
 #include "random.hpp"
+#include "sorting.hpp"
 
 namespace hermes {
 
+// How many words of 32 bits `lay_out` needs where it leaves the samples.
+std::size_t layout_words(const Lengths& lengths, const Scan& scanned);
+
 // Writes the ids of all placements, rows in packing order or, with a seed, shuffled, and rows + 1
-// offsets into them.
+// offsets into them; the first ids of the sorted, which are too long, into `dropped`.
 //
-// `samples` has room for `count` ids, and is the only large scratch: on entry its first 4 * count
-// bytes hold the sorted ids, `skipped` of which are left out; the rest of it is overwritten.
-void lay_out(const Plan& plan, const Seed* seed, std::int64_t count, std::int64_t skipped,
-             std::int64_t* samples, std::int64_t* row_offsets);
+// `samples` is the only large scratch: its first `count` words are free, and those that follow are
+// the spare that sort_lengths had.
+void lay_out(const Plan& plan, const Seed* seed, const Lengths& lengths, const Scan& scanned,
+             std::int64_t* samples, std::int64_t* row_offsets, std::int64_t* dropped,
+             std::int64_t dropped_count);
 
 }  // namespace hermes

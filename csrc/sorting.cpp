@@ -46,6 +46,9 @@ struct Keys {
         const auto most = static_cast<std::uint64_t>(top);
         return static_cast<std::uint32_t>(most - std::min(length, most));
     }
+    void expect(std::size_t i) const {
+        __builtin_prefetch(lengths + i);
+    }
 };
 
 // The same where no length is above `top`.
@@ -55,6 +58,9 @@ struct FittingKeys {
     std::int64_t top;
     std::uint32_t operator()(std::size_t i) const {
         return static_cast<std::uint32_t>(top) - static_cast<std::uint32_t>(lengths[i]);
+    }
+    void expect(std::size_t i) const {
+        __builtin_prefetch(lengths + i);
     }
 };
 
@@ -119,63 +125,122 @@ std::make_unsigned_t<T> count_keys(const Keys<T>& keys, std::size_t count,
     return bits;
 }
 
-// Ahead of a write that is one of hundreds of streams, too many for the hardware to foresee.
-inline void expect_write(const std::uint32_t* place) {
-    constexpr int line = 64 / sizeof(std::uint32_t);
-    __builtin_prefetch(place + line, 1);
-}
-
 [[noreturn]] void refuse_changed() {
     throw std::invalid_argument("lengths changed while they were read; pass a copy of them");
 }
 
-// By the upper bits of the key, then each of those parts, which fits in a cache, by the lower ones.
-// Between the two, an element is one word: lower bits of the key, then its id. Loops unrolled by
-// the compiler take a third less time.
+// Keys fall into parts by their upper bits. Ids are first written part after part, as many streams
+// as a cache and its TLB can follow; then each part, which fits in a cache, is sorted by the lower
+// bits. Between the two, an element is one word: lower bits of the key, then its id.
 //
-// Lengths that another thread changes no longer have the counts that the scan found: no place is
-// past the end all the same, and the counts are compared once the places are given out.
-template <class K>
-void sort_in_two_passes(const K& keys, std::size_t count, const std::vector<std::uint32_t>& begins,
-                        std::uint32_t* ids, std::uint32_t* spare) {
-    constexpr std::size_t ahead = 1 << 16;  // about a part, in which ids are written anywhere
-    const std::size_t key_count = begins.size() - 1;
-    const int key_bits = std::max(1, bit_width(key_count - 1));
-    const int id_bits = std::max(1, bit_width(count - 1));
-    const int low_bits = std::min(32 - id_bits, (key_bits + 1) / 2);
-    const int id_shift = 32 - low_bits;
-    const std::uint32_t id_mask = (1U << id_shift) - 1;
-    const auto last = static_cast<std::uint32_t>(count - 1);
-    const auto last_key = static_cast<std::uint32_t>(key_count - 1);
-    std::vector<std::uint32_t> parts;  // where each begins
-    for (std::size_t key = 0; key < key_count; key += std::size_t{1} << low_bits) {
-        parts.push_back(begins[key]);
-    }
-    std::vector<std::uint32_t> ends_of_parts = parts, ends_of_keys = begins;
-    std::uint32_t* ends = ends_of_parts.data();
-#pragma GCC unroll 8
-    for (std::size_t i = 0; i < count; ++i) {
-        const std::uint32_t key = std::min(keys(i), last_key);
-        const std::uint32_t place = std::min(ends[key >> low_bits]++, last);
-        spare[place] = key << id_shift | static_cast<std::uint32_t>(i);
-        expect_write(spare + place);
-    }
-    parts.push_back(static_cast<std::uint32_t>(count));
-    if (!std::equal(ends_of_parts.begin(), ends_of_parts.end(), parts.begin() + 1)) {
-        refuse_changed();
-    }
-    for (std::size_t part = 0; part + 1 < parts.size(); ++part) {
-        ends = ends_of_keys.data() + (part << low_bits);
-        const std::uint32_t end = parts[part + 1];
-#pragma GCC unroll 8
-        for (std::uint32_t i = parts[part]; i < end; ++i) {
-            const std::uint32_t word = spare[i];
-            ids[std::min(ends[word >> id_shift]++, last)] = word & id_mask;
-            __builtin_prefetch(ids + i + ahead, 1);
+// Shifts by a number that the compiler does not know take three steps, a product one: of
+// key * 2^(32 - low_bits), the upper half is the part, the lower half begins the word.
+struct Parts {
+    int low_bits;
+    std::size_t slots;  // a power of two: so many parts there might be
+    std::size_t block;  // so many elements are written between two looks at where the parts end
+};
+
+Parts parts_of(const std::vector<std::uint32_t>& begins, std::int64_t count) {
+    constexpr std::size_t most = 288;  // streams
+    const std::size_t keys = begins.size() - 1;
+    const int id_bits = std::max(1, bit_width(static_cast<std::uint64_t>(count) - 1));
+    int low_bits = 0;
+    for (; low_bits < 32 - id_bits; ++low_bits) {
+        std::size_t streams = 0;
+        for (std::size_t key = 0; key < keys; key += std::size_t{1} << low_bits) {
+            const std::size_t end = std::min(key + (std::size_t{1} << low_bits), keys);
+            streams += begins[end] != begins[key];
+        }
+        if (streams <= most) {
+            break;
         }
     }
-    if (!std::equal(begins.begin() + 1, begins.end(), ends_of_keys.begin())) {
+    const std::size_t slots = std::size_t{1} << bit_width((keys - 1) >> low_bits);
+    return {low_bits, slots, std::max<std::size_t>(4096, 4 * slots)};
+}
+
+// Writes each element into its part. Lengths that another thread changes no longer have the counts
+// that the scan found: a part then grows into others, and past the end by less than a block.
+template <class K>
+void write_parts(const K& keys, std::size_t count, const Parts& parts,
+                 const std::vector<std::uint32_t>& begins, std::uint32_t* spare) {
+    constexpr std::size_t group = 8, ahead = 1024, line = 64 / sizeof *spare;
+    std::vector<std::uint32_t*> begin_of(parts.slots + 1, spare + count);
+    for (std::size_t part = 0, key = 0; key + 1 < begins.size();
+         ++part, key += std::size_t{1} << parts.low_bits) {
+        begin_of[part] = spare + begins[key];
+    }
+    std::vector<std::uint32_t*> end_of(begin_of.begin(), begin_of.end() - 1);
+    std::uint32_t** ends = end_of.data();
+    const std::size_t slot_mask = parts.slots - 1;
+    const std::uint64_t factor = std::uint64_t{1} << (32 - parts.low_bits);
+    const auto write = [=](std::size_t i) {
+        const std::uint64_t key = keys(i) * factor;
+        std::uint32_t* const place = ends[key >> 32 & slot_mask]++;
+        *place = static_cast<std::uint32_t>(key | i);
+        __builtin_prefetch(place + line, 1);  // too many streams for the hardware to foresee
+    };
+    std::size_t i = 0;
+    while (i < count) {
+        const std::size_t block_end = std::min(count, i + parts.block);
+        for (; i + group <= block_end; i += group) {
+            keys.expect(i + ahead);
+#pragma GCC unroll 8
+            for (std::size_t k = i; k < i + group; ++k) {
+                write(k);
+            }
+        }
+        for (; i < block_end; ++i) {
+            write(i);
+        }
+        if (std::any_of(end_of.begin(), end_of.end(),
+                        [=](const std::uint32_t* end) { return end > spare + count; })) {
+            refuse_changed();
+        }
+    }
+    if (!std::equal(end_of.begin(), end_of.end(), begin_of.begin() + 1)) {
         refuse_changed();
+    }
+}
+
+// Gives the ids of each part, once they are sorted in a buffer that stays in a cache.
+void give_parts(const Parts& parts, const std::vector<std::uint32_t>& begins, std::uint32_t* spare,
+                const Take& take) {
+    const std::size_t keys = begins.size() - 1, width = std::size_t{1} << parts.low_bits;
+    const std::uint32_t id_mask = ~std::uint32_t{0} >> parts.low_bits;
+    std::size_t largest = 0;
+    for (std::size_t key = 0; key < keys; key += width) {
+        largest = std::max<std::size_t>(largest, begins[std::min(key + width, keys)] - begins[key]);
+    }
+    // Lengths that changed may have other counts: no place is past twice the part all the same.
+    Buffer<std::uint32_t> ids(parts.low_bits == 0 ? 0 : 2 * largest);
+    std::vector<std::uint32_t> places(width);
+    for (std::size_t key = 0; key < keys; key += width) {
+        const std::size_t next = std::min(key + width, keys);
+        std::uint32_t* const words = spare + begins[key];
+        const std::uint32_t count = begins[next] - begins[key];
+        if (parts.low_bits == 0) {
+            take(words, count);
+            continue;
+        }
+        std::fill(places.begin(), places.end(), 0U);
+        for (std::size_t k = key; k < next; ++k) {
+            places[k - key] = begins[k] - begins[key];
+        }
+        std::uint32_t* const at = places.data();
+        std::uint32_t* const sorted = ids.data();
+#pragma GCC unroll 8
+        for (std::uint32_t i = 0; i < count; ++i) {
+            const std::uint32_t word = words[i];
+            sorted[at[word * std::uint64_t{width} >> 32]++] = word & id_mask;
+        }
+        for (std::size_t k = key; k < next; ++k) {
+            if (places[k - key] != begins[k + 1] - begins[key]) {
+                refuse_changed();
+            }
+        }
+        take(sorted, count);
     }
 }
 
@@ -262,33 +327,31 @@ std::string length_text(const Lengths& lengths, std::int64_t index) {
                      [index](const auto* values) { return std::to_string(values[index]); });
 }
 
-Sorted sort_by_length(const Lengths& lengths, const Scan& scanned, std::int64_t row_length,
-                      std::uint32_t* ids, std::uint32_t* spare) {
+std::size_t spare_words(const Lengths& lengths, const Scan& scanned) {
+    const auto count = static_cast<std::size_t>(lengths.count);
+    return scanned.begins.empty() ? count : count + parts_of(scanned.begins, lengths.count).block;
+}
+
+Sorted sort_lengths(const Lengths& lengths, const Scan& scanned, std::int64_t row_length,
+                    std::uint32_t* spare) {
     Sorted sorted;
     if (lengths.count == 0) {
         return sorted;
     }
-    with_type(lengths, [&](const auto* values) {
-        using T = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
-        const Keys<T> keys{values, scanned.top};
-        const auto count = static_cast<std::size_t>(lengths.count);
-        if (scanned.begins.empty()) {
-            sort_in_digits(keys, count, ids, sorted.classes);
-            return;
+    if (scanned.begins.empty()) {
+        with_type(lengths, [&](const auto* values) {
+            using T = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
+            sort_in_digits(Keys<T>{values, scanned.top}, static_cast<std::size_t>(lengths.count),
+                           spare, sorted.classes);
+        });
+    }
+    for (std::size_t key = 0; key + 1 < scanned.begins.size(); ++key) {
+        const std::uint32_t* begin = scanned.begins.data() + key;
+        if (begin[1] != begin[0]) {
+            sorted.classes.push_back(
+                {scanned.top - static_cast<std::int64_t>(key), begin[1] - begin[0]});
         }
-        if (scanned.too_long < 0) {
-            const FittingKeys<T> fitting{values, scanned.top};
-            sort_in_two_passes(fitting, count, scanned.begins, ids, spare);
-        } else {
-            sort_in_two_passes(keys, count, scanned.begins, ids, spare);
-        }
-        for (std::int64_t key = 0; key < scanned.top; ++key) {
-            const std::uint32_t* begin = scanned.begins.data() + key;
-            if (begin[1] != begin[0]) {
-                sorted.classes.push_back({scanned.top - key, begin[1] - begin[0]});
-            }
-        }
-    });
+    }
     if (sorted.classes.back().length < 1 ||
         (scanned.too_long < 0 && sorted.classes.front().length > row_length)) {
         refuse_changed();
@@ -298,6 +361,29 @@ Sorted sort_by_length(const Lengths& lengths, const Scan& scanned, std::int64_t 
         sorted.classes.erase(sorted.classes.begin());
     }
     return sorted;
+}
+
+void give_sorted(const Lengths& lengths, const Scan& scanned, std::uint32_t* spare,
+                 const Take& take) {
+    const auto count = static_cast<std::size_t>(lengths.count);
+    if (count == 0) {
+        return;
+    }
+    if (scanned.begins.empty()) {
+        take(spare, count);
+        return;
+    }
+    const Parts parts = parts_of(scanned.begins, lengths.count);
+    with_type(lengths, [&](const auto* values) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
+        if (scanned.too_long < 0) {
+            const FittingKeys<T> fitting{values, scanned.top};
+            write_parts(fitting, count, parts, scanned.begins, spare);
+        } else {
+            write_parts(Keys<T>{values, scanned.top}, count, parts, scanned.begins, spare);
+        }
+    });
+    give_parts(parts, scanned.begins, spare, take);
 }
 
 }  // namespace hermes

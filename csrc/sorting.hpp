@@ -1,7 +1,9 @@
 // Samples by falling length: what every decreasing strategy begins with.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -44,9 +46,19 @@ Scan scan(const Lengths& lengths, std::int64_t row_length, bool truncate);
 // The value at `index`, for a message.
 std::string length_text(const Lengths& lengths, std::int64_t index);
 
-// Writes all ids by falling length, ties by id; `ids` and `spare` have room for one each. Lengths
-// above row_length come first and are counted as dropped. No length may be below 1.
-Sorted sort_by_length(const Lengths& lengths, const Scan& scanned, std::int64_t row_length,
-                      std::uint32_t* ids, std::uint32_t* spare);
+// How many words of `spare` are needed, of which those past the first `count` are no result's.
+std::size_t spare_words(const Lengths& lengths, const Scan& scanned);
+
+// The lengths that occur, and how many samples are longer than row_length. Where the scan did not
+// count each length, all ids are sorted into `spare` for it.
+Sorted sort_lengths(const Lengths& lengths, const Scan& scanned, std::int64_t row_length,
+                    std::uint32_t* spare);
+
+using Take = std::function<void(const std::uint32_t* ids, std::size_t count)>;
+
+// Gives all ids by falling length, ties by id, some at a time, each time all those of a length;
+// those that are too long come first. `spare` is what sort_lengths had.
+void give_sorted(const Lengths& lengths, const Scan& scanned, std::uint32_t* spare,
+                 const Take& take);
 
 }  // namespace hermes

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_core import Packing, pack
+from hermes_core import _C, Packing, pack
 from hermes_core.packing import Strategy, seed_words
-from twins.packing import ExactGap, shuffle, xoshiro
+from twins.packing import ExactGap, shuffle, shuffle_rows, xoshiro
 
 STRATEGIES: list[Strategy] = ["best_fit_decreasing", "first_fit_decreasing"]
 EVERY: list[Strategy] = [*STRATEGIES, "exact_gap", "best"]
@@ -183,13 +183,23 @@ def test_each_seed_gives_another_order() -> None:
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 1_000, 65_536, 66_049, 140_001])
-def test_shuffle_is_fisher_and_yates_with_xoshiro(rows: int) -> None:
-    """A twin in plain Python: any other platform or version has to give this order."""
+@pytest.mark.parametrize("samples", [1, 2, 5, 1_000, 4_096, 4_097, 32_769, 140_001])
+@pytest.mark.parametrize("longest", [1, 30, 1_000, 2_000])
+def test_rows_are_shuffled_by_buckets_then_fisher_and_yates(samples: int, longest: int) -> None:
+    """A twin in plain Python: any other platform has to give this order."""
+    lengths = np.random.default_rng(samples).integers(1, longest + 1, samples)
+    rows = rows_of(pack(lengths, row_length=2_000, seed=None))
+    for seed in (0, 1 << 100):
+        packing = pack(lengths, row_length=2_000, seed=seed)
+        assert rows_of(packing) == shuffle_rows(rows, samples, xoshiro(seed_words(seed)))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 65_536, 66_049])
+def test_order_of_samples_is_by_fisher_and_yates(rows: int) -> None:
     for seed in (0, 1 << 100):
         order = list(range(rows))
         shuffle(order, xoshiro(seed_words(seed)))
-        assert pack([5] * rows, row_length=5, seed=seed).samples.tolist() == order
+        assert _C.shuffle(rows, seed_words=seed_words(seed)).tolist() == order
 
 
 def test_every_order_is_as_likely_as_another() -> None:

@@ -47,6 +47,21 @@ def shuffle(elements: list[Any], numbers: Iterator[int]) -> None:
             elements[left], elements[pick] = elements[pick], elements[left]
 
 
+def shuffle_rows(rows: list[Any], ids: int, numbers: Iterator[int]) -> list[Any]:
+    """Each row in a bucket by chance, then each bucket shuffled; there are ``ids`` in all rows."""
+    count = 1
+    while count < 1024 and (len(rows) // count > 4096 or ids // count > 32_768):
+        count *= 2
+    buckets: list[list[Any]] = [[] for _ in range(count)]
+    word = 0
+    for i, row in enumerate(rows):
+        word = word >> 16 if i % 4 else next(numbers) if count > 1 else 0
+        buckets[word % count].append(row)
+    for bucket in buckets:
+        shuffle(bucket, numbers)
+    return [row for bucket in buckets for row in bucket]
+
+
 def seed_for(words: Sequence[int], number: int) -> list[int]:
     """Another seed for each number, by splitmix64."""
     mixed = []
