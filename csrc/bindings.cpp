@@ -142,7 +142,7 @@ Packed pack(const py::array& given, std::int64_t row_length, const std::string& 
     // The result's memory is the scratch as well: its two halves hold the ids while they move.
     Int64Array all = room_for(lengths.count, hermes::layout_words(lengths, scanned));
     std::int64_t* samples = all.mutable_data();
-    std::uint32_t* spare = reinterpret_cast<std::uint32_t*>(samples) + lengths.count;
+    std::uint32_t* spare = hermes::spare_in(samples, lengths);
     hermes::Sorted sorted;
     hermes::Choice choice{};
     Packed packed{};

@@ -157,7 +157,8 @@ void fill_bucket(const std::uint32_t* __restrict row, std::uint32_t size,
 #ifdef __SSE2__
 // Of four ids, one bit each: is it the last of its row?
 inline unsigned last_of(const std::uint32_t* ids) {
-    return static_cast<unsigned>(_mm_movemask_ps(_mm_loadu_ps(reinterpret_cast<const float*>(ids))));
+    return static_cast<unsigned>(
+        _mm_movemask_ps(_mm_loadu_ps(reinterpret_cast<const float*>(ids))));
 }
 #endif
 
@@ -191,8 +192,8 @@ inline std::int64_t* widen_row(const std::uint32_t* ids, std::int64_t* out) {
     const __m128i zero = _mm_setzero_si128(), mask = _mm_set1_epi32(static_cast<int>(~kLast));
     for (;; ids += 8, out += 8) {
         for (int k = 0; k < 8; k += 4) {
-            const auto four = _mm_and_si128(
-                mask, _mm_loadu_si128(reinterpret_cast<const __m128i*>(ids + k)));
+            const auto four =
+                _mm_and_si128(mask, _mm_loadu_si128(reinterpret_cast<const __m128i*>(ids + k)));
             auto* to = reinterpret_cast<__m128i*>(out + k);
             _mm_storeu_si128(to, _mm_unpacklo_epi32(four, zero));
             _mm_storeu_si128(to + 1, _mm_unpackhi_epi32(four, zero));
@@ -243,15 +244,20 @@ void empty_buckets(const std::vector<std::size_t>& begins, const std::uint32_t* 
 
 std::size_t layout_words(const Lengths& lengths, const Scan& scanned) {
     const auto count = static_cast<std::size_t>(lengths.count);
-    const std::size_t in_buckets = count + kFew * kMostBuckets;
-    return count + std::max(spare_words(lengths, scanned), in_buckets);
+    const std::size_t in_buckets = count + kFew * bucket_count(count, count);
+    return count + kFew + std::max(spare_words(lengths, scanned), in_buckets);
+}
+
+std::uint32_t* spare_in(std::int64_t* samples, const Lengths& lengths) {
+    // The last row is read beyond its end, which must not be where it is copied to.
+    return reinterpret_cast<std::uint32_t*>(samples) + lengths.count + kFew;
 }
 
 void lay_out(const Plan& plan, const Seed* seed, const Lengths& lengths, const Scan& scanned,
              std::int64_t* samples, std::int64_t* row_offsets, std::int64_t* dropped,
              std::int64_t dropped_count) {
     auto* const packed = reinterpret_cast<std::uint32_t*>(samples);
-    std::uint32_t* const spare = packed + lengths.count;
+    std::uint32_t* const spare = spare_in(samples, lengths);
     Buffer<std::uint32_t> ends = measure_rows(plan);
     Dealer dealer(plan, ends.data(), packed);
     give_sorted(lengths, scanned, spare, [&](const std::uint32_t* ids, std::size_t count) {

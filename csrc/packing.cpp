@@ -11,8 +11,8 @@ namespace {
 struct Run {  // rows first, first + 1, ... each with this room
     std::uint32_t first;
     std::uint32_t rows;
-    std::int64_t room;
-    std::int64_t places;  // samples that each may still take
+    std::uint32_t room;
+    std::uint32_t places;  // samples that each may still take
 };
 
 // Rows too full for the class at hand sleep until the first class that fits: lengths only fall.
@@ -21,7 +21,9 @@ public:
     Sleepers(const std::vector<LengthClass>& classes, std::int64_t row_length)
         : fitting_(classes, row_length),
           heads_(classes.size(), kNone),
-          shortest_(classes.back().length) {}
+          shortest_(classes.back().length) {
+        runs_.reserve(classes.size());
+    }
 
     void add(const Run& run) {
         if (run.room < shortest_ || run.places == 0) {
@@ -33,6 +35,11 @@ public:
     }
 
     void wake(std::size_t class_index, std::vector<Run>& out) const {
+        constexpr std::size_t ahead = 32;  // those of many classes lie in no cache
+        if (class_index + ahead < heads_.size()) {
+            const std::uint32_t next = heads_[class_index + ahead];
+            __builtin_prefetch(runs_.data() + (next == kNone ? 0 : next));
+        }
         out.clear();
         for (std::uint32_t at = heads_[class_index]; at != kNone; at = runs_[at].next) {
             out.push_back(runs_[at].run);
@@ -119,34 +126,32 @@ private:
 template <class Active>
 Plan place(const std::vector<LengthClass>& classes, const Limits& limits, std::int64_t max_rows) {
     Plan plan;
+    plan.placements.reserve(classes.size());
     Sleepers sleepers(classes, limits.tokens);
     Active active(max_rows);
     std::vector<Run> woken;
-    const auto emit = [&plan](std::uint32_t first, std::int64_t rows, std::int64_t each) {
-        plan.placements.push_back(
-            {first, static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(each)});
-    };
+    // Numbers of 32 bits: those of 64 take a processor several times as long to divide.
+    const auto row_length = static_cast<std::uint32_t>(limits.tokens);
+    const auto most = static_cast<std::uint32_t>(limits.samples);
     for (std::size_t i = 0; i < classes.size(); ++i) {
-        const std::int64_t length = classes[i].length;
-        std::int64_t left = classes[i].count;
+        const auto length = static_cast<std::uint32_t>(classes[i].length);
+        auto left = static_cast<std::uint32_t>(classes[i].count);
         sleepers.wake(i, woken);
         active.wake(woken);
         while (left > 0) {
             Run run;
             if (active.empty()) {
-                const std::int64_t each = std::min(limits.tokens / length, limits.samples);
-                const std::int64_t rows = (left + each - 1) / each;
-                run = {static_cast<std::uint32_t>(plan.rows), static_cast<std::uint32_t>(rows),
-                       limits.tokens, limits.samples};
+                const std::uint32_t each = std::min(row_length / length, most);
+                const std::uint32_t rows = (left + each - 1) / each;
+                run = {static_cast<std::uint32_t>(plan.rows), rows, row_length, most};
                 plan.rows += rows;
             } else {
                 run = active.take();
             }
-            const std::int64_t each = std::min(run.room / length, run.places);
-            const auto full =
-                static_cast<std::uint32_t>(std::min<std::int64_t>(run.rows, left / each));
+            const std::uint32_t each = std::min(run.room / length, run.places);
+            const std::uint32_t full = std::min(run.rows, left / each);
             if (full > 0) {
-                emit(run.first, full, each);
+                plan.placements.push_back({run.first, full, each});
                 sleepers.add({run.first, full, run.room - each * length, run.places - each});
                 left -= full * each;
                 run.first += full;
@@ -156,7 +161,7 @@ Plan place(const std::vector<LengthClass>& classes, const Limits& limits, std::i
                 if (run.rows > 1) {
                     active.put_back({run.first + 1, run.rows - 1, run.room, run.places});
                 }
-                emit(run.first, 1, left);
+                plan.placements.push_back({run.first, 1, left});
                 run.rows = 1;
                 run.room -= left * length;
                 run.places -= left;

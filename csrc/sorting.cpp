@@ -157,7 +157,8 @@ Parts parts_of(const std::vector<std::uint32_t>& begins, std::int64_t count) {
         }
     }
     const std::size_t slots = std::size_t{1} << bit_width((keys - 1) >> low_bits);
-    return {low_bits, slots, std::max<std::size_t>(4096, 4 * slots)};
+    const auto all = static_cast<std::size_t>(count);
+    return {low_bits, slots, std::min(all, std::max<std::size_t>(4096, 4 * slots))};
 }
 
 // Writes each element into its part. Lengths that another thread changes no longer have the counts
@@ -244,26 +245,37 @@ void give_parts(const Parts& parts, const std::vector<std::uint32_t>& begins, st
     }
 }
 
+// By the lowest digit first; a digit has as many streams as a cache and its TLB can follow.
 template <class T>
 void sort_in_digits(const Keys<T>& keys, std::size_t count, std::uint32_t* ids,
                     std::vector<LengthClass>& classes) {
-    constexpr int digit_bits = 11;
-    constexpr std::uint64_t mask = (1U << digit_bits) - 1;
+    constexpr int digit_bits = 8;
+    constexpr std::size_t line = 64 / sizeof(std::uint64_t);
     Buffer<std::uint64_t> pairs(count), other(count);  // key, then id
     for (std::size_t id = 0; id < count; ++id) {
         pairs[id] = std::uint64_t{keys(id)} << 32 | id;
     }
     for (int shift = 0; keys.top >> shift != 0; shift += digit_bits) {
-        std::array<std::uint32_t, mask + 2> starts{};
+        const auto digit_of = [shift](std::uint64_t pair) {
+            return static_cast<std::uint8_t>(pair >> (32 + shift));
+        };
+        std::array<std::size_t, (1 << digit_bits) + 1> starts{};
         for (const std::uint64_t pair : pairs) {
-            ++starts[(pair >> (32 + shift) & mask) + 1];
+            ++starts[digit_of(pair) + 1];
         }
         std::partial_sum(starts.begin(), starts.end(), starts.begin());
         for (const std::uint64_t pair : pairs) {
-            other[starts[pair >> (32 + shift) & mask]++] = pair;
+            std::uint64_t* const place = other.data() + starts[digit_of(pair)]++;
+            *place = pair;
+            __builtin_prefetch(place + line, 1);
         }
         std::swap(pairs, other);
     }
+    std::size_t different = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        different += i == 0 || pairs[i] >> 32 != pairs[i - 1] >> 32;
+    }
+    classes.reserve(different);
     for (std::size_t i = 0; i < count; ++i) {
         ids[i] = static_cast<std::uint32_t>(pairs[i]);
         const std::int64_t length = keys.top - static_cast<std::int64_t>(pairs[i] >> 32);
