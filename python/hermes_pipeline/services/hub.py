@@ -186,17 +186,24 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return the sha256 of vocabulary, merges and added tokens, wherever they are kept."""
+    """Return the sha256 of all that decides the ids of a fast tokenizer, wherever it is kept.
+
+    What stands around the ids of a text, and how they are read back, is left out: no id follows
+    from a post-processor where special tokens are not added, nor from a decoder.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges") or ()]
-    added = sorted((token["id"], token["content"]) for token in state["added_tokens"])
-    vocabulary = model["vocab"]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model.pop("merges", None) or ()]
+    vocabulary = model.pop("vocab")
     if isinstance(vocabulary, dict):
         # Whether an added token also stands in the vocabulary depends on who wrote the file.
-        known = {content for _, content in added}
+        known = {token["content"] for token in state["added_tokens"]}
         vocabulary = sorted((id_, text) for text, id_ in vocabulary.items() if text not in known)
-    return _digest([model["type"], vocabulary, merges, added])
+    # Who wrote the file decides, too, whether an option that is not used is null, "" or missing.
+    used = (item for item in model.items() if item[1] not in (None, "") and item[1] is not False)
+    added = sorted((token["id"], sorted(token.items())) for token in state["added_tokens"])
+    steps = state["normalizer"], state["pre_tokenizer"]
+    return _digest([sorted(used), vocabulary, merges, added, steps])
 
 
 def load_template(template: str | None, tokenizer: Any) -> tuple[str, str]:
