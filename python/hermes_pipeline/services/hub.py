@@ -23,6 +23,7 @@ from hermes_pipeline.services.files import (
     count_records,
     find_files,
     read_file,
+    source_of,
     without_nulls,
 )
 from hermes_pipeline.services.identity import FEW_FILES, identify
@@ -130,7 +131,7 @@ class DataSource:
         if self._files is None:
             data = self._load()
             for row in range(start, len(data)):
-                yield Record(f"{self.name}:{row + 1}", row + 1, without_nulls(data[row]))
+                yield Record(source_of(self.name, row + 1), row + 1, without_nulls(data[row]))
             return
         self._cursor = Cursor(total=sum(path.stat().st_size for path in self._files))
         for path in self._files:
