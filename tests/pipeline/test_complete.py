@@ -270,6 +270,10 @@ def test_data_without_a_conversation_is_a_users_error(
         (["--endpoint", "http://x/v1"], "--endpoint wants --model"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere is not a folder"),
         (["--checkpoint", "m", "--model", "m"], "--model is for --endpoint"),
+        (
+            ["--endpoint", "http://x/v1", "--model", "m", "--max-model-len", "99"],
+            "--max-model-len is for a --checkpoint, which is served here; leave it out",
+        ),
     ],
 )
 def test_one_model_must_be_named(

@@ -29,6 +29,7 @@ from hermes_pipeline.services.files import (
 from hermes_pipeline.services.identity import FEW_FILES, identify
 
 MAX_BYTES = 1 << 28  # of one record, where the caller sets no limit
+DEFAULT_SPLIT = "train"  # where nobody has chosen one
 
 # Named tokens of a tokenizer.json without its tokenizer_config.json, the likeliest first.
 _LIKELY = {
@@ -57,7 +58,7 @@ class DataSource:
 
     Raises:
         UserError: there is nothing of that name, it is of no known kind, or a revision is asked of
-            files on this machine.
+            files on this machine, a split or subset of a single file.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class DataSource:
         data: str,
         *,
         revision: str | None = None,
-        split: str = "train",
+        split: str = DEFAULT_SPLIT,
         subset: str | None = None,
     ) -> None:
         self.name = data
@@ -84,6 +85,7 @@ class DataSource:
                 self._files = find_files(path, split)
         elif path.is_file() or (not path.exists() and _looks_like_path(data)):
             self._files = [check_file(path)]
+            _check_whole(path, split, subset)
         if revision is not None and path.exists():
             raise UserError(
                 f"{data} lies on this machine and has no revision {revision!r}: that is for a data "
@@ -293,6 +295,19 @@ def _load_data_set(name: str, revision: str | None, split: str, subset: str | No
             if value is not None
         )
         raise UserError(f"data set {name!r} ({asked}) cannot be loaded: {_line(error)}") from None
+
+
+def _check_whole(file: Path, split: str, subset: str | None) -> None:
+    """Refuse to read a part of a single file."""
+    for option, given in (
+        ("--split", split if split != DEFAULT_SPLIT else None),
+        ("--subset", subset),
+    ):
+        if given is not None:
+            raise UserError(
+                f"{option} {given} is for a folder or a data set, and {file} is one file; leave it "
+                f"out"
+            )
 
 
 def _path(name: str) -> Path:
