@@ -241,6 +241,16 @@ def test_no_answer_at_all_is_a_users_error(
     assert "no request was answered, most often: " in said
 
 
+def test_a_file_whose_name_is_no_text_is_read_and_named(
+    server: CountingServer, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    data = write(tmp_path / "\udcffdata.jsonl", {"prompt": "a"}, "{broken")
+    assert hermes4(*words(server, data, tmp_path / "out", "--n", 1)).code == 0
+    (entry,) = lines(tmp_path / "out" / "quarantine.jsonl")
+    assert entry["source"] == f"{tmp_path}/\\udcffdata.jsonl:2"
+    assert [len(record["answers"]) for record in records(tmp_path / "out")] == [1]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [([], "holds no records"), (["{"], "not one of 1 records can be used, most often: broken")],
@@ -260,6 +270,10 @@ def test_data_without_a_conversation_is_a_users_error(
         (["--endpoint", "http://x/v1"], "--endpoint wants --model"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere is not a folder"),
         (["--checkpoint", "m", "--model", "m"], "--model is for --endpoint"),
+        (
+            ["--endpoint", "http://x/v1", "--model", "m", "--max-model-len", "99"],
+            "--max-model-len is for a --checkpoint, which is served here; leave it out",
+        ),
     ],
 )
 def test_one_model_must_be_named(

@@ -55,7 +55,7 @@ def test_the_recipe_of_the_project_says_every_setting_and_its_default() -> None:
     keys = set(re.findall(r"^(\w+) = ", uncommented, flags=re.MULTILINE))
     sections = Recipe.__dataclass_fields__
     wanted = {key for name in sections for key in getattr(Recipe(), name).__dataclass_fields__}
-    assert keys == wanted
+    assert keys == wanted - {"logprobs"}  # which are not kept
 
 
 def test_a_recipe_runs_and_options_stand_over_it(
@@ -141,9 +141,22 @@ def test_an_option_that_names_a_model_ends_the_recipes_way(
     given = ("complete", "--recipe", recipe, "--data", data, "--out", tmp_path / "out")
     said = refused(hermes4(*given, "--checkpoint", "nowhere"))
     assert "--checkpoint nowhere is not a folder" in said
-    recipe = recipe_of(tmp_path / "served.toml", '[model]\ncheckpoint = "nowhere"')
+    served = '[model]\ncheckpoint = "nowhere"\nmax_model_len = 99'
+    recipe = recipe_of(tmp_path / "served.toml", served)
     given = ("complete", "--recipe", recipe, "--data", data, "--out", tmp_path / "out")
     assert hermes4(*given, "--endpoint", server.url, "--model", "tiny").code == 0
+
+
+@pytest.mark.parametrize("command", ["complete", "evaluate"])
+def test_log_probabilities_that_nobody_keeps_are_not_asked_for(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4, command: str
+) -> None:
+    asked = ("--data", data) if command == "complete" else ("--benchmark", "chain")
+    given = (*asked, "--out", tmp_path / "out", "--endpoint", server.url, "--model", "tiny")
+    said = refused(hermes4(command, *given, "--set", "sampling.logprobs=0"))
+    assert "sampling.logprobs is 0, and this command keeps no log-probabilities; leave it" in said
+    assert not server.bodies
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_login_in_an_address_is_not_kept(

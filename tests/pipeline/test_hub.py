@@ -135,6 +135,17 @@ def test_files_on_this_machine_have_no_revision(tmp_path: Path) -> None:
             DataSource(str(data), revision="v1")
 
 
+def test_a_single_file_has_no_splits_and_subsets(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text("{}")
+    for option, given in (("--split test", {"split": "test"}), ("--subset x", {"subset": "x"})):
+        with pytest.raises(
+            UserError, match=rf"^{option} is for a folder or a data set, and /.*out$"
+        ):
+            DataSource(str(file), **given)
+    assert DataSource(str(file), split="train").count() is None
+
+
 def test_a_data_set_that_cannot_be_reached_is_named_with_what_was_asked_for(
     cache: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

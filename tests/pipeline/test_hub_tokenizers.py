@@ -75,6 +75,50 @@ def test_the_fingerprint_tells_another_token(alone: Path) -> None:
     assert tokenizer_fingerprint(tokenizer) != before
 
 
+ANOTHER = {"id": 0, "content": "a", "special": False} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+OTHER_STATES: list[dict[str, Any]] = [
+    {"normalizer": {"type": "Lowercase"}},
+    {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+    {"pre_tokenizer": {"type": "Digits", "individual_digits": True}},
+    {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "a"}},
+    {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "ignore_merges": True}},
+    {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+    {"added_tokens": [ANOTHER]},
+    *(
+        {"added_tokens": [ANOTHER | {flag: True}]}
+        for flag in ("special", "single_word", "lstrip", "rstrip", "normalized")
+    ),
+]
+
+
+def test_the_fingerprint_tells_whatever_changes_ids(tmp_path: Path) -> None:
+    state = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    prints = set()
+    for other in ({}, *OTHER_STATES):
+        (tmp_path / "x.json").write_text(json.dumps(state | {"added_tokens": []} | other))
+        prints.add(tokenizer_fingerprint(load_tokenizer(str(tmp_path / "x.json"))))
+    assert len(prints) == 1 + len(OTHER_STATES)
+
+
+def test_the_fingerprint_knows_no_option_that_is_not_used(tmp_path: Path) -> None:
+    prints = set()
+    for unused in ({}, {"continuing_subword_prefix": "", "dropout": None, "byte_fallback": False}):
+        model = {"type": "BPE", "vocab": {"a": 0}, "merges": []} | unused
+        (tmp_path / "x.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+        prints.add(tokenizer_fingerprint(load_tokenizer(str(tmp_path / "x.json"))))
+    assert len(prints) == 1
+
+
+def test_the_fingerprint_outlives_saving(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("gpt2", "qwen", "deepseek"):
+        tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
+        tokenizer.save_pretrained(tmp_path / name)
+        saved = load_tokenizer(str(tmp_path / name))
+        assert tokenizer_fingerprint(saved) == tokenizer_fingerprint(tokenizer)
+
+
 def test_a_folder_of_transformers_names_its_tokens(tokenizer_folder: Path) -> None:
     for path in (tokenizer_folder, tokenizer_folder / "tokenizer.json"):
         tokenizer = load_tokenizer(str(path))

@@ -290,7 +290,9 @@ def test_an_address_that_is_no_router_is_refused_before_the_model_loads(
         (["--join", "router:8000"], "address 'router:8000' wants the form http://host:port"),
         (["--advertise", "http://a:1"], "--advertise says how a router calls the server"),
         (["--join", "http://nowhere.invalid:1"], "the router at http://nowhere.invalid:1 cannot"),
+        (["--join", "http://a..b:1"], "address 'http://a..b:1' wants the form http://host:port"),
         (["--host", "nowhere.invalid"], "host 'nowhere.invalid' is no address of this machine"),
+        (["--host", "a..b"], "host 'a..b' is no address of this machine"),
         (["--host", "203.0.113.1"], "port 0 of 203.0.113.1 cannot be used"),
     ],
 )

@@ -120,7 +120,16 @@ def test_a_worker_knows_its_address(host: str, router: str, found: str) -> None:
 def test_addresses_are_read_with_and_without_v1() -> None:
     for url in ("http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/"):
         assert read_url(url) == "http://a:1"
-    for url in ("a:1", "ftp://a:1", "http://", "http://a:x", "http://[a", "http://me:hush@a:1"):
+    wrong = (
+        "a:1",
+        "ftp://a:1",
+        "http://",
+        "http://a:x",
+        "http://[a",
+        "http://a..b",
+        "http://me:hush@a:1",
+    )
+    for url in wrong:
         with pytest.raises(UserError, match="wants the form") as caught:
             read_url(url)
         assert "hush" not in str(caught.value)

@@ -69,6 +69,17 @@ def test_what_is_missing_or_of_another_kind_is_refused_by_name(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("option", ["--limit", "--max-chars"])
+def test_a_number_that_nothing_can_count_is_refused(
+    tokenize: Tokenize, few: Path, tmp_path: Path, option: str
+) -> None:
+    most = 1 << 59
+    for number in (most + 1, 10**20):
+        said = refused(tokenize(few, tmp_path / "store", option, number))
+        assert said.endswith(f"{option} is {number}; it may be {most} at most")
+    assert tokenize(few, tmp_path / "store", option, most).code == 0
+
+
 def test_a_folder_that_holds_something_else_keeps_it(
     tokenize: Tokenize, few: Path, tmp_path: Path
 ) -> None:

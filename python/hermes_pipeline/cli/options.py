@@ -164,4 +164,5 @@ def name_model(
         given["model.name"] = UNSET if model is None else model
     if endpoint and checkpoint is None:
         given["model.checkpoint"] = UNSET
+        given["model.max_model_len"] = UNSET if max_model_len is None else max_model_len
     return given

@@ -92,6 +92,11 @@ def check_file(path: Path) -> Path:
     return path
 
 
+def source_of(data: object, number: int) -> str:
+    """Return what a record is called: its data and its number; text, though a path may be none."""
+    return f"{data}:{number}".encode("utf-8", "backslashreplace").decode()
+
+
 def count_records(path: Path) -> int | None:
     """Return the number of records in ``path`` where the file tells it at once."""
     if _extension(path) != ".parquet":
@@ -148,7 +153,7 @@ def _read_lines(path: Path, file: BinaryIO, max_bytes: int) -> Iterator[Record]:
             line = line.removeprefix(_BOM)
         if length <= max_bytes and not line.strip():
             continue
-        source = f"{path}:{number}"
+        source = source_of(path, number)
         if line:
             yield Record(source, number, line.strip())
         else:
@@ -168,7 +173,7 @@ def _read_list(path: Path, file: BinaryIO) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON list: {error}") from None
     for index, record in enumerate(records):
-        source = f"{path}:{index + 1}"
+        source = source_of(path, index + 1)
         if isinstance(record, dict):
             yield Record(source, index + 1, record)
         else:
@@ -193,7 +198,7 @@ def _read_parquet(path: Path, skip: int, cursor: Cursor) -> Iterator[Record]:
         for batch in file.iter_batches(batch_size=_ROWS, row_groups=groups):
             for index in range(max(0, skip - row), batch.num_rows):
                 cursor.records += 1
-                yield _row(f"{path}:{row + index + 1}", row + index + 1, batch, index)
+                yield _row(source_of(path, row + index + 1), row + index + 1, batch, index)
             row += batch.num_rows
             cursor.done = begun + size * row // max(1, file.metadata.num_rows)
     except (OSError, ValueError) as error:

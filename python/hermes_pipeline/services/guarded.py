@@ -190,7 +190,7 @@ def reserve_port(host: str, port: int) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return int(probe.getsockname()[1])
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:
         raise UserError(f"host {host!r} is no address of this machine: {error}") from None
     except (OSError, OverflowError) as error:
         raise UserError(

@@ -23,11 +23,13 @@ from hermes_pipeline.services.files import (
     count_records,
     find_files,
     read_file,
+    source_of,
     without_nulls,
 )
 from hermes_pipeline.services.identity import FEW_FILES, identify
 
 MAX_BYTES = 1 << 28  # of one record, where the caller sets no limit
+DEFAULT_SPLIT = "train"  # where nobody has chosen one
 
 # Named tokens of a tokenizer.json without its tokenizer_config.json, the likeliest first.
 _LIKELY = {
@@ -56,7 +58,7 @@ class DataSource:
 
     Raises:
         UserError: there is nothing of that name, it is of no known kind, or a revision is asked of
-            files on this machine.
+            files on this machine, a split or subset of a single file.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class DataSource:
         data: str,
         *,
         revision: str | None = None,
-        split: str = "train",
+        split: str = DEFAULT_SPLIT,
         subset: str | None = None,
     ) -> None:
         self.name = data
@@ -83,6 +85,7 @@ class DataSource:
                 self._files = find_files(path, split)
         elif path.is_file() or (not path.exists() and _looks_like_path(data)):
             self._files = [check_file(path)]
+            _check_whole(path, split, subset)
         if revision is not None and path.exists():
             raise UserError(
                 f"{data} lies on this machine and has no revision {revision!r}: that is for a data "
@@ -130,7 +133,7 @@ class DataSource:
         if self._files is None:
             data = self._load()
             for row in range(start, len(data)):
-                yield Record(f"{self.name}:{row + 1}", row + 1, without_nulls(data[row]))
+                yield Record(source_of(self.name, row + 1), row + 1, without_nulls(data[row]))
             return
         self._cursor = Cursor(total=sum(path.stat().st_size for path in self._files))
         for path in self._files:
@@ -186,17 +189,24 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return the sha256 of vocabulary, merges and added tokens, wherever they are kept."""
+    """Return the sha256 of all that decides the ids of a fast tokenizer, wherever it is kept.
+
+    What stands around the ids of a text, and how they are read back, is left out: no id follows
+    from a post-processor where special tokens are not added, nor from a decoder.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model.get("merges") or ()]
-    added = sorted((token["id"], token["content"]) for token in state["added_tokens"])
-    vocabulary = model["vocab"]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model.pop("merges", None) or ()]
+    vocabulary = model.pop("vocab")
     if isinstance(vocabulary, dict):
         # Whether an added token also stands in the vocabulary depends on who wrote the file.
-        known = {content for _, content in added}
+        known = {token["content"] for token in state["added_tokens"]}
         vocabulary = sorted((id_, text) for text, id_ in vocabulary.items() if text not in known)
-    return _digest([model["type"], vocabulary, merges, added])
+    # Who wrote the file decides, too, whether an option that is not used is null, "" or missing.
+    used = (item for item in model.items() if item[1] not in (None, "") and item[1] is not False)
+    added = sorted((token["id"], sorted(token.items())) for token in state["added_tokens"])
+    steps = state["normalizer"], state["pre_tokenizer"]
+    return _digest([sorted(used), vocabulary, merges, added, steps])
 
 
 def load_template(template: str | None, tokenizer: Any) -> tuple[str, str]:
@@ -285,6 +295,19 @@ def _load_data_set(name: str, revision: str | None, split: str, subset: str | No
             if value is not None
         )
         raise UserError(f"data set {name!r} ({asked}) cannot be loaded: {_line(error)}") from None
+
+
+def _check_whole(file: Path, split: str, subset: str | None) -> None:
+    """Refuse to read a part of a single file."""
+    for option, given in (
+        ("--split", split if split != DEFAULT_SPLIT else None),
+        ("--subset", subset),
+    ):
+        if given is not None:
+            raise UserError(
+                f"{option} {given} is for a folder or a data set, and {file} is one file; leave it "
+                f"out"
+            )
 
 
 def _path(name: str) -> Path:

@@ -214,6 +214,7 @@ def read_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")  # as whoever looks it up does
     except ValueError:
         is_one = False
     if not is_one or "@" in url:

@@ -53,13 +53,18 @@ class Model:
         """What tells this model from others.
 
         Raises:
-            UserError: no model, or two.
+            UserError: no model, or two, or what is for another kind.
         """
         if bool(self.endpoint) == (self.checkpoint is not None):
             raise UserError("give --endpoint with --model, or --checkpoint, and not both")
         if self.checkpoint is None:
             if self.name is None:
                 raise UserError("--endpoint wants --model, the name of a model there")
+            if self.max_model_len is not None:
+                raise UserError(
+                    "--max-model-len is for a --checkpoint, which is served here; leave it out: "
+                    "the server at --endpoint has its own"
+                )
             return self.name
         if self.name is not None:
             raise UserError("--model is for --endpoint; a --checkpoint has its folder's name")
@@ -85,8 +90,14 @@ def what_decides(model: Model, sampling: Sampling) -> dict[str, Any]:
     """What decides an answer, besides what is asked and the seed; JSON values.
 
     Raises:
-        UserError: no model, or two.
+        UserError: no model, or two, or what is for another kind; log-probabilities, which neither
+            `hermes4 complete` nor `evaluate` keeps.
     """
+    if sampling.logprobs is not None:
+        raise UserError(
+            f"sampling.logprobs is {sampling.logprobs}, and this command keeps no "
+            f"log-probabilities; leave it out: in Python, services.endpoint.Endpoint gives them"
+        )
     return {
         "model": model.identity(),
         "max_model_len": model.max_model_len,

@@ -39,6 +39,7 @@ from hermes_pipeline.tokenization import Tokenization, TokenizerState, template_
 RULES = 1  # raised when the same data and settings give other bytes
 BATCH_RECORDS, BATCH_BYTES = 64, 1 << 20
 BYTES_A_CHAR = 12  # of JSON at most: \ud83d\ude00
+MOST = 1 << 59  # of what --limit and --max-chars count; so many bytes still fit in 64 bits
 # What a user chooses: its option, where the meta keeps it, and where its name.
 CHOICES = (
     ("--data", "source", "source"),
@@ -86,6 +87,9 @@ def run(
             every record is bad.
         SystemExit: interrupted; what is written is safe.
     """
+    for option, given in (("--limit", limit), ("--max-chars", max_chars)):
+        if given is not None and given > MOST:
+            raise UserError(f"{option} is {given}; it may be {MOST} at most")
     check_folder(out, "store.json", "writing")
     loaded = load_tokenizer(tokenizer, tokenizer_revision)
     template_name, text = load_template(template, loaded)

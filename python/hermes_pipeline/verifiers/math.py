@@ -22,6 +22,7 @@ from typing import Any
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Trace, Verdict
+from hermes_pipeline.verifiers.notation import readable
 
 MAX_CHARS = 2_000  # a longer answer is compared as text alone
 CPU_LIMIT_S = 5.0  # processor time for one comparison
@@ -120,10 +121,13 @@ class _Comparison:
         """Equal or not; raises `_LimitError`, or as `verify_boxed` does."""
         if max(len(answer), len(target)) > MAX_CHARS:
             raise _LimitError("is too long to be compared")
+        question = [text for text in map(readable, (answer, target)) if text is not None]
+        if len(question) < 2:
+            return False  # the texts differ, and nothing else can be told
         with self._lock:
             try:
                 self._start()
-                reply = self._ask([answer, target])
+                reply = self._ask(question)
             except BaseException:  # after Ctrl-C, too: the next question would get this reply
                 self._end()
                 raise

@@ -340,7 +340,13 @@ def test_no_server_is_refused_with_the_way_out(wait: Wait) -> None:
         wait(Remote(0, url="http://127.0.0.1:9").start())
 
 
-@pytest.mark.parametrize("url", ["http://", "http://user:word@host", "https://host/path"])
+NO_ADDRESSES = [
+    *("http://", "http://user:word@host", "https://host/path"),
+    *("http://[::1", "http://[zz]:80", "http://a..b:80", "http://host:99999"),
+]
+
+
+@pytest.mark.parametrize("url", NO_ADDRESSES)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(UserError, match="the address of a sandbox is http://HOST:PORT") as error:
         Remote(0, url=url)
@@ -352,6 +358,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
     [
         (["--host", "0.0.0.0"], f"others can reach 0.0.0.0: set {TOKEN} to a secret"),
         (["--box", "chroot"], "there is no box 'chroot'; choose bubblewrap, docker, podman"),
+        (["--box", "http://[::1"], "the address of a sandbox is http://HOST:PORT"),
         (["--port", "TAKEN"], "cannot serve at 127.0.0.1:"),
     ],
 )
@@ -369,6 +376,16 @@ def test_a_server_that_cannot_start_says_why_in_one_line(
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith(f"hermes4: error: {said}")
     assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["a..b", "nowhere.invalid"])
+def test_a_host_that_is_not_ours_is_refused(host: str, wait: Wait) -> None:
+    async def serve() -> None:
+        async with serving(web.Application(), host, 0):
+            pass
+
+    with pytest.raises(UserError, match=f"host '{host}' is no address of this machine"):
+        wait(serve())
 
 
 def test_a_box_is_chosen_by_a_word() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +100,58 @@ def test_a_program_runs_as_by_itself(
     result = wait(sandbox.run(source))
     assert (result.ended, result.stdout.strip()) == (ended, said), result
     assert ended == "ok" or "NameError: name 'List' is not defined" in result.stderr
+
+
+OTHER_STREAM = "f = open(1, 'w')\nprint('a')\nf.write('x')\n"
+ENDINGS = {
+    "a stream of its own": OTHER_STREAM,
+    "a function that holds it": f"{OTHER_STREAM}def g(): return f",
+    "a handler that holds it": (
+        f"{OTHER_STREAM}def g(*_): return f\nimport signal\nsignal.signal(signal.SIGALRM, g)"
+    ),
+    "a stream and an error": f"{OTHER_STREAM}1/0",
+    "a stream and a code": f"{OTHER_STREAM}exit(3)",
+    "output to a text": "import io, sys\nprint('a')\nsys.stdout = io.StringIO()\nprint('b')",
+    "output through a class": (
+        "import sys\nclass T:\n    def write(self, text): sys.__stdout__.write(text)\n"
+        "    def flush(self): pass\nsys.stdout = T()\nprint('a')"
+    ),
+    "output that cannot be flushed": (
+        "import sys\nprint('a')\nclass T: pass\nsys.stdout = T()\nsys.stdout.write = print"
+    ),
+    "output on another buffer": (
+        "import io, sys\nprint('a')\nsys.stdout = io.TextIOWrapper(sys.stdout.detach())\nprint('b')"
+    ),
+    "no output": "import sys\nprint('a')\nsys.stdout = None\nprint('b')",
+    "output taken away": "import sys\nprint('a')\ndel sys.stdout",
+    "output closed": "import sys\nprint('a')\nsys.stdout.close()",
+    "no errors": "import sys\nprint('a')\nsys.stderr = None",
+    "no errors, and one": "import sys\nprint('a')\nsys.stderr = None\n1/0",
+    "errors closed, and one": "import sys\nprint('a')\nsys.stderr.close()\n1/0",
+    "errors closed, and a word": "import sys\nprint('a')\nsys.stderr.close()\nsys.exit('no')",
+    "errors told by itself": (
+        "import sys\ndef tell(*of): print('told', of[1])\nsys.excepthook = tell\n1/0"
+    ),
+    "an object that says goodbye": (
+        "import os\nclass A:\n    def __del__(self): print('bye', os.sep, a is self)\na = A()"
+    ),
+    "an error at exit": "import atexit\natexit.register(lambda: 1/0)\nprint('a')",
+    "a thread that goes on": (
+        "import threading, time\ndef g():\n    while True: time.sleep(0.001), time\n"
+        "threading.Thread(target=g, daemon=True).start()\nprint('a')"
+    ),
+    "builtins": "print(type(__builtins__).__name__, __builtins__.len('ab'))",
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_program_ends_as_by_itself(
+    name: str, sandbox: Sandbox, wait: Wait, tmp_path: Path
+) -> None:
+    (tmp_path / "main.py").write_text(ENDINGS[name])
+    true = subprocess.run([sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True)
+    result = wait(sandbox.run(ENDINGS[name]))
+    assert (result.exit_code, result.stdout) == (true.returncode, true.stdout), result
 
 
 def test_a_program_reads_its_input_and_ends_with_its_code(sandbox: Sandbox, wait: Wait) -> None:

@@ -93,6 +93,89 @@ def test_verify_boxed_refuses_other_answers(answer: str, target: str) -> None:
     assert not verify_boxed(trace(answer), target).passed
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        r"1\,000",
+        r"1\;000",
+        r"1\:000",
+        r"1\ 000",
+        "1~000",
+        r"1\!000",
+        r"1,\!000",
+        "1{,}000",
+        "1000.",
+    ],
+)
+def test_a_thousand_is_read_as_it_is_written(written: str) -> None:
+    assert equal(written, "1000")
+    assert equal("1000", written)
+    for other in ("0", "1", "1.000", "(1, 0)", "100", "1000000"):
+        assert not equal(written, other)
+        assert not equal(other, written)
+
+
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [
+        ("5.", "5"),
+        ("$5.$", "5"),
+        ("0.5.", r"\frac12"),
+        ("(1,2).", "(1, 2)"),
+        (r"(1\,000, 2)", "(1000,2)"),
+        ("(1{,}000, 2)", "(1000,2)"),
+        (r"-12\,345\,678", "-12345678"),
+        (r"1\,000.5", "1000.5"),
+        (r"1\,000\pi", r"1000\pi"),
+        ("13_{7}", "13_7"),
+        ("13_{(7)}", "13_7"),
+        ("x=13_7", "13_{7}"),
+        ("13_7, 14_7", "14_7,13_7"),
+        ("13_{10}", "13"),
+        (r"\log_2 3", r"\log_{2}{3}"),
+        (r"\frac 1 2", "0.5"),
+        (r"\int^1_0 x dx", "1/2"),
+        ("x_1", "x_{1}"),
+    ],
+)
+def test_numbers_are_equal_however_they_are_written(answer: str, target: str) -> None:
+    assert equal(answer, target)
+    assert equal(target, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "target"),
+    [
+        (r"(1,\,000)", "1000"),
+        (r"1,\,000", "1000"),
+        (r"1\,00", "100"),
+        (r"1\,0000", "10000"),
+        (r"1\,000\,5", "1005"),
+        (r"12\,3", "15"),
+        (r"0.123\,456", "56.088"),
+        ("1 000", "0"),
+        ("9 4", "13"),
+        ("1 1/2", "1"),
+        ("1..", "1"),
+        ("13_{7}", "13_{8}"),
+        ("x=13_7", "x=13_8"),
+        ("(13_7,13_8)", "(13_8,13_7)"),
+        ("13_7", "13"),
+        ("13_7", "10"),
+        ("13_7+1", "14_7"),
+        ("13_7.5", "13.5"),
+        ("1.13_7", "1.13"),
+        ("19_8", "19"),
+        ("13_{x}", "13"),
+        (r"13_{\text{seven}}", r"13_{\text{eight}}"),
+        ("A1_{16}", "A1_{12}"),
+    ],
+)
+def test_numbers_differ_in_digits_groups_and_base(answer: str, target: str) -> None:
+    assert not equal(answer, target)
+    assert not equal(target, answer)
+
+
 def test_verify_boxed_looks_at_the_answer_alone() -> None:
     thought = Trace(text=r"<think>\boxed{4}", thinking=r"\boxed{4}", answer="")
     verdict = verify_boxed(thought, "4")

@@ -8,8 +8,12 @@ in a container. The program has no capabilities, resource limits and a filter of
 from __future__ import annotations
 
 import atexit
+import builtins
+import contextlib
 import ctypes
 import fcntl
+import gc
+import importlib.machinery
 import json
 import os
 import resource
@@ -18,8 +22,8 @@ import site
 import struct
 import sys
 import threading
-import traceback
 import types
+import weakref
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -114,7 +118,7 @@ def be_program(
         os.close(report)
         if job["command"]:
             _execute(job["command"])
-        _finish(_run_python(job))
+        _finish(*_run_python(job))
     finally:
         os._exit(1)  # where even telling of an error failed, as without memory
 
@@ -134,11 +138,17 @@ def place(files: list[int], report: int) -> tuple[int, int]:
     return kept[0], kept[1]
 
 
-def _run_python(job: dict[str, Any]) -> int:
-    """Run the source as `__main__`, then the call if there is one; return the exit code."""
+def _run_python(job: dict[str, Any]) -> tuple[int, weakref.ref[Any]]:
+    """Run the source as `__main__`, then the call if there is one.
+
+    Returns:
+        The exit code, and what lives as long as the names of `__main__` do.
+    """
     module = types.ModuleType("__main__")
-    module.__dict__.update(__file__=MAIN, __builtins__=__builtins__)
+    loader = importlib.machinery.SourceFileLoader("__main__", MAIN)
+    module.__dict__.update(__file__=MAIN, __builtins__=builtins, __loader__=loader)
     sys.modules["__main__"] = module
+    names = weakref.ref(loader)
     sys.argv, sys.path = [MAIN], [FOLDER, *(path for path in sys.path if path)]
     _open_streams()
     try:
@@ -149,13 +159,17 @@ def _run_python(job: dict[str, Any]) -> int:
             value = getattr(holder, name)(*job["arguments"])
             write_all(VALUE, json.dumps(value).encode())
     except SystemExit as end:
-        return _code_of(end.code)
+        return _code_of(end.code), names
     except BaseException as error:
         # Without the frames of this file.
-        below = error.__traceback__.tb_next if error.__traceback__ else None
-        traceback.print_exception(type(error), error, below)
-        return 1
-    return 0
+        error.__traceback__ = error.__traceback__.tb_next if error.__traceback__ else None
+        told = type(error), error, error.__traceback__
+        try:
+            sys.excepthook(*told)
+        except BaseException:
+            sys.__excepthook__(*told)
+        return 1, names
+    return 0, names
 
 
 def _open_streams() -> None:
@@ -170,20 +184,47 @@ def _open_streams() -> None:
 def _code_of(code: object) -> int:
     if code is None or isinstance(code, int):
         return (code or 0) & 255
-    print(code, file=sys.stderr)  # noqa: T201 - as Python does
+    with contextlib.suppress(BaseException):  # a closed stream, an object that has no text
+        print(code, file=getattr(sys, "stderr", None) or sys.__stderr__)
     return 1
 
 
-def _finish(code: int) -> NoReturn:
-    """End as Python would, but for taking itself apart."""
+def _finish(code: int, names: weakref.ref[Any]) -> NoReturn:
+    """End as Python would, but for taking itself apart: the program's own objects alone go."""
+    for wait in (getattr(threading, "_shutdown"), atexit._run_exitfuncs):  # noqa: B009
+        with contextlib.suppress(BaseException):
+            wait()
+    flushed = [_flush(getattr(sys, name, None)) for name in ("stdout", "stderr")]
+    _let_go(names)
+    for name in ("__stdout__", "__stderr__"):
+        _flush(getattr(sys, name, None))  # Python's code says nothing of these
+    os._exit(code if all(flushed) else code or 120)
+
+
+def _flush(stream: Any) -> bool:
+    """Write out what a stream holds; false where that fails."""
     try:
-        getattr(threading, "_shutdown")()  # noqa: B009 - waits for threads that are no daemons
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
     except BaseException:
-        code = code or 120  # what Python says when its output cannot be flushed
-    os._exit(code)
+        return False
+    return True
+
+
+def _let_go(names: weakref.ref[Any]) -> None:
+    """Drop what the program made, so that its files are written out and its `__del__` run."""
+    is_alone = threading.active_count() == 1  # else a thread may still use all of this
+    if is_alone:
+        sys.stdout, sys.stderr = (getattr(sys, f"__{n}__", None) for n in ("stdout", "stderr"))
+    gc.collect()  # puts a file before its buffer, so that it is the first to be closed
+    sys.modules.pop("__main__", None)
+    gc.collect()
+    loader = names()
+    if loader is not None and is_alone:  # something else, as a signal's handler, holds a function
+        for each in gc.get_referrers(loader):
+            if type(each) is dict and each.get("__loader__") is loader:
+                each.clear()
+        gc.collect()
 
 
 def _execute(command: list[str]) -> NoReturn:

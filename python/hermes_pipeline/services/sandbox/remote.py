@@ -46,8 +46,7 @@ class Remote:
 
     def __init__(self, slot: int, *, url: str) -> None:
         del slot  # the server has its own
-        parts = urlsplit(url)
-        if not parts.hostname or parts.username or parts.password or parts.path not in ("", "/"):
+        if not _is_address(url):
             raise UserError(
                 "the address of a sandbox is http://HOST:PORT, without path or login; "
                 f"a token is read from {TOKEN}"
@@ -164,6 +163,17 @@ class Remote:
                 f"{__version__}; install the same version at both ends"
             )
         return about
+
+
+def _is_address(url: str) -> bool:
+    """Is this http://HOST:PORT, with a host that can be looked up and no login?"""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        login = parts.username or parts.password
+        return bool(host) and parts.port != 0 and not login and parts.path in ("", "/")
+    except ValueError:
+        return False
 
 
 def _words(said: bytes) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import socket
 from collections.abc import AsyncIterator
 
 from aiohttp import web
@@ -122,13 +123,15 @@ async def serving(app: web.Application, host: str, port: int) -> AsyncIterator[s
         port: 0 for any free one.
 
     Raises:
-        UserError: the port cannot be had.
+        UserError: the host is not this machine's, or the port cannot be had.
     """
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     try:
         try:
             await web.TCPSite(runner, host, port).start()
+        except (socket.gaierror, UnicodeError) as error:
+            raise UserError(f"host {host!r} is no address of this machine: {error}") from None
         except OSError as error:
             raise UserError(
                 f"cannot serve at {host}:{port}: {error.strerror}; choose another --port"
