@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics
+from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics, saves
 
 pytestmark = [
     pytest.mark.heavy,
@@ -317,6 +317,30 @@ def test_exported_weights_are_the_same_bytes(bench: Bench, resumed: Any, straigh
     )
     assert ours == theirs
     assert ours != (bench.folder / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_last_save_leaves_no_more_checkpoints_than_the_recipe_keeps(
+    bench: Bench, background: str
+) -> None:
+    name = f"kept-{background}"
+    folder = bench.folder / name
+    settings = (*EACH_STEP, "checkpoint.keep=2", f"checkpoint.background={background}")
+    with bench.started(name, settings=settings) as process:
+        bench.wait_for(name, 4, process)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 75, said
+    step = len(read_metrics(folder))
+    assert set(saves(folder / "checkpoint")) == {step - 1, step}
+    assert step < STEPS - 1
+    for last in (step + 1, STEPS):
+        ended = bench.run(
+            name,
+            settings=(*settings, f"training.steps={last}", f"training.schedule_steps={STEPS}"),
+        )
+        assert ended.code == 0, ended.said
+        assert set(saves(folder / "checkpoint")) == {last - 1, last}
 
 
 def test_complete_run_started_again_says_so(bench: Bench, straight: Path) -> None:
