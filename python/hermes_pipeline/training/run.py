@@ -156,7 +156,18 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
 
 
 def _begin(job: Job) -> Job:
-    """Write what the run is into its folder, and clear away saves that were cut off."""
+    """Write what the run is into its folder, and clear away saves that were cut off.
+
+    Raises:
+        UserError: another job has been here since ours was checked, before the folder was held.
+    """
+    steps = run_folder.checkpoint_steps(job.folder)
+    begun = run_folder.read_record(job.folder) is not None
+    if (begun, steps[-1] if begun and steps else 0) != (job.begun, job.step):
+        raise UserError(
+            f"another job has changed run folder {job.folder} while this one was loading; the same "
+            f"command goes on from where that left off"
+        )
     run_folder.remove_torn_checkpoints(job.folder)
     run_folder.write_record(  # first: it says whose the folder is
         job.folder,

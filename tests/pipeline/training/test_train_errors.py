@@ -20,6 +20,7 @@ from hermes_pipeline.stages import train
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.recipes import MAY_CHANGE
+from hermes_pipeline.training.run import _begin
 from hermes_pipeline.training.shape import Shape
 
 Check = Callable[..., Job]
@@ -237,6 +238,23 @@ def test_only_folders_of_saves_are_removed(begun: Path) -> None:
 
     assert before - {path.name for path in checkpoints.iterdir()} == {"step-6"}
     assert run_folder.checkpoint_steps(begun) == [2]
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_job_that_another_overtook_changes_nothing(check: Check, begun: Path, step: int) -> None:
+    late = check() if step else replace(check(), begun=False)  # as before the other job's record
+    (begun / "checkpoint/step-1").mkdir(parents=True)  # which looks like a save that was cut off
+    if step:
+        (begun / f"checkpoint/step-{step}").mkdir()
+        (begun / f"checkpoint/step-{step}/.metadata").touch()
+    before = sorted(begun.rglob("*"))
+
+    with pytest.raises(UserError, match=r"another job has changed run folder .* the same command"):
+        _begin(late)
+
+    assert sorted(begun.rglob("*")) == before
+    _begin(check())
+    assert not (begun / "checkpoint/step-1").exists()
 
 
 def test_run_folder_of_another_recipe(check: Check, begun: Path) -> None:
