@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hermes_core import Store, StoreError, open_store
+from hermes_pipeline import config
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.folders import check_folder
 from hermes_pipeline.training import run_folder
@@ -34,6 +35,16 @@ class Job:
     def complete(self) -> bool:
         """Has the run reached its last step?"""
         return self.step >= self.recipe.training.steps
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the steps, by name; not folders, which have a place on each machine."""
+        settings = config.flatten(self.recipe)
+        places = ("data.store", "model.path", "run.out")
+        return {
+            "the last checkpoint's step": self.step,
+            "the store's fingerprint": self.store.fingerprint,
+            **{key: value for key, value in settings.items() if key not in places},
+        }
 
     def completion(self) -> str:
         """In words, that there is nothing left to do."""

@@ -147,7 +147,9 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
             observer.begin(step)
             stop.training = True
 
-        complete = engine.run(config, begin=begin, observe=observer, asked_to_stop=stop)
+        complete = engine.run(
+            config, facts=job.facts(), begin=begin, observe=observer, asked_to_stop=stop
+        )
     if complete:
         _say(rank, f"run {job.folder} is complete after step {observer.step}")
         return COMPLETE
