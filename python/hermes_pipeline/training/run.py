@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, STOPPED
-from hermes_pipeline.services.folders import writing
+from hermes_pipeline.services.folders import explain, writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import Job, check_tokenizer, prepare
@@ -85,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteStep as error:
         _say(rank, f"error: {error}", name="hermes4")
         return NOT_FINITE
+    except OSError as error:  # as of any other command; see `cli`
+        if os.environ.get("HERMES4_TRACEBACK"):
+            raise
+        _say(rank, f"error: {explain(error)}", name="hermes4")
+        return MISTAKEN
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -187,12 +192,18 @@ def _log_to(folder: Path, rank: int) -> None:
     """Send what torchtitan and torch say to a file; other ranks' warnings to one of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
-    handler = logging.FileHandler(folder / name, encoding="utf-8", delay=True)
+    handler = _Log(folder / name, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.captureWarnings(True)
+
+
+class _Log(logging.FileHandler):
+    """Drops what a full disk will not take: a run ends for its results, not for its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None: ...
 
 
 def _without_datasets() -> None:

@@ -133,6 +133,38 @@ def test_save_that_a_disk_refuses_is_one_line_and_exit_code_2(
     assert "Traceback" in (tmp_path / "run/log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [("run/log.txt", 0, "is complete after step 1"), ("model/generation_config.json", 2, "error:")],
+)
+def test_file_that_a_disk_refuses_shows_no_traceback(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    train: Callable[..., Any],
+    any_recipe: Path,
+    name: str,
+    code: int,
+    said: str,
+) -> None:
+    (tmp_path / "run").mkdir()
+    make_model(tmp_path / "model")
+    device = "/dev/full" if code == 0 else "/proc/self/mem"  # no room to write, an error to read
+    (tmp_path / name).symlink_to(device)
+
+    ended = train(
+        tmp_path / "run",
+        settings=["training.steps=1"],
+        recipe=str(any_recipe),
+        store=make_store(tmp_path / "store"),
+        model=tmp_path / "model",
+    )
+
+    assert ended.code == code, ended.said
+    assert "Traceback" not in ended.said
+    assert said in ended.said.splitlines()[-1]
+
+
 def run_late(
     folder: Path, recipe: Path, *settings: str, fails: bool
 ) -> subprocess.CompletedProcess[str]:
