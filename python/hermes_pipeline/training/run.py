@@ -6,16 +6,19 @@ import argparse
 import ctypes
 import faulthandler
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, STOPPED
+from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, SAME_S, STOPPED, UNREAD, say
 from hermes_pipeline.services.folders import explain, writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
@@ -30,11 +33,16 @@ PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C as a request to stop after the step; a second one stops at once."""
+    """SIGTERM and Ctrl-C as a request to stop after the step; a later one stops at once.
+
+    What comes so soon after the first is the same one: launchers hand on what a terminal has sent
+    to all.
+    """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self.training = False  # before the first step there is nothing to wait for
+        self._asked_s = -math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         # The launcher starts us deaf, so that none comes before it is heard.
@@ -44,15 +52,21 @@ class StopRequest:
         return self.exit_code is not None
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        repeated = self.exit_code is not None
+        now, repeated = time.monotonic(), self.exit_code is not None
+        if repeated and now - self._asked_s <= SAME_S:
+            return
+        self._asked_s = now
         self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
-        if not self.training and os.environ.get("RANK", "0") == "0":
-            text = (
-                "train: interrupted before a step was taken; run the same command again to go on\n"
-            )
-            os.write(2, text.encode())
-        if repeated or not self.training:
-            os._exit(self.exit_code)
+        if not self.training:
+            self._end("interrupted before a step was taken; run the same command again to go on")
+        if repeated:
+            self._end("stopped at once; the same command goes on from the last checkpoint")
+
+    def _end(self, text: str) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # where nobody reads it, the code says it
+                os.write(2, f"train: {text}\n".encode())
+        os._exit(self.exit_code or 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteStep as error:
         _say(rank, f"error: {error}", name="hermes4")
         return NOT_FINITE
+    except BrokenPipeError:  # of progress
+        return UNREAD
     except OSError as error:  # as of any other command; see `cli`
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
@@ -145,7 +161,7 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
         step=job.step,
     )
     with ExitStack() as stack:
-        observer = _Observer(job, rank, stack)
+        observer = _Observer(job, rank, stop, stack)
 
         def begin(step: int) -> None:
             stack.enter_context(run_folder.join_lock(job.folder, rank))
@@ -224,8 +240,8 @@ def _without_datasets() -> None:
 class _Observer:
     """Keeps metrics.jsonl and shows progress, on the first rank."""
 
-    def __init__(self, job: Job, rank: int, stack: ExitStack) -> None:
-        self._job, self._rank, self._stack = job, rank, stack
+    def __init__(self, job: Job, rank: int, stop: StopRequest, stack: ExitStack) -> None:
+        self._job, self._rank, self._stop, self._stack = job, rank, stop, stack
         self._metrics: run_folder.Metrics | None = None
         self._counter: Counter | None = None
         self.step = 0
@@ -247,14 +263,16 @@ class _Observer:
         self.step = report.step
         if self._metrics is not None and self._counter is not None:
             self._metrics.write(report)
-            self._counter.advance(
-                1,
+            note = (
                 f"loss {report.loss:.4f}, gradient norm {report.grad_norm:.3f}, "
-                f"{report.tokens / report.seconds:,.0f} tokens/s",
+                f"{report.tokens / report.seconds:,.0f} tokens/s"
             )
+            try:
+                self._counter.advance(1, note)
+            except BrokenPipeError:
+                self._stop.exit_code = UNREAD  # once this far is saved
 
 
 def _say(rank: int, text: str, *, name: str = "train") -> None:
     if rank == 0:
-        sys.stderr.write(f"{name}: {text}\n")
-        sys.stderr.flush()
+        say(f"{name}: {text}")

@@ -197,6 +197,37 @@ def test_interrupt_before_the_first_step_is_said(
     assert read_metrics(bench.folder / name) == []
 
 
+@pytest.mark.parametrize(("gap_s", "saves_it"), [(0.05, True), (3.2, False)])
+def test_second_signal_stops_at_once_unless_it_is_the_same_one(
+    bench: Bench, gap_s: float, saves_it: bool
+) -> None:
+    name = f"twice-{gap_s}"
+    rows = 12 if saves_it else 4000  # some of which take longer than the gap
+    settings = ("training.steps=1000", "data.local_rows=2", "checkpoint.every=1000")
+    with bench.started(name, settings=(*settings, f"data.rows={rows}")) as process:
+        while not (bench.folder / name / "metrics.jsonl").is_file():
+            time.sleep(0.05)
+        time.sleep(0.5)  # in the midst of training
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(gap_s)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, said
+    words = "stopped after step" if saves_it else "stopped at once; the same command goes on from"
+    assert said.splitlines()[-1].startswith(f"train: {words}")
+    assert bool(checkpoint_steps(bench.folder / name)) == saves_it
+
+
+def test_run_that_nobody_reads_of_ends_with_its_steps_saved(bench: Bench) -> None:
+    settings = ("training.steps=10000", "data.local_rows=2", "checkpoint.every=10000")
+    with bench.started("unread", settings=settings) as process:
+        bench.wait_for("unread", 1, process)
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait(PATIENCE_S) == 141
+    assert checkpoint_steps(bench.folder / "unread") == [len(figures(bench.folder / "unread"))]
+
+
 @pytest.fixture(scope="module")
 def resumed(bench: Bench, stopped: Stopped) -> Any:
     """The stopped run, gone on to its end."""
