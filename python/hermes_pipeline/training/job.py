@@ -80,6 +80,7 @@ def prepare(
     recipe = _as_begun(recipe, record, folder)
     recipe.data_ranks(processes)
     opened = _open_store(recipe, record)
+    run_folder.read_metrics(folder)  # so that damage is said before anything starts
     steps = run_folder.checkpoint_steps(folder) if record else []
     step = steps[-1] if steps else 0
     start = _start_weights(recipe) if step == 0 else None

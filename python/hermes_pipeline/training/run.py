@@ -255,6 +255,8 @@ class _Observer:
         steps = self._job.recipe.training.steps
         if step:
             _say(self._rank, f"going on from step {step} of {steps}")
+        elif self._job.begun:
+            _say(self._rank, "beginning anew: the run has no checkpoint")
         self._counter = self._stack.enter_context(
             progress("train", total=steps, unit="steps", done=step)
         )

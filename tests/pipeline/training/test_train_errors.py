@@ -304,6 +304,8 @@ PARTS = [
     '{"format": 1}',
     '{"format": 2}',
     '{"format": 2, "store": 1, "recipe": 1}',
+    '{"format": 2, "model": null, "store": {"folder": "s", "fingerprint": "f"}, '
+    '"recipe": {"training.schedule_steps": null}}',
 ]
 
 
@@ -311,6 +313,17 @@ PARTS = [
 def test_damaged_record_of_a_run(check: Check, begun: Path, text: str) -> None:
     (begun / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run\.json is"):
+        check()
+
+
+@pytest.mark.parametrize("line", [b'{"st', b"5", b"{}", b"\xff\0"])
+def test_damaged_figures_of_a_run_are_not_lost(check: Check, begun: Path, line: bytes) -> None:
+    path = begun / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line)  # cut off
+    assert check().begun
+    assert run_folder.read_metrics(begun) == [{"step": 1}]
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged; mend it, or move"):
         check()
 
 
