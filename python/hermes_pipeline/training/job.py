@@ -16,7 +16,7 @@ from hermes_pipeline.services.folders import check_folder
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.recipes import Recipe, load_recipe
 from hermes_pipeline.training.shape import Shape, check_shape, read_shape
-from hermes_pipeline.training.weights import check_weights, tokenizer_fingerprint_of
+from hermes_pipeline.training.weights import check_weights, read_json, tokenizer_fingerprint_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,8 @@ def _check(job: Job) -> None:
     _check_lengths(recipe, store)
     if job.model is not None:
         check_weights(job.model, shape)
+        for name in ("generation_config.json", "tokenizer_config.json"):  # which the run keeps
+            read_json(job.model / name)
 
 
 def _check_tensor_parallel(recipe: Recipe, shape: Shape) -> None:

@@ -112,6 +112,15 @@ def test_model_whose_weights_are_cut_off(check: Check, folder: Path, tmp_path: P
         check(model=model)
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_model_with_a_damaged_file(check: Check, folder: Path, tmp_path: Path, name: str) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    for text in ("{", "[1]"):
+        (model / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}: not "):
+            check(model=model)
+
+
 def test_weights_of_another_shape(
     check: Check,
     folder: Path,
