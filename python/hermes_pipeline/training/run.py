@@ -94,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with writing(job.folder), run_folder.locked(job.folder, rank):
             return _run(job, rank, stop)
     except UserError as error:
-        _say(rank, f"error: {error}", name="hermes4")
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))  # a machine may lack what others have
+        _say(local_rank, f"error: {error}", name="hermes4")
         return MISTAKEN
     except NonFiniteStep as error:
         _say(rank, f"error: {error}", name="hermes4")
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # as of any other command; see `cli`
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
-        _say(rank, f"error: {explain(error)}", name="hermes4")
+        _say(0, f"error: {explain(error)}", name="hermes4")  # it may be of this rank alone
         return MISTAKEN
 
 

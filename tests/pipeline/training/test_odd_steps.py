@@ -197,6 +197,24 @@ def test_file_that_a_disk_refuses_shows_no_traceback(
     assert said in ended.said.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_mistake_of_one_machine_is_said_there_once(
+    tmp_path: Path, any_recipe: Path, local_rank: str, lines: int
+) -> None:
+    words = ["--recipe", str(any_recipe), "--store", str(tmp_path / "nowhere")]
+    place = {"RANK": "9", "WORLD_SIZE": "12", "LOCAL_RANK": local_rank}
+    done = subprocess.run(
+        [sys.executable, "-m", "hermes_pipeline.training", *words, "--out", str(tmp_path / "run")],
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("hermes4: error: ") == done.stderr.count("\n") == lines
+
+
 def run_late(
     folder: Path, recipe: Path, *settings: str, fails: bool
 ) -> subprocess.CompletedProcess[str]:
