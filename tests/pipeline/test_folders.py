@@ -49,6 +49,13 @@ def test_a_temporary_name_is_not_shown(tmp_path: Path) -> None:
     )
 
 
+def test_a_copy_is_of_the_folder_that_it_fills(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/model/a", None, str(out / "a"))
+    with pytest.raises(UserError, match=rf"^--out {out} cannot be written: No space"), writing(out):
+        raise error
+
+
 def test_a_file_that_is_no_part_of_the_result_keeps_its_name(tmp_path: Path) -> None:
     error = PermissionError(errno.EACCES, "Permission denied", "/data/chats.jsonl")
     assert explain(error, tmp_path) == "/data/chats.jsonl: Permission denied"

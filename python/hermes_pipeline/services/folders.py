@@ -114,7 +114,9 @@ def as_size(size: int) -> str:
 
 
 def _named(error: OSError) -> Path | None:
-    return None if error.filename is None else Path(os.fsdecode(error.filename))
+    """The file that was refused; of a copy or a new name, what was to be written."""
+    name = error.filename if error.filename2 is None else error.filename2
+    return None if name is None else Path(os.fsdecode(name))
 
 
 def _is_of(error: OSError, out: Path) -> bool:

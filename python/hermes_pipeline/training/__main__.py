@@ -2,11 +2,13 @@
 
 import os
 import sys
+from contextlib import suppress
 
 from hermes_pipeline.training.run import main
 
 code = main()
-sys.stdout.flush()
-sys.stderr.flush()
+for stream in (sys.stdout, sys.stderr):
+    with suppress(OSError):  # nobody reads it any more
+        stream.flush()
 # Gloo's threads may yet free a tensor; in an interpreter that is closing, that aborts the process.
 os._exit(code)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from hermes_core import Store, StoreError, open_store
+from hermes_pipeline import config
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.folders import check_folder
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.recipes import Recipe, load_recipe
 from hermes_pipeline.training.shape import Shape, check_shape, read_shape
-from hermes_pipeline.training.weights import check_weights, tokenizer_fingerprint_of
+from hermes_pipeline.training.weights import check_weights, read_json, tokenizer_fingerprint_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,16 @@ class Job:
     def complete(self) -> bool:
         """Has the run reached its last step?"""
         return self.step >= self.recipe.training.steps
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the steps, by name; not folders, which have a place on each machine."""
+        settings = config.flatten(self.recipe)
+        places = ("data.store", "model.path", "run.out")
+        return {
+            "the last checkpoint's step": self.step,
+            "the store's fingerprint": self.store.fingerprint,
+            **{key: value for key, value in settings.items() if key not in places},
+        }
 
     def completion(self) -> str:
         """In words, that there is nothing left to do."""
@@ -69,6 +80,7 @@ def prepare(
     recipe = _as_begun(recipe, record, folder)
     recipe.data_ranks(processes)
     opened = _open_store(recipe, record)
+    run_folder.read_metrics(folder)  # so that damage is said before anything starts
     steps = run_folder.checkpoint_steps(folder) if record else []
     step = steps[-1] if steps else 0
     start = _start_weights(recipe) if step == 0 else None
@@ -153,6 +165,8 @@ def _check(job: Job) -> None:
     _check_lengths(recipe, store)
     if job.model is not None:
         check_weights(job.model, shape)
+        for name in ("generation_config.json", "tokenizer_config.json"):  # which the run keeps
+            read_json(job.model / name)
 
 
 def _check_tensor_parallel(recipe: Recipe, shape: Shape) -> None:

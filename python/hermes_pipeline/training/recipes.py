@@ -13,7 +13,8 @@ from hermes_pipeline.errors import UserError
 Count = Annotated[int, Range(low=1)]
 Degree = Annotated[int, Range(low=1)]
 Fraction = Annotated[float, Range(low=0, high=1)]
-Positive = Annotated[float, Range(above=0)]
+SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of float32's normal numbers, in which steps are computed
+Positive = Annotated[float, Range(above=0, high=LARGEST)]
 Base = Literal["qwen3_14b", "llama3.1_70b", "llama3.1_405b"]
 
 # What may differ when a run goes on: where it stops, where it runs, how often it saves. None of
@@ -90,7 +91,7 @@ class Data:
     """[data]: which rows, and in which order."""
 
     row_length: Annotated[int, Range(low=2)]
-    rows: Count  # of one step, over all processes
+    rows: Annotated[int, Range(low=1, high=2**20)]  # of one step, over all processes
     packing: Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing", "guided"]
     too_long: Literal["error", "drop", "truncate"]
     seed: Annotated[int, Range(low=0, high=2**31 - 1)]
@@ -108,8 +109,8 @@ class Optimizer:
     final_fraction: Fraction  # of the learning rate, at the last step
     beta1: Annotated[float, Range(low=0, high=0.9999999)]
     beta2: Annotated[float, Range(low=0, high=0.9999999)]
-    eps: Positive
-    weight_decay: Annotated[float, Range(low=0)]
+    eps: Annotated[float, Range(low=SMALLEST, high=LARGEST)]  # 0 would divide by nothing
+    weight_decay: Annotated[float, Range(low=0, high=LARGEST)]
     max_grad_norm: Positive
 
 
@@ -132,7 +133,8 @@ class Parallel:
     tensor: Degree  # tensor parallel
     replicate: Degree  # data parallel, whole copies
     shard: Annotated[int, Range(low=-1)]  # data parallel, sharded (FSDP); -1: what is left
-    timeout_s: Count  # a collective that takes longer is a failure
+    # A collective that takes longer is a failure; more than a year overflows in torch.
+    timeout_s: Annotated[int, Range(low=1, high=31_536_000)]
 
     def __post_init__(self) -> None:
         if self.shard == 0:

@@ -6,17 +6,20 @@ import argparse
 import ctypes
 import faulthandler
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, STOPPED
-from hermes_pipeline.services.folders import writing
+from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, SAME_S, STOPPED, UNREAD, say
+from hermes_pipeline.services.folders import explain, writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import Job, check_tokenizer, prepare
@@ -30,11 +33,16 @@ PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C as a request to stop after the step; a second one stops at once."""
+    """SIGTERM and Ctrl-C as a request to stop after the step; a later one stops at once.
+
+    What comes so soon after the first is the same one: launchers hand on what a terminal has sent
+    to all.
+    """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self.training = False  # before the first step there is nothing to wait for
+        self._asked_s = -math.inf
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         # The launcher starts us deaf, so that none comes before it is heard.
@@ -44,15 +52,21 @@ class StopRequest:
         return self.exit_code is not None
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        repeated = self.exit_code is not None
+        now, repeated = time.monotonic(), self.exit_code is not None
+        if repeated and now - self._asked_s <= SAME_S:
+            return
+        self._asked_s = now
         self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
-        if not self.training and os.environ.get("RANK", "0") == "0":
-            text = (
-                "train: interrupted before a step was taken; run the same command again to go on\n"
-            )
-            os.write(2, text.encode())
-        if repeated or not self.training:
-            os._exit(self.exit_code)
+        if not self.training:
+            self._end("interrupted before a step was taken; run the same command again to go on")
+        if repeated:
+            self._end("stopped at once; the same command goes on from the last checkpoint")
+
+    def _end(self, text: str) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # where nobody reads it, the code says it
+                os.write(2, f"train: {text}\n".encode())
+        os._exit(self.exit_code or 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,11 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with writing(job.folder), run_folder.locked(job.folder, rank):
             return _run(job, rank, stop)
     except UserError as error:
-        _say(rank, f"error: {error}", name="hermes4")
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))  # a machine may lack what others have
+        _say(local_rank, f"error: {error}", name="hermes4")
         return MISTAKEN
     except NonFiniteStep as error:
         _say(rank, f"error: {error}", name="hermes4")
         return NOT_FINITE
+    except BrokenPipeError:  # of progress
+        return UNREAD
+    except OSError as error:  # as of any other command; see `cli`
+        if os.environ.get("HERMES4_TRACEBACK"):
+            raise
+        _say(0, f"error: {explain(error)}", name="hermes4")  # it may be of this rank alone
+        return MISTAKEN
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -140,14 +162,16 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
         step=job.step,
     )
     with ExitStack() as stack:
-        observer = _Observer(job, rank, stack)
+        observer = _Observer(job, rank, stop, stack)
 
         def begin(step: int) -> None:
             stack.enter_context(run_folder.join_lock(job.folder, rank))
             observer.begin(step)
             stop.training = True
 
-        complete = engine.run(config, begin=begin, observe=observer, asked_to_stop=stop)
+        complete = engine.run(
+            config, facts=job.facts(), begin=begin, observe=observer, asked_to_stop=stop
+        )
     if complete:
         _say(rank, f"run {job.folder} is complete after step {observer.step}")
         return COMPLETE
@@ -156,7 +180,18 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
 
 
 def _begin(job: Job) -> Job:
-    """Write what the run is into its folder, and clear away saves that were cut off."""
+    """Write what the run is into its folder, and clear away saves that were cut off.
+
+    Raises:
+        UserError: another job has been here since ours was checked, before the folder was held.
+    """
+    steps = run_folder.checkpoint_steps(job.folder)
+    begun = run_folder.read_record(job.folder) is not None
+    if (begun, steps[-1] if begun and steps else 0) != (job.begun, job.step):
+        raise UserError(
+            f"another job has changed run folder {job.folder} while this one was loading; the same "
+            f"command goes on from where that left off"
+        )
     run_folder.remove_torn_checkpoints(job.folder)
     run_folder.write_record(  # first: it says whose the folder is
         job.folder,
@@ -174,12 +209,18 @@ def _log_to(folder: Path, rank: int) -> None:
     """Send what torchtitan and torch say to a file; other ranks' warnings to one of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
-    handler = logging.FileHandler(folder / name, encoding="utf-8", delay=True)
+    handler = _Log(folder / name, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.captureWarnings(True)
+
+
+class _Log(logging.FileHandler):
+    """Drops what a full disk will not take: a run ends for its results, not for its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None: ...
 
 
 def _without_datasets() -> None:
@@ -200,8 +241,8 @@ def _without_datasets() -> None:
 class _Observer:
     """Keeps metrics.jsonl and shows progress, on the first rank."""
 
-    def __init__(self, job: Job, rank: int, stack: ExitStack) -> None:
-        self._job, self._rank, self._stack = job, rank, stack
+    def __init__(self, job: Job, rank: int, stop: StopRequest, stack: ExitStack) -> None:
+        self._job, self._rank, self._stop, self._stack = job, rank, stop, stack
         self._metrics: run_folder.Metrics | None = None
         self._counter: Counter | None = None
         self.step = 0
@@ -215,6 +256,8 @@ class _Observer:
         steps = self._job.recipe.training.steps
         if step:
             _say(self._rank, f"going on from step {step} of {steps}")
+        elif self._job.begun:
+            _say(self._rank, "beginning anew: the run has no checkpoint")
         self._counter = self._stack.enter_context(
             progress("train", total=steps, unit="steps", done=step)
         )
@@ -223,14 +266,16 @@ class _Observer:
         self.step = report.step
         if self._metrics is not None and self._counter is not None:
             self._metrics.write(report)
-            self._counter.advance(
-                1,
+            note = (
                 f"loss {report.loss:.4f}, gradient norm {report.grad_norm:.3f}, "
-                f"{report.tokens / report.seconds:,.0f} tokens/s",
+                f"{report.tokens / report.seconds:,.0f} tokens/s"
             )
+            try:
+                self._counter.advance(1, note)
+            except BrokenPipeError:
+                self._stop.exit_code = UNREAD  # once this far is saved
 
 
 def _say(rank: int, text: str, *, name: str = "train") -> None:
     if rank == 0:
-        sys.stderr.write(f"{name}: {text}\n")
-        sys.stderr.flush()
+        say(f"{name}: {text}")

@@ -33,7 +33,7 @@ from hermes_pipeline.training.weights import (
     write_json,
 )
 
-FORMAT = 2  # 1: before rows were shuffled as they are now
+FORMAT = 3  # below: before rows were shuffled as they are now
 
 
 def is_log(name: str) -> bool:
@@ -120,8 +120,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if record["format"] != FORMAT:
             raise UserError(f"{path} is of format {record['format']}, this program reads {FORMAT}")
         store, recipe = record["store"], record["recipe"]
-        whole = {"folder", "fingerprint"} <= store.keys() and "training.schedule_steps" in recipe
-        if not whole or "model" not in record:
+        whole = {"folder", "fingerprint"} <= store.keys() and "model" in record
+        if not whole or not isinstance(recipe["training.schedule_steps"], int):
             raise KeyError
     except FileNotFoundError:
         return None
@@ -180,18 +180,35 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The figures of each step so far; a last line that was cut off is left out."""
+    """The figures of each step so far; a last line that was cut off is left out.
+
+    Raises:
+        UserError: an earlier line is damaged.
+    """
+    path = folder / "metrics.jsonl"
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    figures = []
-    for line in lines:
-        try:
-            figures.append(json.loads(line))
-        except ValueError:
-            break
-    return figures
+    figures = [_figures(line) for line in lines]
+    if figures and figures[-1] is None:
+        figures.pop()
+    if None in figures:
+        raise UserError(
+            f"{path}: line {figures.index(None) + 1} is damaged; mend it, or move the file away, "
+            f"and the same command goes on"
+        )
+    return [line for line in figures if line is not None]
+
+
+def _figures(line: bytes) -> dict[str, Any] | None:
+    """The figures of one step, or None where it is no such line."""
+    try:
+        figures = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(figures, dict) and isinstance(figures.get("step"), int)
+    return figures if whole else None
 
 
 def write_model_files(folder: Path, model: Path, store: Store) -> None:

@@ -157,6 +157,7 @@ def read_shape(folder: Path) -> Shape:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(f"{source}: model_type is {kind!r}, not one of {', '.join(MODEL_TYPES)}")
+    _refuse_wrong_kinds(config, source)
     _refuse_what_differs(config, source)
     try:
         values = {
@@ -174,7 +175,11 @@ def read_shape(folder: Path) -> Shape:
         }
     except KeyError as error:
         raise UserError(f"{source}: {error} is missing") from None
-    return _shape(values | _read_rope(config, MODEL_TYPES[kind], source), str(source))
+    try:
+        rope = _read_rope(config, MODEL_TYPES[kind], source)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: RoPE cannot be read: {error}") from None
+    return _shape(values | rope, str(source))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -201,6 +206,33 @@ def _default_head_size(config: Mapping[str, Any]) -> int:
     if config["model_type"] == "qwen3":
         return 128
     return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+COUNTS_OR_NULL = ("num_key_value_heads", "head_dim")
+KINDS = {
+    "rms_norm_eps": (float, int),
+    "tie_word_embeddings": (bool,),
+    "layer_types": (list, type(None)),
+}
+
+
+def _refuse_wrong_kinds(config: Mapping[str, Any], source: Path) -> None:
+    given = [key for key in COUNTS_OR_NULL if config.get(key) is not None]
+    given += [key for key in COUNTS if key in config]
+    wrong = [key for key in given if type(config[key]) is not int or config[key] < 1]
+    wrong += [
+        key for key, kinds in KINDS.items() if key in config and not isinstance(config[key], kinds)
+    ]
+    if wrong:
+        raise UserError(f"{source}: {wrong[0]} = {config[wrong[0]]!r} makes no model")
 
 
 # What torchtitan's Llama and Qwen3 have not; the value stands for "not used".

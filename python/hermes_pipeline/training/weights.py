@@ -139,7 +139,7 @@ def _refuse_other(out: Path, marker: Mapping[str, Any], may_differ: Container[st
         return
     try:
         before = read_json(path)
-    except ValueError:
+    except UserError:
         raise UserError(f"{path} is damaged; choose another --out, or remove {out}") from None
     if before.get("made_by") != marker["made_by"]:
         raise UserError(
@@ -172,7 +172,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     settings = out / "tokenizer_config.json"
     template = out / "chat_template.jinja"
     if settings.is_file() and not template.is_file():
-        text = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        text = read_json(settings).get("chat_template")
         if isinstance(text, str):
             template.write_text(text, encoding="utf-8")
 
@@ -191,10 +191,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
+    """A JSON object, empty where there is no file.
+
+    Raises:
+        UserError: it is something else.
+    """
     if not path.is_file():
         return {}
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
 
 
 def write_random(folder: Path, shape: Shape, *, embedding_std: float, seed: int) -> None:

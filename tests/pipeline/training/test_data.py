@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from hermes_core.store import read_header
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.titan.data import PackedRows
 
 ROWS = 12
@@ -16,19 +19,18 @@ DIVISIONS = [(1, 12), (1, 2), (2, 3), (4, 1), (12, 1)]  # ranks and rows of a sh
 Loader = Callable[[int, int, int], PackedRows]
 
 
+def rows_of(store: Path, ranks: int, rank: int, local_rows: int) -> PackedRows:
+    config = PackedRows.Config(
+        store=str(store), rows=ROWS, packing="best_fit_decreasing", too_long="error", seed=0
+    )
+    return PackedRows(
+        config, dp_world_size=ranks, dp_rank=rank, seq_len=64, local_batch_size=local_rows
+    )
+
+
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Path]) -> Loader:
-    store = make_store(tmp_path_factory.mktemp("data") / "store")
-
-    def load(ranks: int, rank: int, local_rows: int) -> PackedRows:
-        config = PackedRows.Config(
-            store=str(store), rows=ROWS, packing="best_fit_decreasing", too_long="error", seed=0
-        )
-        return PackedRows(
-            config, dp_world_size=ranks, dp_rank=rank, seq_len=64, local_batch_size=local_rows
-        )
-
-    return load
+    return partial(rows_of, make_store(tmp_path_factory.mktemp("data") / "store"))
 
 
 def taken(rows: PackedRows, *, micro_batches: int) -> list[int]:
@@ -92,3 +94,16 @@ def test_micro_batch_names_its_rows(loader: Loader) -> None:
     built = rows.order.batch(batch.rows).rows
     assert batch.input_ids.tolist() == built.input_ids.tolist()
     assert batch.labels.tolist() == built.labels.tolist()
+
+
+def test_damaged_token_is_refused_before_the_model_sees_it(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    path = make_store(tmp_path / "store", samples=3) / "shard-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[read_header(path)[2][0] + 1] = 0xFF  # the high byte of the first token
+    path.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"damaged: row \d+ holds token id 65\d+, of 128 that there"
+    ):
+        taken(rows_of(tmp_path / "store", 1, 0, ROWS), micro_batches=1)

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hermes_core import StoreWriter, open_store
+from hermes_core.store import read_header
 from hermes_pipeline.training.order import RowOrder
 from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics
 
@@ -131,6 +132,87 @@ def test_save_that_a_disk_refuses_is_one_line_and_exit_code_2(
         "\n" + done.stderr,
     )
     assert "Traceback" in (tmp_path / "run/log.txt").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_damaged_sample_of_any_rank_is_one_line_and_keeps_the_save_before_it(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    train: Callable[..., Any],
+    any_recipe: Path,
+    processes: int,
+) -> None:
+    path = make_store(tmp_path / "store", samples=90) / "shard-00000.bin"
+    data = bytearray(path.read_bytes())
+    span_offsets = read_header(path)[2][3]
+    data[span_offsets + 8 * 7 + 3] = 0xFF  # sample 6, which the second step reads
+    path.write_bytes(data)
+
+    ended = train(
+        tmp_path / "run",
+        processes=processes,
+        settings=["checkpoint.every=1", "checkpoint.background=true"],
+        recipe=str(any_recipe),
+        store=tmp_path / "store",
+        model=make_model(tmp_path / "model"),
+    )
+
+    assert ended.code == 2, ended.said
+    assert "Traceback" not in ended.said
+    error = ended.said.splitlines()[-1]
+    assert error.startswith("hermes4: error: the store is damaged: sample 6 of shard 0 has spans")
+    assert checkpoint_steps(tmp_path / "run") == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [("run/log.txt", 0, "is complete after step 1"), ("model/generation_config.json", 2, "error:")],
+)
+def test_file_that_a_disk_refuses_shows_no_traceback(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    train: Callable[..., Any],
+    any_recipe: Path,
+    name: str,
+    code: int,
+    said: str,
+) -> None:
+    (tmp_path / "run").mkdir()
+    make_model(tmp_path / "model")
+    device = "/dev/full" if code == 0 else "/proc/self/mem"  # no room to write, an error to read
+    (tmp_path / name).symlink_to(device)
+
+    ended = train(
+        tmp_path / "run",
+        settings=["training.steps=1"],
+        recipe=str(any_recipe),
+        store=make_store(tmp_path / "store"),
+        model=tmp_path / "model",
+    )
+
+    assert ended.code == code, ended.said
+    assert "Traceback" not in ended.said
+    assert said in ended.said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_mistake_of_one_machine_is_said_there_once(
+    tmp_path: Path, any_recipe: Path, local_rank: str, lines: int
+) -> None:
+    words = ["--recipe", str(any_recipe), "--store", str(tmp_path / "nowhere")]
+    place = {"RANK": "9", "WORLD_SIZE": "12", "LOCAL_RANK": local_rank}
+    done = subprocess.run(
+        [sys.executable, "-m", "hermes_pipeline.training", *words, "--out", str(tmp_path / "run")],
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("hermes4: error: ") == done.stderr.count("\n") == lines
 
 
 def run_late(

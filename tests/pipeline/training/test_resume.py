@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics
+from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics, saves
 
 pytestmark = [
     pytest.mark.heavy,
@@ -197,6 +197,37 @@ def test_interrupt_before_the_first_step_is_said(
     assert read_metrics(bench.folder / name) == []
 
 
+@pytest.mark.parametrize(("gap_s", "saves_it"), [(0.05, True), (3.2, False)])
+def test_second_signal_stops_at_once_unless_it_is_the_same_one(
+    bench: Bench, gap_s: float, saves_it: bool
+) -> None:
+    name = f"twice-{gap_s}"
+    rows = 12 if saves_it else 4000  # some of which take longer than the gap
+    settings = ("training.steps=1000", "data.local_rows=2", "checkpoint.every=1000")
+    with bench.started(name, settings=(*settings, f"data.rows={rows}")) as process:
+        while not (bench.folder / name / "metrics.jsonl").is_file():
+            time.sleep(0.05)
+        time.sleep(0.5)  # in the midst of training
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(gap_s)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, said
+    words = "stopped after step" if saves_it else "stopped at once; the same command goes on from"
+    assert said.splitlines()[-1].startswith(f"train: {words}")
+    assert bool(checkpoint_steps(bench.folder / name)) == saves_it
+
+
+def test_run_that_nobody_reads_of_ends_with_its_steps_saved(bench: Bench) -> None:
+    settings = ("training.steps=10000", "data.local_rows=2", "checkpoint.every=10000")
+    with bench.started("unread", settings=settings) as process:
+        bench.wait_for("unread", 1, process)
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait(PATIENCE_S) == 141
+    assert checkpoint_steps(bench.folder / "unread") == [len(figures(bench.folder / "unread"))]
+
+
 @pytest.fixture(scope="module")
 def resumed(bench: Bench, stopped: Stopped) -> Any:
     """The stopped run, gone on to its end."""
@@ -251,7 +282,7 @@ def test_checkpoint_under_another_name_is_neither_loaded_nor_removed(
     best = shutil.copytree(aside, folder / "checkpoint/step-1-best")
     ended = bench.run("aside", settings=(*COMMON, "checkpoint.every=5"))
     assert ended.code == 0, ended.said
-    assert "going on from" not in ended.said
+    assert "train: beginning anew: the run has no checkpoint\n" in ended.said
     assert (aside / ".metadata").is_file()
     assert (best / ".metadata").is_file()
 
@@ -317,6 +348,30 @@ def test_exported_weights_are_the_same_bytes(bench: Bench, resumed: Any, straigh
     )
     assert ours == theirs
     assert ours != (bench.folder / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_last_save_leaves_no_more_checkpoints_than_the_recipe_keeps(
+    bench: Bench, background: str
+) -> None:
+    name = f"kept-{background}"
+    folder = bench.folder / name
+    settings = (*EACH_STEP, "checkpoint.keep=2", f"checkpoint.background={background}")
+    with bench.started(name, settings=settings) as process:
+        bench.wait_for(name, 4, process)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 75, said
+    step = len(read_metrics(folder))
+    assert set(saves(folder / "checkpoint")) == {step - 1, step}
+    assert step < STEPS - 1
+    for last in (step + 1, STEPS):
+        ended = bench.run(
+            name,
+            settings=(*settings, f"training.steps={last}", f"training.schedule_steps={STEPS}"),
+        )
+        assert ended.code == 0, ended.said
+        assert set(saves(folder / "checkpoint")) == {last - 1, last}
 
 
 def test_complete_run_started_again_says_so(bench: Bench, straight: Path) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from hermes_pipeline.training.shape import BASES, Shape
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hermes_pipeline.errors import UserError
+from hermes_pipeline.training.shape import BASES, Shape, hugging_face_config, read_shape
 
 
 def test_training_flops_of_qwen3_14b_by_hand() -> None:
@@ -16,3 +23,31 @@ def test_training_flops_of_qwen3_14b_by_hand() -> None:
 def test_training_flops_count_heads_where_they_are_wider_than_the_model(qwen: Shape) -> None:
     assert qwen.heads * qwen.head_size == 128 != qwen.width
     assert qwen.training_flops()[1] == 6 * 2 * 128
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", "2", r"num_hidden_layers = '2' makes no model"),
+        ("num_attention_heads", 0, r"num_attention_heads = 0 makes no model"),
+        ("hidden_size", None, r"hidden_size = None makes no model"),
+        ("vocab_size", 1e3, r"vocab_size = 1000\.0 makes no model"),
+        ("head_dim", True, r"head_dim = True makes no model"),
+        ("max_position_embeddings", "inf", r"max_position_embeddings = 'inf' makes no model"),
+        ("rms_norm_eps", "x", r"rms_norm_eps = 'x' makes no model"),
+        ("tie_word_embeddings", "no", r"tie_word_embeddings = 'no' makes no model"),
+        ("layer_types", 5, r"layer_types = 5 makes no model"),
+        ("rope_parameters", [1], r"RoPE cannot be read"),
+        ("rope_parameters", {"rope_theta": "x"}, r"RoPE cannot be read: could not convert"),
+    ],
+)
+def test_config_of_a_wrong_kind_is_refused(
+    tmp_path: Path, qwen: Shape, key: str, value: Any, message: str
+) -> None:
+    config = hugging_face_config(qwen, dtype="float32", token_ids={})
+    nothing = {"num_key_value_heads": None, "head_dim": 32, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config | nothing))
+    assert read_shape(tmp_path).kv_heads == qwen.heads
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
+        read_shape(tmp_path)

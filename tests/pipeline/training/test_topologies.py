@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hermes_pipeline.training import launch
+from hermes_pipeline.training.run_folder import read_metrics
 from hermes_pipeline.training.shape import Shape
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
@@ -110,3 +113,29 @@ def test_topology_gives_the_figures_of_one_process(
 ) -> None:
     case = CASES[name]
     assert_same(run(case, name), one_process[case.model])
+
+
+def test_ranks_that_found_other_checkpoints_are_refused(
+    folder: Path,
+    any_recipe: Path,
+    train: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    machines = (folder / "first machine", folder / "second machine")
+    paths = {"store": folder / "store", "model": folder / "llama"}
+    settings = ["training.steps=4", "training.schedule_steps=6"]
+    ended = train(machines[0], settings=settings, recipe=str(any_recipe), **paths)
+    assert ended.code == 0, ended.said
+    shutil.copytree(*machines)
+    shutil.rmtree(machines[1] / "checkpoint/step-4")
+    start = launch._start
+
+    def start_elsewhere(words: Sequence[str], rank: int, *rest: Any) -> Any:
+        return start([*words, "--out", str(machines[rank])], rank, *rest)
+
+    monkeypatch.setattr(launch, "_start", start_elsewhere)
+    assert launch.launch(["--recipe", str(any_recipe)], 2) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "rank 1 would do other work than rank 0: the last checkpoint's step is 2, not 4." in said
+    assert len(read_metrics(machines[0])) == 4

@@ -20,6 +20,7 @@ from hermes_pipeline.stages import train
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.recipes import MAY_CHANGE
+from hermes_pipeline.training.run import _begin
 from hermes_pipeline.training.shape import Shape
 
 Check = Callable[..., Job]
@@ -109,6 +110,15 @@ def test_model_whose_weights_are_cut_off(check: Check, folder: Path, tmp_path: P
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a readable safetensors file"):
         check(model=model)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_model_with_a_damaged_file(check: Check, folder: Path, tmp_path: Path, name: str) -> None:
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    for text in ("{", "[1]"):
+        (model / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}: not "):
+            check(model=model)
 
 
 def test_weights_of_another_shape(
@@ -239,6 +249,23 @@ def test_only_folders_of_saves_are_removed(begun: Path) -> None:
     assert run_folder.checkpoint_steps(begun) == [2]
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_job_that_another_overtook_changes_nothing(check: Check, begun: Path, step: int) -> None:
+    late = check() if step else replace(check(), begun=False)  # as before the other job's record
+    (begun / "checkpoint/step-1").mkdir(parents=True)  # which looks like a save that was cut off
+    if step:
+        (begun / f"checkpoint/step-{step}").mkdir()
+        (begun / f"checkpoint/step-{step}/.metadata").touch()
+    before = sorted(begun.rglob("*"))
+
+    with pytest.raises(UserError, match=r"another job has changed run folder .* the same command"):
+        _begin(late)
+
+    assert sorted(begun.rglob("*")) == before
+    _begin(check())
+    assert not (begun / "checkpoint/step-1").exists()
+
+
 def test_run_folder_of_another_recipe(check: Check, begun: Path) -> None:
     assert check().begun
     with pytest.raises(UserError, match=r"optimizer\.learning_rate was 0\.001 and is 0\.5"):
@@ -283,9 +310,11 @@ PARTS = [
     "{",
     "[]",
     "{}",
-    '{"format": 1}',
     '{"format": 2}',
-    '{"format": 2, "store": 1, "recipe": 1}',
+    '{"format": 3}',
+    '{"format": 3, "store": 1, "recipe": 1}',
+    '{"format": 3, "model": null, "store": {"folder": "s", "fingerprint": "f"}, '
+    '"recipe": {"training.schedule_steps": null}}',
 ]
 
 
@@ -293,6 +322,17 @@ PARTS = [
 def test_damaged_record_of_a_run(check: Check, begun: Path, text: str) -> None:
     (begun / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run\.json is"):
+        check()
+
+
+@pytest.mark.parametrize("line", [b'{"st', b"5", b"{}", b"\xff\0"])
+def test_damaged_figures_of_a_run_are_not_lost(check: Check, begun: Path, line: bytes) -> None:
+    path = begun / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line)  # cut off
+    assert check().begun
+    assert run_folder.read_metrics(begun) == [{"step": 1}]
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged; mend it, or move"):
         check()
 
 

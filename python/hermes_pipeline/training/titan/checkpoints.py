@@ -66,6 +66,11 @@ class Checkpoints(CheckpointManager):
         """None: a run that goes on was told its step, any other begins with its start weights."""
         return -1
 
+    def _save_last_step(self, curr_step: int) -> None:
+        """Leave no more than ``keep`` here, too; `close` waits until they are deleted."""
+        super()._save_last_step(curr_step)
+        self._purge_stale_checkpoints()
+
     def _purge_stale_checkpoints(self) -> None:
         if self._should_purge():
             found = saves(Path(self.folder))

@@ -18,6 +18,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 
 from hermes_core import Rows, open_store
 from hermes_core.packing import Strategy, TooLong
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.order import Batch, Position, RowOrder
 
 
@@ -85,6 +86,7 @@ class PackedRows(BaseDataLoader):
         self._step_rows = config.rows
         self._micro_batches = config.rows // (dp_world_size * local_batch_size)
         store = open_store(config.store)
+        self._vocab_size = store.vocab_size
         self.order = RowOrder(
             store,
             row_length=seq_len,
@@ -108,7 +110,19 @@ class PackedRows(BaseDataLoader):
 
     def _batch(self, rows: NDArray[np.int64]) -> MicroBatch:
         out = _pinned(len(rows), self._row_length) if torch.cuda.is_available() else None
-        return _tensors(self.order.batch(rows, out=out))
+        batch = self.order.batch(rows, out=out)
+        self._check_ids(batch)
+        return _tensors(batch)
+
+    def _check_ids(self, batch: Batch) -> None:
+        """Refuse what is no token before an embedding is looked up, which would kill a GPU."""
+        largest = batch.rows.input_ids.max(axis=1)
+        row = int(largest.argmax())
+        if largest[row] >= self._vocab_size:
+            raise UserError(
+                f"the store is damaged: row {batch.numbers[row]} holds token id {largest[row]}, of "
+                f"{self._vocab_size} that there are"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         position = self.order.position

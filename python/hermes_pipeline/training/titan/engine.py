@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor
@@ -12,6 +13,7 @@ from torchtitan.config.configs import CommConfig, DebugConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.tools import utils as titan_utils
 
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.recipes import Checkpoint, Recipe, Training
 from hermes_pipeline.training.report import StepReport
 from hermes_pipeline.training.shape import Shape
@@ -111,15 +113,41 @@ def _checkpoint(checkpoint: Checkpoint, model: Path | None, step: int) -> Checkp
 def run(
     config: SegmentTrainer.Config,
     *,
+    facts: Mapping[str, Any],
     begin: Callable[[int], None],
     observe: Callable[[StepReport], None],
     asked_to_stop: Callable[[], bool],
 ) -> bool:
-    """Train; is the run complete?"""
+    """Train; is the run complete?
+
+    Args:
+        facts: what decides the steps, by name; the same on every rank.
+    """
     trainer = config.build()
     try:
+        _compare_ranks(facts)
         return bool(trainer.train(begin=begin, observe=observe, asked_to_stop=asked_to_stop))
     finally:
         trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _compare_ranks(facts: Mapping[str, Any]) -> None:
+    """Refuse on every rank what some rank would do by itself: its numbers would join the others'.
+
+    Raises:
+        UserError: they differ; the message names where.
+    """
+    every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, dict(facts))
+    for rank, theirs in enumerate(every):
+        differing = [key for key in facts if theirs[key] != every[0][key]]
+        if differing:
+            listed = "; ".join(
+                f"{key} is {theirs[key]!r}, not {every[0][key]!r}" for key in differing
+            )
+            raise UserError(
+                f"rank {rank} would do other work than rank 0: {listed}. Give every rank the same "
+                f"command, files and run folder"
+            )

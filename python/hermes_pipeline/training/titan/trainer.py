@@ -20,6 +20,7 @@ from torchtitan.distributed.spmd_types import annotate_input_spmd_types
 from torchtitan.trainer import Trainer
 
 from hermes_core.segments import segments
+from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.report import NonFiniteStep, StepReport
 from hermes_pipeline.training.titan.data import MicroBatch
 
@@ -56,6 +57,7 @@ class SegmentTrainer(Trainer):
 
         Raises:
             NonFiniteStep: a gradient was not finite; nothing of its step was applied or saved.
+            UserError: rows cannot be read, on some rank.
         """
         self.checkpointer.load(step=self.config.checkpoint.load_step)
         self._use_scheduled_rate()
@@ -66,7 +68,7 @@ class SegmentTrainer(Trainer):
             self.gc_handler.run(self.step)
             try:
                 report = self.train_step(batches, stop=asked_to_stop())
-            except NonFiniteStep:
+            except (NonFiniteStep, UserError):
                 self._finish_saving()
                 raise
             observe(report)
@@ -92,10 +94,15 @@ class SegmentTrainer(Trainer):
         start, position = time.perf_counter(), self.dataloader.order.position
         self.optimizers.zero_grad(set_to_none=True)
         rate = self.lr_schedulers.schedulers[0].get_last_lr()[0]
-        group = [next(batches) for _ in range(self.gradient_accumulation_steps)]
-        kept, tokens, stopping = self._over_all_ranks(
-            sum(len(batch.kept) for batch in group), sum(batch.tokens for batch in group), int(stop)
+        group, refused = self._next_group(batches)
+        kept, tokens, stopping, failed = self._over_all_ranks(
+            sum(len(batch.kept) for batch in group),
+            sum(batch.tokens for batch in group),
+            int(stop),
+            int(bool(refused)),
         )
+        if failed:
+            raise self._refused(refused)
         losses = torch.stack([self._forward_backward(batch, kept) for batch in group])
         grad_norm = titan_distributed.clip_grad_norm_(
             [p for model in self.model_parts for p in model.parameters()],
@@ -114,6 +121,19 @@ class SegmentTrainer(Trainer):
         return StepReport(
             self.step, loss, grad_norm, rate, kept, tokens, seconds, stop=stopping > 0
         )
+
+    def _next_group(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str]:
+        """This rank's micro-batches of a step, or why there are none."""
+        try:
+            return [next(batches) for _ in range(self.gradient_accumulation_steps)], ""
+        except UserError as error:
+            return [], str(error)
+
+    def _refused(self, reason: str) -> UserError:
+        """The error on all ranks alike, since the first one speaks for all."""
+        every = [""] * dist.get_world_size()
+        dist.all_gather_object(every, reason)
+        return UserError(next(filter(None, every)))
 
     def _forward_backward(self, batch: MicroBatch, kept_of_step: int) -> Tensor:
         """Loss of one micro-batch over the step's kept tokens, its gradient added up."""
@@ -136,15 +156,17 @@ class SegmentTrainer(Trainer):
             loss.backward()
         return loss.detach()
 
-    def _over_all_ranks(self, kept: int, tokens: int, stop: int) -> tuple[int, int, int]:
-        """Sums over data-parallel ranks; ``stop`` over all, since any rank may be told."""
+    def _over_all_ranks(
+        self, kept: int, tokens: int, stop: int, failed: int
+    ) -> tuple[int, int, int, int]:
+        """Sums over data-parallel ranks; of ``stop`` and ``failed`` over all: it may be any."""
         tensor_mesh = self.parallel_dims.get_optional_mesh("tp")
         first = tensor_mesh is None or tensor_mesh.get_local_rank() == 0
-        numbers = torch.tensor([kept * first, tokens * first, stop], device=self.device)
+        numbers = torch.tensor([kept * first, tokens * first, stop, failed], device=self.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(numbers)
-        kept, tokens, stop = numbers.tolist()
-        return kept, tokens, stop
+        kept, tokens, stop, failed = numbers.tolist()
+        return kept, tokens, stop, failed
 
     def _loss_over_ranks(self, loss: Tensor) -> float:
         if not self.parallel_dims.dp_cp_enabled:
