@@ -21,6 +21,11 @@ constexpr int kBranches = 16;
 constexpr int kPairs = 256;
 constexpr std::int64_t kMixtures = 1 << 12;
 
+// Of numbers below 2^32: those of 64 bits take many processors several times as long to divide.
+inline std::int64_t quotient(std::int64_t a, std::int64_t b) {
+    return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+}
+
 struct Part {  // of a row
     std::uint32_t of_class;
     std::int64_t samples;
@@ -130,7 +135,7 @@ public:
     std::int64_t use(const std::vector<Part>& parts) {
         std::int64_t times = kMaxSamples;
         for (const Part& part : parts) {
-            times = std::min(times, left_[part.of_class] / part.samples);
+            times = std::min(times, quotient(left_[part.of_class], part.samples));
         }
         for (const Part& part : parts) {
             left_[part.of_class] -= times * part.samples;
@@ -152,9 +157,10 @@ private:
 
     const std::vector<Part>& finish_row(std::size_t c) {
         while (c != present_.end() && places_ > 0 &&
-               (row_.empty() || gap_ / classes_[c].length > kFine)) {
+               (row_.empty() || quotient(gap_, classes_[c].length) > kFine)) {
             const std::int64_t length = classes_[c].length;
-            const std::int64_t many = std::max<std::int64_t>(1, gap_ / length - (kFine - 1));
+            const std::int64_t many =
+                std::max<std::int64_t>(1, quotient(gap_, length) - (kFine - 1));
             gap_ -= length * take(c, std::min({many, left_[c], places_}));
             c = largest(gap_, c);
         }
@@ -277,7 +283,8 @@ private:
     // Fills the gap with some samples of class `c`, some of a shorter one, and one of any.
     bool mix(std::int64_t gap, std::size_t c) {
         const std::int64_t length = classes_[c].length, shortest = classes_[last_].length;
-        for (std::int64_t many = std::min({gap / length, left_[c], places_}); many > 0; --many) {
+        for (std::int64_t many = std::min({quotient(gap, length), left_[c], places_}); many > 0;
+             --many) {
             const std::int64_t rest = gap - many * length;
             std::size_t a = present_.next(c + 1);
             for (int i = 0; i < kPairs && rest >= shortest && a != present_.end(); ++i) {
@@ -285,7 +292,7 @@ private:
                     return false;
                 }
                 const std::int64_t some =
-                    std::min((rest - shortest) / classes_[a].length, left_[a]);
+                    std::min(quotient(rest - shortest, classes_[a].length), left_[a]);
                 const std::int64_t last = rest - some * classes_[a].length;
                 const std::size_t b = fitting_(last);
                 if (many + some < places_ && b < classes_.size() && classes_[b].length == last &&
@@ -314,7 +321,7 @@ private:
         std::size_t c = 0;
         while (places_ > 0 && (c = largest(gap, c)) != present_.end()) {
             const std::int64_t length = classes_[c].length;
-            gap -= length * take(c, std::min({gap / length, left_[c], places_}));
+            gap -= length * take(c, std::min({quotient(gap, length), left_[c], places_}));
         }
         least_gap_ = gap;
         best_ = row_;

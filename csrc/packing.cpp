@@ -1,6 +1,7 @@
 #include "packing.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "bit_tree.hpp"
 #include "buffer.hpp"
@@ -180,17 +181,17 @@ Plan place(const std::vector<LengthClass>& classes, const Limits& limits, std::i
 FirstFitting::FirstFitting(const std::vector<LengthClass>& classes, std::int64_t row_length)
     : classes_(classes.data()), end_(static_cast<std::uint32_t>(classes.size())) {
     // One entry for each length where that is affordable: few classes do not pay for a large table.
-    const auto wanted = std::clamp<std::int64_t>(16 * std::int64_t{end_}, 1 << 10, 1 << 18);
+    const auto wanted = std::clamp<std::int64_t>(32 * std::int64_t{end_}, 1 << 10, 1 << 18);
     while (row_length >> shift_ > wanted) {
         ++shift_;
     }
     starts_.resize(static_cast<std::size_t>(row_length >> shift_) + 1);
+    for (const LengthClass& c : classes) {
+        ++starts_[static_cast<std::size_t>(c.length >> shift_)];
+    }
     std::uint32_t longer = 0;
     for (std::size_t k = starts_.size(); k-- > 0;) {
-        while (longer<end_&& static_cast<std::size_t>(classes_[longer].length >> shift_)> k) {
-            ++longer;
-        }
-        starts_[k] = longer;
+        longer += std::exchange(starts_[k], longer);
     }
 }
 
