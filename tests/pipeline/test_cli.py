@@ -209,6 +209,8 @@ def test_a_wrong_command_line_is_explained_in_one_line(
         (["pack", "s", "--row-length", "-8"], "'--row-length': "),
         (["pack", "s", "--row-length", "x"], "'--row-length': "),
         (["tokenize", "--workers", "0"], "'--workers': "),
+        (["tokenize", "--workers", "1" + 20 * "0"], "'--workers': "),
+        (["sandbox", "--workers", "1" + 20 * "0"], "'--workers': "),
         (["evaluate", "--top-p", "1.5"], "'--top-p': "),
     ],
 )

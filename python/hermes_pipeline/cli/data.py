@@ -52,7 +52,9 @@ def tokenize(
     template: Template = None,
     workers: Annotated[
         int,
-        typer.Option(min=1, help="Processes; one for each core if not given.", show_default=False),
+        typer.Option(
+            min=1, max=4_096, help="Processes; one for each core if not given.", show_default=False
+        ),
     ] = os.cpu_count() or 1,
     max_chars: Annotated[
         int, typer.Option(min=1, help="Longer conversations go to quarantine.")

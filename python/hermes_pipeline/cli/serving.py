@@ -80,7 +80,8 @@ def sandbox(
         str, typer.Option(help="Others than 127.0.0.1 need HERMES4_SANDBOX_TOKEN to be set.")
     ] = "127.0.0.1",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Jobs at a time; one for each core if not given.")
+        int | None,
+        typer.Option(min=1, max=4_096, help="Jobs at a time; one for each core if not given."),
     ] = None,
     box: Annotated[
         str, typer.Option(help="bubblewrap, docker, podman, docker:IMAGE or podman:IMAGE.")
