@@ -26,6 +26,10 @@ from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.report import NonFiniteStep, StepReport
 
 COMPLETE = 0
+LESS_MEMORY = (
+    'lower data.local_rows or data.row_length, set training.recompute to "full", or train on more '
+    "processes"
+)
 NOT_FINITE = 3  # a gradient; the step was not applied and nothing saved
 
 PARENT = "HERMES4_PARENT"  # the process whose end must end this one
@@ -107,6 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _say(0, f"error: {explain(error)}", name="hermes4")  # it may be of this rank alone
         return MISTAKEN
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("HERMES4_TRACEBACK") or not _is_out_of_memory(error):
+            raise
+        what = next(iter(str(error).splitlines()), "MemoryError")
+        _say(0, f"error: rank {rank} has no memory left: {what}; {LESS_MEMORY}", name="hermes4")
+        return MISTAKEN
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a device, or of the machine, which PyTorch says by a plain RuntimeError."""
+    told = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return told or isinstance(error, MemoryError)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -40,6 +40,17 @@ sys.stderr.flush()
 os._exit(code)
 """
 
+# The first step wants more memory than there is.
+GREEDY = """
+import os, sys, torch
+from hermes_pipeline.training.titan import engine
+engine.run = lambda *given, **named: torch.empty(1 << 45)
+from hermes_pipeline.training.run import main
+code = main(sys.argv[1:])
+sys.stderr.flush()
+os._exit(code)
+"""
+
 
 def poisoned(folder: Path, make_model: Callable[..., Path]) -> None:
     """A store with one sample that holds a token whose embedding is not a number."""
@@ -134,6 +145,25 @@ def test_save_that_a_disk_refuses_is_one_line_and_exit_code_2(
     assert "Traceback" in (tmp_path / "run/log.txt").read_text()
 
 
+def test_memory_that_is_not_there_is_one_line(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    any_recipe: Path,
+) -> None:
+    make_store(tmp_path / "store")
+    make_model(tmp_path / "model")
+
+    done = run_late(tmp_path, any_recipe, fails=False, script=GREEDY)
+
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("hermes4: error: rank 0 has no memory left: ")
+    assert "can't allocate memory" in error
+    assert "lower data.local_rows" in error
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_damaged_sample_of_any_rank_is_one_line_and_keeps_the_save_before_it(
     tmp_path: Path,
@@ -216,10 +246,10 @@ def test_mistake_of_one_machine_is_said_there_once(
 
 
 def run_late(
-    folder: Path, recipe: Path, *settings: str, fails: bool
+    folder: Path, recipe: Path, *settings: str, fails: bool, script: str = LATE
 ) -> subprocess.CompletedProcess[str]:
     """A run whose saves, one for each step, end late or fail."""
-    words = [sys.executable, "-c", LATE, "--recipe", str(recipe), "--out", str(folder / "run")]
+    words = [sys.executable, "-c", script, "--recipe", str(recipe), "--out", str(folder / "run")]
     words += ["--store", str(folder / "store"), "--model", str(folder / "model")]
     for setting in (f"data.local_rows={LOCAL_ROWS}", "checkpoint.every=1", *settings):
         words += ["--set", setting]
