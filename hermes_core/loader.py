@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from functools import partial
+from functools import cached_property, partial
 from queue import Empty, SimpleQueue
 from typing import Any, Self
 
@@ -99,18 +100,23 @@ class RowLoader(Iterator[Rows]):
         self._submit()
         return rows
 
-    def state_dict(self) -> dict[str, int]:
-        """How many rows the caller has taken."""
-        return {"rows": self._taken}
+    def state_dict(self) -> dict[str, Any]:
+        """How many rows the caller has taken, and a digest of which rows these are."""
+        return {"rows": self._taken, "of": self._digest}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the rows that were taken when `state_dict` gave this.
 
         Raises:
-            ValueError: not a state, or there are not so many rows.
+            ValueError: not a state, of other rows than these, or there are not so many.
         """
         if not isinstance(state, Mapping) or "rows" not in state:
             raise ValueError(f"the state is {state!r}, want what state_dict gave")
+        if state.get("of", self._digest) != self._digest:
+            raise ValueError(
+                "the state is of other rows than these: give the loader the same plan, such as a "
+                "saved one, and the same rows; another seed, setting or version packs otherwise"
+            )
         self._taken = check_integer("rows", state["rows"], 0, len(self._rows))
         self._forget()
 
@@ -127,6 +133,14 @@ class RowLoader(Iterator[Rows]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the samples in each row, in the order in which rows come."""
+        digest = hashlib.blake2b(digest_size=16)
+        for numbers in (self._packing.samples, self._packing.row_offsets, self._rows):
+            digest.update(np.ascontiguousarray(numbers, np.int64).view(np.uint8))
+        return digest.hexdigest()
 
     def _is_broken(self) -> bool:
         """Did an interrupt come between two lines of `__next__`, or is this a forked process?"""

@@ -117,7 +117,7 @@ def test_loader_goes_on_where_its_state_was_saved(
             pass
         state = loader.state_dict()
     first = min(taken * BATCH, packing.rows)
-    assert state == {"rows": first}
+    assert state["rows"] == first
     expected = batches(samples, packing, range(packing.rows), first)
     with RowLoader(samples, packing, batch_rows=BATCH) as fresh:
         fresh.load_state_dict(state)
@@ -180,7 +180,7 @@ def test_error_is_raised_where_its_batch_would_come(samples: Samples, packing: P
         for _ in range(2):
             with pytest.raises(ValueError, match="the store is corrupt"):
                 next(loader)
-            assert loader.state_dict() == {"rows": 2 * BATCH}
+            assert loader.state_dict()["rows"] == 2 * BATCH
         end[:] = good
         assert [arrays(rows) for rows in loader] == expected[2:]
 
@@ -226,6 +226,21 @@ def test_state_of_more_rows_is_refused(samples: Samples, packing: Packing, rows:
     loader = RowLoader(samples, packing, batch_rows=BATCH)
     with pytest.raises(ValueError, match=rf"rows is {rows}, outside \[0, {packing.rows}\]"):
         loader.load_state_dict({"rows": rows})
+
+
+def test_state_of_other_rows_is_refused(samples: Samples, packing: Packing) -> None:
+    state = RowLoader(samples, packing, batch_rows=BATCH).state_dict()
+    again = pack(samples.lengths, row_length=packing.row_length, seed=packing.seed)
+    RowLoader(samples, again, batch_rows=2).load_state_dict(state)  # batches may be others
+    other = pack(samples.lengths, row_length=packing.row_length, seed=packing.seed + 1)
+    backwards = range(packing.rows)[::-1]
+    for loader in (
+        RowLoader(samples, other, batch_rows=BATCH),
+        RowLoader(samples, packing, batch_rows=BATCH, rows=backwards),
+    ):
+        with pytest.raises(ValueError, match="the state is of other rows than these"):
+            loader.load_state_dict(state)
+        assert loader.state_dict()["rows"] == 0
 
 
 def test_what_is_no_state_is_refused(samples: Samples, packing: Packing) -> None:
