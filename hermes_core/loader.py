@@ -139,7 +139,7 @@ class RowLoader(Iterator[Rows]):
         """Of the samples in each row, in the order in which rows come."""
         digest = hashlib.blake2b(digest_size=16)
         for numbers in (self._packing.samples, self._packing.row_offsets, self._rows):
-            digest.update(np.ascontiguousarray(numbers, np.int64).view(np.uint8))
+            digest.update(np.ascontiguousarray(numbers, np.int64).data)
         return digest.hexdigest()
 
     def _is_broken(self) -> bool:
