@@ -18,7 +18,8 @@ std::uint32_t* spare_in(std::int64_t* samples, const Lengths& lengths);
 // Writes the ids of all placements, rows in packing order or, with a seed, shuffled, and rows + 1
 // offsets into them; the first ids of the sorted, which are too long, into `dropped`.
 //
-// `samples` is the only large scratch; its spare is as sort_lengths left it.
+// `samples` is the only large scratch, unless most samples have nearly one length or stand in one
+// row; its spare is as sort_lengths left it.
 void lay_out(const Plan& plan, const Seed* seed, const Lengths& lengths, const Scan& scanned,
              std::int64_t* samples, std::int64_t* row_offsets, std::int64_t* dropped,
              std::int64_t dropped_count);

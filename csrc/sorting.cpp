@@ -130,8 +130,8 @@ std::make_unsigned_t<T> count_keys(const Keys<T>& keys, std::size_t count,
 }
 
 // Keys fall into parts by their upper bits. Ids are first written part after part, as many streams
-// as a cache and its TLB can follow; then each part, which fits in a cache, is sorted by the lower
-// bits. Between the two, an element is one word: lower bits of the key, then its id.
+// as a cache and its TLB can follow; then each part, which mostly fits in a cache, is sorted by the
+// lower bits. Between the two, an element is one word: lower bits of the key, then its id.
 //
 // Shifts by a number that the compiler does not know take three steps, a product one: of
 // key * 2^(32 - low_bits), the upper half is the part, the lower half begins the word.
@@ -162,15 +162,14 @@ Parts parts_of(const std::vector<std::uint32_t>& begins, std::int64_t count) {
 }
 
 // Writes each element into its part. Lengths that another thread changes no longer have the counts
-// that the scan found: a part then grows into others, and past the end by less than a block.
+// that the scan found: a part then grows into others, and past the end by a block at most.
 template <class K>
 void write_parts(const K& keys, std::size_t count, const Parts& parts,
                  const std::vector<std::uint32_t>& begins, std::uint32_t* spare) {
     constexpr std::size_t group = 8, ahead = 1024, line = 64 / sizeof *spare;
     std::vector<std::uint32_t*> begin_of(parts.slots + 1, spare + count);
-    for (std::size_t part = 0, key = 0; key + 1 < begins.size();
-         ++part, key += std::size_t{1} << parts.low_bits) {
-        begin_of[part] = spare + begins[key];
+    for (std::size_t key = 0; key + 1 < begins.size(); key += std::size_t{1} << parts.low_bits) {
+        begin_of[key >> parts.low_bits] = spare + begins[key];
     }
     std::vector<std::uint32_t*> end_of(begin_of.begin(), begin_of.end() - 1);
     std::uint32_t** ends = end_of.data();
@@ -195,8 +194,7 @@ void write_parts(const K& keys, std::size_t count, const Parts& parts,
         for (; i < block_end; ++i) {
             write(i);
         }
-        if (std::any_of(end_of.begin(), end_of.end(),
-                        [=](const std::uint32_t* end) { return end > spare + count; })) {
+        if (*std::max_element(end_of.begin(), end_of.end()) > spare + count) {
             refuse_changed();
         }
     }
@@ -205,7 +203,7 @@ void write_parts(const K& keys, std::size_t count, const Parts& parts,
     }
 }
 
-// Gives the ids of each part, once they are sorted in a buffer that stays in a cache.
+// Gives the ids of each part, once they are sorted in a buffer that mostly stays in a cache.
 void give_parts(const Parts& parts, const std::vector<std::uint32_t>& begins, std::uint32_t* spare,
                 const Take& take) {
     const std::size_t keys = begins.size() - 1, width = std::size_t{1} << parts.low_bits;
@@ -364,7 +362,9 @@ Sorted sort_lengths(const Lengths& lengths, const Scan& scanned, std::int64_t ro
                 {scanned.top - static_cast<std::int64_t>(key), begin[1] - begin[0]});
         }
     }
-    if (sorted.classes.back().length < 1 ||
+    // A length may have been 0 while it was counted, and not when it was checked.
+    const bool all_counted = scanned.begins.empty() || scanned.begins.back() == lengths.count;
+    if (!all_counted || sorted.classes.back().length < 1 ||
         (scanned.too_long < 0 && sorted.classes.front().length > row_length)) {
         refuse_changed();
     }
@@ -378,9 +378,6 @@ Sorted sort_lengths(const Lengths& lengths, const Scan& scanned, std::int64_t ro
 void give_sorted(const Lengths& lengths, const Scan& scanned, std::uint32_t* spare,
                  const Take& take) {
     const auto count = static_cast<std::size_t>(lengths.count);
-    if (count == 0) {
-        return;
-    }
     if (scanned.begins.empty()) {
         take(spare, count);
         return;
