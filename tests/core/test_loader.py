@@ -230,14 +230,10 @@ def test_state_of_more_rows_is_refused(samples: Samples, packing: Packing, rows:
 
 def test_state_of_other_rows_is_refused(samples: Samples, packing: Packing) -> None:
     state = RowLoader(samples, packing, batch_rows=BATCH).state_dict()
-    again = pack(samples.lengths, row_length=packing.row_length, seed=packing.seed)
+    again, other = (pack(samples.lengths, row_length=LENGTH, seed=seed) for seed in (0, 1))
     RowLoader(samples, again, batch_rows=2).load_state_dict(state)  # batches may be others
-    other = pack(samples.lengths, row_length=packing.row_length, seed=packing.seed + 1)
-    backwards = range(packing.rows)[::-1]
-    for loader in (
-        RowLoader(samples, other, batch_rows=BATCH),
-        RowLoader(samples, packing, batch_rows=BATCH, rows=backwards),
-    ):
+    for plan, rows in ((other, None), (packing, range(packing.rows)[::-1])):
+        loader = RowLoader(samples, plan, batch_rows=BATCH, rows=rows)
         with pytest.raises(ValueError, match="the state is of other rows than these"):
             loader.load_state_dict(state)
         assert loader.state_dict()["rows"] == 0

@@ -14,11 +14,16 @@ from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import check_tokenizer, prepare
 from hermes_pipeline.training.launch import launch
 from hermes_pipeline.training.recipes import Model, load_recipe
-from hermes_pipeline.training.shape import Shape, hugging_face_config, read_shape, recipe_shape
+from hermes_pipeline.training.shape import (
+    Shape,
+    hugging_face_config,
+    read_json,
+    read_shape,
+    recipe_shape,
+)
 from hermes_pipeline.training.weights import (
     copy_tokenizer,
     generation_config,
-    read_json,
     stored_dtype,
     write_json,
     write_random,

@@ -15,8 +15,8 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.folders import check_folder
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.recipes import Recipe, load_recipe
-from hermes_pipeline.training.shape import Shape, check_shape, read_shape
-from hermes_pipeline.training.weights import check_weights, read_json, tokenizer_fingerprint_of
+from hermes_pipeline.training.shape import Shape, check_shape, read_json, read_shape
+from hermes_pipeline.training.weights import check_weights, tokenizer_fingerprint_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,11 @@ from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.report import NonFiniteStep, StepReport
 
 COMPLETE = 0
+NOT_FINITE = 3  # a gradient; the step was not applied and nothing saved
 LESS_MEMORY = (
     'lower data.local_rows or data.row_length, set training.recompute to "full", or train on more '
     "processes"
 )
-NOT_FINITE = 3  # a gradient; the step was not applied and nothing saved
 
 PARENT = "HERMES4_PARENT"  # the process whose end must end this one
 PR_SET_PDEATHSIG = 1

@@ -26,10 +26,10 @@ from hermes_pipeline import config
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.recipes import MAY_CHANGE, Recipe
 from hermes_pipeline.training.report import StepReport
+from hermes_pipeline.training.shape import read_json
 from hermes_pipeline.training.weights import (
     copy_tokenizer,
     generation_config,
-    read_json,
     write_json,
 )
 

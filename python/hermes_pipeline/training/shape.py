@@ -192,13 +192,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json; give a folder in Hugging Face form")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no file.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not path.is_file():
+        return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
-    return config
+    return value
 
 
 def _default_head_size(config: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from hermes_pipeline.config import changes
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.folders import check_folder, writing
-from hermes_pipeline.training.shape import Shape
+from hermes_pipeline.training.shape import Shape, read_json
 
 MARKER = "hermes4.json"  # who wrote a folder, and of what, so that it may be replaced
 FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
@@ -188,23 +188,6 @@ def generation_config(earlier: Mapping[str, Any], eos_token_ids: Iterable[int]) 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file.
-
-    Raises:
-        UserError: it is something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
 
 
 def write_random(folder: Path, shape: Shape, *, embedding_std: float, seed: int) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.stages import train
-from hermes_pipeline.training.weights import read_json, write_json, written_whole
+from hermes_pipeline.training.shape import read_json
+from hermes_pipeline.training.weights import write_json, written_whole
 from running import Hermes4, contents
 
 
