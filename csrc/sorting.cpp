@@ -46,9 +46,6 @@ struct Keys {
         const auto most = static_cast<std::uint64_t>(top);
         return static_cast<std::uint32_t>(most - std::min(length, most));
     }
-    void expect(std::size_t i) const {
-        __builtin_prefetch(lengths + i);
-    }
 };
 
 // The same where no length is above `top`.
@@ -58,9 +55,6 @@ struct FittingKeys {
     std::int64_t top;
     std::uint32_t operator()(std::size_t i) const {
         return static_cast<std::uint32_t>(top) - static_cast<std::uint32_t>(lengths[i]);
-    }
-    void expect(std::size_t i) const {
-        __builtin_prefetch(lengths + i);
     }
 };
 
@@ -185,7 +179,7 @@ void write_parts(const K& keys, std::size_t count, const Parts& parts,
     while (i < count) {
         const std::size_t block_end = std::min(count, i + parts.block);
         for (; i + group <= block_end; i += group) {
-            keys.expect(i + ahead);
+            __builtin_prefetch(keys.lengths + i + ahead);
 #pragma GCC unroll 8
             for (std::size_t k = i; k < i + group; ++k) {
                 write(k);
