@@ -10,12 +10,20 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 # Listed by hand, in reading order, so that a build never picks up a stray file.
-SOURCES = ["isa.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp", "simplex.cpp", "guide.cpp"]
-SOURCES += ["guided.cpp", "choice.cpp", "layout.cpp", "window.cpp", "shards.cpp", "rows.cpp"]
-SOURCES += ["pool.cpp", "mapping.cpp", "attention.cpp", "bindings.cpp", "row_bindings.cpp"]
-SOURCES += ["attention_bindings.cpp"]
-HEADERS = ["isa.hpp", "buffer.hpp", "sorting.hpp", "packing.hpp", "layout.hpp", "rows.hpp"]
-HEADERS += ["mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp", "bit_tree.hpp"]
+SOURCES = ["isa.cpp", "lengths.cpp", "sorting.cpp", "packing.cpp", "exact_gap.cpp"]
+SOURCES += ["simplex.cpp", "guide.cpp", "guided.cpp", "choice.cpp", "layout.cpp", "window.cpp"]
+SOURCES += ["shards.cpp", "rows.cpp", "pool.cpp", "mapping.cpp", "attention.cpp"]
+SOURCES += ["bindings.cpp", "row_bindings.cpp", "attention_bindings.cpp"]
+HEADERS = ["isa.hpp", "buffer.hpp", "lengths.hpp", "sorting.hpp", "packing.hpp", "layout.hpp"]
+HEADERS += [
+    "rows.hpp",
+    "slots.hpp",
+    "mapping.hpp",
+    "exact_gap.hpp",
+    "window.hpp",
+    "random.hpp",
+    "bit_tree.hpp",
+]
 HEADERS += ["simplex.hpp", "knots.hpp", "knapsack.hpp", "guide.hpp", "guided.hpp", "choice.hpp"]
 HEADERS += ["shards.hpp", "pool.hpp", "arrays.hpp", "write_rows.hpp", "attention.hpp"]
 HEADERS += ["attention_vectors.hpp", "attention_blocks.hpp", "threads.hpp"]

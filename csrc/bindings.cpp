@@ -109,79 +109,141 @@ Int64Array room_for(std::int64_t count, std::size_t words = 0) {
     return Int64Array(count, data, owner);
 }
 
+// What is to be packed, and what a first look at its lengths found.
+struct Samples {
+    hermes::Lengths lengths;
+    hermes::Limits limits;
+    hermes::Scan scanned;
+};
+
+Samples samples_of(const py::array& given, std::int64_t row_length, const std::string& too_long,
+                   std::int64_t max_samples) {
+    Samples samples{lengths_of(given), {row_length, max_samples}, {}};
+    check_range("len(lengths)", samples.lengths.count, 0, hermes::kMaxSamples);
+    check_range("row_length", row_length, 1, hermes::kMaxRowLength);
+    check_range("max_samples", max_samples, 1, hermes::kMaxSamples);
+    if (too_long != "error" && too_long != "drop" && too_long != "truncate") {
+        throw py::value_error("too_long is '" + too_long + "', want 'error', 'drop' or 'truncate'");
+    }
+    {
+        py::gil_scoped_release release;
+        samples.scanned = hermes::scan(samples.lengths, row_length, too_long == "truncate");
+    }
+    if (samples.scanned.too_small >= 0) {
+        refuse_length(samples.lengths, samples.scanned.too_small, true, row_length);
+    }
+    if (samples.scanned.too_long >= 0 && too_long == "error") {
+        refuse_length(samples.lengths, samples.scanned.too_long, false, row_length);
+    }
+    return samples;
+}
+
 struct Packed {
     Int64Array samples, row_offsets, dropped;
     std::int64_t lower_bound, tokens, longest, shortest;
     std::string strategy;
 };
 
+Packed measured(const std::vector<hermes::LengthClass>& classes) {
+    Packed packed{};
+    for (const hermes::LengthClass& c : classes) {
+        packed.tokens += c.length * c.count;
+    }
+    if (!classes.empty()) {
+        packed.longest = classes.front().length;
+        packed.shortest = classes.back().length;
+    }
+    return packed;
+}
+
+// The first `count` elements of an array.
+Int64Array first_of(const Int64Array& all, std::int64_t count) {
+    return all.size() == count ? all : Int64Array({count}, {8}, all.data(), all);
+}
+
+// The vector's own memory.
+Int64Array array_of(std::vector<std::int64_t>&& values) {
+    auto moved = std::make_unique<std::vector<std::int64_t>>(std::move(values));
+    const auto size = static_cast<py::ssize_t>(moved->size());
+    std::int64_t* data = moved->data();
+    const py::capsule owner(moved.release(),
+                            [](void* p) { delete static_cast<std::vector<std::int64_t>*>(p); });
+    return Int64Array(size, data, owner);
+}
+
 Packed pack(const py::array& given, std::int64_t row_length, const std::string& strategy_name,
             const std::string& too_long, std::int64_t max_samples,
             const std::vector<std::uint64_t>& seed_words) {
-    const hermes::Lengths lengths = lengths_of(given);
-    check_range("len(lengths)", lengths.count, 0, hermes::kMaxSamples);
-    check_range("row_length", row_length, 1, hermes::kMaxRowLength);
-    check_range("max_samples", max_samples, 1, hermes::kMaxSamples);
     const auto strategies = strategies_of(strategy_name);
-    if (too_long != "error" && too_long != "drop" && too_long != "truncate") {
-        throw py::value_error("too_long is '" + too_long + "', want 'error', 'drop' or 'truncate'");
-    }
     const hermes::Seed seed = seed_of(seed_words);
-    const hermes::Limits limits{row_length, max_samples};
-    hermes::Scan scanned;
-    {
-        py::gil_scoped_release release;
-        scanned = hermes::scan(lengths, row_length, too_long == "truncate");
-    }
-    if (scanned.too_small >= 0) {
-        refuse_length(lengths, scanned.too_small, true, row_length);
-    }
-    if (scanned.too_long >= 0 && too_long == "error") {
-        refuse_length(lengths, scanned.too_long, false, row_length);
-    }
+    const auto [lengths, limits, scanned] = samples_of(given, row_length, too_long, max_samples);
     // The result's memory is the scratch as well: its two halves hold the ids while they move.
     Int64Array all = room_for(lengths.count, hermes::layout_words(lengths, scanned));
     std::int64_t* samples = all.mutable_data();
-    std::uint32_t* spare = hermes::spare_in(samples, lengths);
     hermes::Sorted sorted;
     hermes::Choice choice{};
-    Packed packed{};
     {
         py::gil_scoped_release release;
-        sorted = hermes::sort_lengths(lengths, scanned, row_length, spare);
+        sorted =
+            hermes::sort_lengths(lengths, scanned, row_length, hermes::spare_in(samples, lengths));
         choice = hermes::best_plan(sorted.classes, limits, strategies);
     }
-    const hermes::Plan& plan = choice.plan;
+    Packed packed = measured(sorted.classes);
     packed.strategy = name_of(choice.strategy);
     packed.lower_bound = choice.lower_bound;
-    for (const hermes::LengthClass& c : sorted.classes) {
-        packed.tokens += c.length * c.count;
-    }
-    if (!sorted.classes.empty()) {
-        packed.longest = sorted.classes.front().length;
-        packed.shortest = sorted.classes.back().length;
-    }
-    packed.row_offsets = room_for(plan.rows + 1);
+    packed.row_offsets = room_for(choice.plan.rows + 1);
     std::int64_t* row_offsets = packed.row_offsets.mutable_data();
     packed.dropped = Int64Array(sorted.dropped);
     std::int64_t* dropped = packed.dropped.mutable_data();
     {
         py::gil_scoped_release release;
-        hermes::lay_out(plan, seed_words.empty() ? nullptr : &seed, lengths, scanned, samples,
-                        row_offsets, dropped, sorted.dropped);
+        hermes::lay_out(choice.plan, seed_words.empty() ? nullptr : &seed, lengths, scanned,
+                        samples, row_offsets, dropped, sorted.dropped);
     }
-    packed.samples =
-        sorted.dropped == 0 ? all : Int64Array({lengths.count - sorted.dropped}, {8}, samples, all);
+    packed.samples = first_of(all, lengths.count - sorted.dropped);
+    return packed;
+}
+
+Packed pack_in_windows(const py::array& given, std::int64_t row_length, const std::string& too_long,
+                       std::int64_t max_samples, const std::vector<std::uint64_t>& seed_words,
+                       std::int64_t window) {
+    check_range("window", window, 1, hermes::kMaxSamples);
+    const hermes::Seed seed = seed_of(seed_words);
+    const auto [lengths, limits, scanned] = samples_of(given, row_length, too_long, max_samples);
+    const auto count = static_cast<std::size_t>(lengths.count);
+    Int64Array all = room_for(lengths.count);
+    std::int64_t* samples = all.mutable_data();
+    hermes::Sorted sorted;
+    hermes::Windowed made;
+    std::vector<std::int64_t> dropped;
+    {
+        py::gil_scoped_release release;
+        hermes::Buffer<std::uint32_t> ids(std::max(count, hermes::spare_words(lengths, scanned)));
+        sorted = hermes::sort_lengths(lengths, scanned, row_length, ids.data());
+        std::iota(ids.begin(), ids.begin() + count, 0U);
+        if (!seed_words.empty()) {
+            hermes::Xoshiro256 random(seed);
+            hermes::shuffle(ids.data(), count, random);
+        }
+        if (sorted.dropped > 0) {
+            dropped = hermes::drop_longer(lengths, row_length, ids.data());
+        }
+        const auto left = lengths.count - static_cast<std::int64_t>(dropped.size());
+        made = hermes::pack_windows(lengths, ids.data(), left, {}, {window, limits, seed, 0, true},
+                                    samples);
+    }
+    Packed packed = measured(sorted.classes);
+    packed.strategy = "windowed";
+    packed.lower_bound = hermes::lower_bound(sorted.classes, limits);
+    packed.samples = first_of(all, made.samples);
+    packed.row_offsets = array_of(std::move(made.row_offsets));
+    packed.dropped = array_of(std::move(dropped));
     return packed;
 }
 
 struct Windows {
     Int64Array samples, row_offsets, carried, ages;
 };
-
-Int64Array array_of(const std::vector<std::int64_t>& values) {
-    return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
-}
 
 Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int64_t window,
                      std::int64_t row_length, std::int64_t max_samples,
@@ -197,27 +259,18 @@ Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int
     for (py::ssize_t i = 0; i < lengths.size(); ++i) {
         check_range("lengths", values[i], 1, row_length);
     }
-    const hermes::Seed seed = seed_of(seed_words);
+    const hermes::Windows windows{
+        window, {row_length, max_samples}, seed_of(seed_words), first_window, finish};
+    const Int64Array samples = room_for(lengths.size());
     hermes::Windowed made;
     {
         py::gil_scoped_release release;
-        made = hermes::pack_windows(values, lengths.size(), {waited, waited + ages.size()}, window,
-                                    {row_length, max_samples}, seed,
-                                    static_cast<std::uint64_t>(first_window), finish);
+        made = hermes::pack_windows({values, lengths.size(), hermes::Dtype::int64}, nullptr,
+                                    lengths.size(), {waited, waited + ages.size()}, windows,
+                                    const_cast<std::int64_t*>(samples.data()));
     }
-    return {array_of(made.samples), array_of(made.row_offsets), array_of(made.carried),
-            array_of(made.ages)};
-}
-
-Int64Array shuffle(std::int64_t count, const std::vector<std::uint64_t>& seed_words) {
-    check_range("count", count, 0, hermes::kMaxSamples);
-    hermes::Xoshiro256 random(seed_of(seed_words));
-    Int64Array order(count);
-    std::int64_t* ids = order.mutable_data();
-    py::gil_scoped_release release;
-    std::iota(ids, ids + count, std::int64_t{0});
-    hermes::shuffle(ids, static_cast<std::size_t>(count), random);
-    return order;
+    return {first_of(samples, made.samples), array_of(std::move(made.row_offsets)),
+            array_of(std::move(made.carried)), array_of(std::move(made.ages))};
 }
 
 // ---- mapping ----------------------------------------------------------------------------------
@@ -273,6 +326,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("pack", &pack, "lengths"_a.noconvert(), py::kw_only(), "row_length"_a, "strategy"_a,
           "too_long"_a, "max_samples"_a, "seed_words"_a,
           "Plan of whole samples in rows; four random words shuffle them, none leave them.");
+    m.def("pack_in_windows", &pack_in_windows, "lengths"_a.noconvert(), py::kw_only(),
+          "row_length"_a, "too_long"_a, "max_samples"_a, "seed_words"_a, "window"_a,
+          "The same, a window of samples at a time, which the words shuffle before.");
 
     py::class_<Windows>(m, "Windows", "What `pack_windows` returns: rows, and who waits.")
         .def_readonly("samples", &Windows::samples)
@@ -283,9 +339,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::kw_only(), "window"_a, "row_length"_a, "max_samples"_a, "seed_words"_a,
           "first_window"_a, "finish"_a,
           "Full rows, a window of samples at a time; those with ages have waited so long.");
-    m.def("shuffle", &shuffle, "count"_a, py::kw_only(), "seed_words"_a,
-          "The numbers below count in an order that four random words decide.");
-
     bind_rows(m);
     bind_attention(m);
 

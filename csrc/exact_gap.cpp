@@ -33,7 +33,11 @@ void add_by_exact_gap(const std::vector<LengthClass>& classes,
     if (classes.empty()) {
         return;
     }
-    Search search(classes, limits, kStepsOfRow, kSteps);
+    Search search(ClassSlots(classes, limits.tokens), limits, kStepsOfRow);
+    for (std::size_t c = 0; c < classes.size(); ++c) {
+        search.add(c, classes[c].count);
+    }
+    search.allow(kSteps);
     while (search.longest() != classes.size()) {
         const std::vector<Part>& parts = search.make_row();
         rows.add(parts, search.use(parts), of_class);

@@ -9,6 +9,7 @@
 
 #include "bit_tree.hpp"
 #include "packing.hpp"
+#include "slots.hpp"
 
 namespace hermes {
 
@@ -33,6 +34,10 @@ struct Part {  // of a row
 
 // Sorts parts by class, and makes those of one class one.
 inline void join_parts(std::vector<Part>& parts) {
+    const auto not_below = [](const Part& a, const Part& b) { return a.of_class >= b.of_class; };
+    if (std::adjacent_find(parts.begin(), parts.end(), not_below) == parts.end()) {
+        return;
+    }
     std::sort(parts.begin(), parts.end(),
               [](const Part& a, const Part& b) { return a.of_class < b.of_class; });
     std::size_t size = 0;
@@ -76,24 +81,28 @@ void add_by_exact_gap(const std::vector<LengthClass>& classes,
                       const std::vector<std::uint32_t>& of_class, const Limits& limits,
                       RowList& rows);
 
-// Makes rows of the samples that are left, one after another.
+// Makes rows of the samples that are left, one after another. Classes go by their slots.
+template <class Slots>
 class Search {
 public:
-    // `steps_of_row` and `steps` bound the search of one row and of all; without steps left, a row
-    // takes the longest samples that fit, as first fit would.
-    Search(const std::vector<LengthClass>& classes, const Limits& limits, std::int64_t steps_of_row,
-           std::int64_t steps)
-        : classes_(classes),
-          fitting_(classes, limits.tokens),
-          present_(classes.size()),
+    // `steps` bounds the search of a row; without steps left, a row takes the longest samples that
+    // fit, as first fit would.
+    Search(const Slots& slots, const Limits& limits, std::int64_t steps)
+        : slots_(slots),
+          present_(slots.size()),
           limits_(limits),
-          last_(classes.size() - 1),
-          steps_of_row_(steps_of_row),
-          all_steps_(steps) {
-        for (const LengthClass& c : classes) {
-            present_.add(left_.size());
-            left_.push_back(c.count);
-        }
+          left_(slots.size()),
+          steps_of_row_(steps) {}
+
+    // So many samples of a class more.
+    void add(std::size_t c, std::int64_t samples) {
+        left_[c] += static_cast<std::uint32_t>(samples);
+        present_.add(c);
+    }
+
+    // Bounds the search of all rows from here on.
+    void allow(std::int64_t steps) {
+        all_steps_ = steps;
     }
 
     // The class of the longest sample left, or the number of classes when there is none.
@@ -101,8 +110,15 @@ public:
         return present_.empty() ? present_.end() : present_.first();
     }
 
-    bool has(std::size_t c) const {
-        return present_.has(c);
+    // Samples of a class.
+    std::int64_t left(std::size_t c) const {
+        return left_[c];
+    }
+
+    // Takes all samples of a class out of the game.
+    void clear(std::size_t c) {
+        left_[c] = 0;
+        present_.remove(c);
     }
 
     // Tokens that the last row left free.
@@ -120,9 +136,9 @@ public:
     const std::vector<Part>& make_row_with(const std::vector<std::size_t>& classes) {
         begin_row();
         for (const std::size_t c : classes) {
-            gap_ -= classes_[c].length * take(c, 1);
+            gap_ -= slots_.length(c) * take(c, 1);
         }
-        return finish_row(places_ > 0 ? largest(gap_, 0) : classes_.size());
+        return finish_row(places_ > 0 ? largest(gap_, 0) : slots_.size());
     }
 
     // Takes one sample of class `c` out of the game.
@@ -135,10 +151,11 @@ public:
     std::int64_t use(const std::vector<Part>& parts) {
         std::int64_t times = kMaxSamples;
         for (const Part& part : parts) {
-            times = std::min(times, quotient(left_[part.of_class], part.samples));
+            const std::int64_t all = left(part.of_class);
+            times = std::min(times, part.samples == 1 ? all : quotient(all, part.samples));
         }
         for (const Part& part : parts) {
-            left_[part.of_class] -= times * part.samples;
+            left_[part.of_class] -= static_cast<std::uint32_t>(times * part.samples);
             if (left_[part.of_class] == 0) {
                 present_.remove(part.of_class);
             }
@@ -148,20 +165,18 @@ public:
 
 private:
     void begin_row() {
-        while (!present_.has(last_)) {
-            --last_;
-        }
+        last_ = present_.last();
         places_ = limits_.samples;
         gap_ = limits_.tokens;
     }
 
     const std::vector<Part>& finish_row(std::size_t c) {
         while (c != present_.end() && places_ > 0 &&
-               (row_.empty() || quotient(gap_, classes_[c].length) > kFine)) {
-            const std::int64_t length = classes_[c].length;
+               (row_.empty() || gap_ >= (kFine + 1) * slots_.length(c))) {
+            const std::int64_t length = slots_.length(c);
             const std::int64_t many =
-                std::max<std::int64_t>(1, quotient(gap_, length) - (kFine - 1));
-            gap_ -= length * take(c, std::min({many, left_[c], places_}));
+                gap_ < (kFine + 1) * length ? 1 : quotient(gap_, length) - (kFine - 1);
+            gap_ -= length * take(c, std::min({many, left(c), places_}));
             c = largest(gap_, c);
         }
         least_gap_ = gap_;
@@ -189,13 +204,13 @@ private:
 
     // The longest class from `from` on that fits and has samples.
     std::size_t largest(std::int64_t gap, std::size_t from) const {
-        return present_.next(std::max<std::size_t>(fitting_(gap), from));
+        return present_.next(std::max<std::size_t>(slots_.fitting(gap), from));
     }
 
     std::int64_t take(std::size_t c, std::int64_t samples) {
         row_.push_back({static_cast<std::uint32_t>(c), samples});
         places_ -= samples;
-        left_[c] -= samples;
+        left_[c] -= static_cast<std::uint32_t>(samples);
         if (left_[c] == 0) {
             present_.remove(c);
         }
@@ -206,7 +221,7 @@ private:
         const Part part = row_.back();
         row_.pop_back();
         places_ += part.samples;
-        left_[part.of_class] += part.samples;
+        left_[part.of_class] += static_cast<std::uint32_t>(part.samples);
         present_.add(part.of_class);
     }
 
@@ -228,23 +243,22 @@ private:
         if (c == present_.end() || places_ == 0) {
             return false;
         }
-        if (keep(gap - classes_[c].length, {c})) {
+        if (keep(gap - slots_.length(c), {c})) {
             return true;
         }
-        const std::int64_t shortest = classes_[last_].length;
+        const std::int64_t shortest = slots_.length(last_);
         if (gap < 2 * shortest || places_ < 2) {
             return false;
         }
         const std::size_t start = largest(gap - shortest, from);
         std::size_t a = start;
-        for (int i = 0; i < kPairs && a != present_.end() && 2 * classes_[a].length >= gap; ++i) {
+        for (int i = 0; i < kPairs && a != present_.end() && 2 * slots_.length(a) >= gap; ++i) {
             if (--steps_ < 0) {
                 return false;
             }
-            const std::int64_t rest = gap - classes_[a].length;
-            const std::size_t b = fitting_(rest);
-            if (b < classes_.size() && classes_[b].length == rest && present_.has(b) &&
-                (a != b || left_[a] > 1)) {
+            const std::int64_t rest = gap - slots_.length(a);
+            const std::size_t b = slots_.find(rest);
+            if (b < slots_.size() && present_.has(b) && (a != b || left_[a] > 1)) {
                 return keep(0, {a, b});
             }
             a = present_.next(a + 1);
@@ -255,7 +269,7 @@ private:
         a = start;
         for (int i = 0; i < kBranches && a != present_.end(); ++i) {
             take(a, 1);
-            const bool found = search(gap - classes_[a].length, a, depth + 1);
+            const bool found = search(gap - slots_.length(a), a, depth + 1);
             give_back();
             if (found || --steps_ < 0) {
                 return found;
@@ -270,7 +284,7 @@ private:
     bool mix(std::int64_t gap) {
         while (!row_.empty()) {
             const Part part = row_.back();
-            const std::int64_t length = classes_[part.of_class].length;
+            const std::int64_t length = slots_.length(part.of_class);
             give_back();
             gap += part.samples * length;
             if (part.samples > 1 && gap <= places_ * length && mix(gap, part.of_class)) {
@@ -282,8 +296,8 @@ private:
 
     // Fills the gap with some samples of class `c`, some of a shorter one, and one of any.
     bool mix(std::int64_t gap, std::size_t c) {
-        const std::int64_t length = classes_[c].length, shortest = classes_[last_].length;
-        for (std::int64_t many = std::min({quotient(gap, length), left_[c], places_}); many > 0;
+        const std::int64_t length = slots_.length(c), shortest = slots_.length(last_);
+        for (std::int64_t many = std::min({quotient(gap, length), left(c), places_}); many > 0;
              --many) {
             const std::int64_t rest = gap - many * length;
             std::size_t a = present_.next(c + 1);
@@ -292,11 +306,11 @@ private:
                     return false;
                 }
                 const std::int64_t some =
-                    std::min(quotient(rest - shortest, classes_[a].length), left_[a]);
-                const std::int64_t last = rest - some * classes_[a].length;
-                const std::size_t b = fitting_(last);
-                if (many + some < places_ && b < classes_.size() && classes_[b].length == last &&
-                    left_[b] > (b == c ? many : 0) + (b == a ? some : 0)) {
+                    std::min(quotient(rest - shortest, slots_.length(a)), left(a));
+                const std::int64_t last = rest - some * slots_.length(a);
+                const std::size_t b = slots_.find(last);
+                if (many + some < places_ && b < slots_.size() &&
+                    left(b) > (b == c ? many : 0) + (b == a ? some : 0)) {
                     take(c, many);
                     if (some > 0) {
                         take(a, some);
@@ -320,21 +334,20 @@ private:
         std::int64_t gap = least_gap_;
         std::size_t c = 0;
         while (places_ > 0 && (c = largest(gap, c)) != present_.end()) {
-            const std::int64_t length = classes_[c].length;
-            gap -= length * take(c, std::min({quotient(gap, length), left_[c], places_}));
+            const std::int64_t length = slots_.length(c);
+            gap -= length * take(c, std::min({quotient(gap, length), left(c), places_}));
         }
         least_gap_ = gap;
         best_ = row_;
     }
 
-    const std::vector<LengthClass>& classes_;
-    FirstFitting fitting_;
+    Slots slots_;
     BitTree present_;  // classes that have samples
     Limits limits_;
-    std::size_t last_;  // no class behind it has samples
-    std::vector<std::int64_t> left_;
+    std::vector<std::uint32_t> left_;
+    std::size_t last_ = 0;          // no class behind it has samples
     std::vector<Part> row_, best_;  // being tried; with the least gap so far
-    std::int64_t steps_of_row_, all_steps_;
+    std::int64_t steps_of_row_, all_steps_ = 0;
     std::int64_t places_ = 0, gap_ = 0, steps_ = 0, least_gap_ = 0;
 };
 

@@ -186,13 +186,15 @@ FirstFitting::FirstFitting(const std::vector<LengthClass>& classes, std::int64_t
         ++shift_;
     }
     starts_.resize(static_cast<std::size_t>(row_length >> shift_) + 1);
-    for (const LengthClass& c : classes) {
-        ++starts_[static_cast<std::size_t>(c.length >> shift_)];
+    auto end = starts_.end();
+    for (std::uint32_t c = 0; c < end_; ++c) {
+        const auto begin = starts_.begin() + (classes[c].length >> shift_);
+        if (begin < end) {
+            std::fill(begin, end, c);
+            end = begin;
+        }
     }
-    std::uint32_t longer = 0;
-    for (std::size_t k = starts_.size(); k-- > 0;) {
-        longer += std::exchange(starts_[k], longer);
-    }
+    std::fill(starts_.begin(), end, end_);
 }
 
 Plan make_plan(const std::vector<LengthClass>& classes, const Limits& limits, Strategy strategy) {

@@ -50,7 +50,11 @@ public:
     FirstFitting(const std::vector<LengthClass>& classes, std::int64_t row_length);
     std::uint32_t operator()(std::int64_t room) const {
         const auto k = static_cast<std::size_t>(room >> shift_);
-        std::uint32_t low = starts_[k], high = k == 0 ? end_ : starts_[k - 1];
+        std::uint32_t low = starts_[k];
+        if (shift_ == 0) {
+            return low;
+        }
+        std::uint32_t high = k == 0 ? end_ : starts_[k - 1];
         while (low < high) {
             const std::uint32_t middle = low + (high - low) / 2;
             if (classes_[middle].length > room) {
@@ -65,7 +69,8 @@ public:
 private:
     const LengthClass* classes_;
     std::uint32_t end_;
-    std::vector<std::uint32_t> starts_;  // [k]: how many classes are longer than all rooms of k
+    std::vector<std::uint32_t>
+        starts_;  // [k]: the first class that fits into the largest room of k
     int shift_ = 0;
 };
 

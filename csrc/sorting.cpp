@@ -17,20 +17,6 @@ namespace {
 // those counts. Where there are fewer samples than lengths, counting costs more.
 constexpr std::int64_t kCountedLengths = (std::int64_t{1} << 17) + 1;
 
-template <class F>
-auto with_type(const Lengths& lengths, F f) {
-    switch (lengths.dtype) {
-        case Dtype::int8: return f(static_cast<const std::int8_t*>(lengths.data));
-        case Dtype::int16: return f(static_cast<const std::int16_t*>(lengths.data));
-        case Dtype::int32: return f(static_cast<const std::int32_t*>(lengths.data));
-        case Dtype::int64: return f(static_cast<const std::int64_t*>(lengths.data));
-        case Dtype::uint8: return f(static_cast<const std::uint8_t*>(lengths.data));
-        case Dtype::uint16: return f(static_cast<const std::uint16_t*>(lengths.data));
-        case Dtype::uint32: return f(static_cast<const std::uint32_t*>(lengths.data));
-        default: return f(static_cast<const std::uint64_t*>(lengths.data));
-    }
-}
-
 int bit_width(std::uint64_t value) {
     return value == 0 ? 0 : 64 - __builtin_clzll(value);
 }
@@ -57,22 +43,6 @@ struct FittingKeys {
         return static_cast<std::uint32_t>(top) - static_cast<std::uint32_t>(lengths[i]);
     }
 };
-
-// `bits` and those of (length - 1).
-template <class T, class U = std::make_unsigned_t<T>>
-U with_bits_of(T length, U bits) {
-    return static_cast<U>(bits | static_cast<U>(static_cast<U>(length) - U{1}));
-}
-
-template <class T>
-std::make_unsigned_t<T> bits_of(const T* values, std::int64_t count) {
-    using U = std::make_unsigned_t<T>;
-    U bits = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-        bits = with_bits_of(values[i], bits);
-    }
-    return bits;
-}
 
 // Counts every key, and gathers the bits of (length - 1): a length below 1 makes them no less than
 // the largest of a signed type.
@@ -324,11 +294,6 @@ Scan scan(const Lengths& lengths, std::int64_t row_length, bool truncate) {
         }
         return found;
     });
-}
-
-std::string length_text(const Lengths& lengths, std::int64_t index) {
-    return with_type(lengths,
-                     [index](const auto* values) { return std::to_string(values[index]); });
 }
 
 std::size_t spare_words(const Lengths& lengths, const Scan& scanned) {

@@ -4,21 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <string>
 #include <vector>
 
+#include "lengths.hpp"
+
 namespace hermes {
-
-constexpr std::int64_t kMaxSamples = (std::int64_t{1} << 31) - 1;
-constexpr std::int64_t kMaxRowLength = std::int64_t{1} << 31;
-
-enum class Dtype { int8, int16, int32, int64, uint8, uint16, uint32, uint64 };
-
-struct Lengths {  // an array as it lies in memory: never copied, never widened as a whole
-    const void* data;
-    std::int64_t count;
-    Dtype dtype;
-};
 
 struct LengthClass {
     std::int64_t length;
@@ -42,9 +32,6 @@ struct Scan {
 
 // Lengths above row_length are counted as row_length with `truncate`.
 Scan scan(const Lengths& lengths, std::int64_t row_length, bool truncate);
-
-// The value at `index`, for a message.
-std::string length_text(const Lengths& lengths, std::int64_t index);
 
 // How many words of `spare` are needed, of which those past the first `count` are no result's.
 std::size_t spare_words(const Lengths& lengths, const Scan& scanned);

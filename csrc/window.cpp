@@ -1,9 +1,11 @@
 #include "window.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
+#include <functional>
 #include <numeric>
+#include <optional>
+#include <utility>
 
 #include "exact_gap.hpp"
 
@@ -15,206 +17,255 @@ constexpr std::int64_t kReserve = 96;  // samples carried for the sake of choice
 constexpr std::int64_t kStepsOfRow = 2048;
 constexpr std::int64_t kMisses = 16;  // longest samples in a window that may fail to fill a row
 
+constexpr std::int64_t kSlotsOfSample = 64, kMostSlots = 1 << 18;  // one for each length
+
 struct Waiting {
-    std::int64_t place;  // in the input
-    std::int64_t length;
-    std::int64_t age;
+    std::uint32_t number;
+    std::uint32_t length;
+    std::uint32_t age;  // windows that it has waited, or kUsed
+};
+
+constexpr std::uint32_t kUsed = ~std::uint32_t{0};
+
+// The classes of some samples.
+std::vector<LengthClass> classes_of(const std::vector<Waiting>& samples) {
+    std::vector<std::uint32_t> lengths(samples.size());
+    std::transform(samples.begin(), samples.end(), lengths.begin(),
+                   [](const Waiting& sample) { return sample.length; });
+    std::sort(lengths.begin(), lengths.end(), std::greater<>());
+    std::vector<LengthClass> classes;
+    for (const std::uint32_t length : lengths) {
+        if (classes.empty() || classes.back().length != length) {
+            classes.push_back({length, 0});
+        }
+        ++classes.back().count;
+    }
+    return classes;
+}
+
+// Makes rows of samples, which stand by slot: in each, who was carried comes first.
+template <class Slots>
+class Rows {
+public:
+    Rows(const Slots& slots, const Limits& limits)
+        : slots_(slots),
+          search_(slots, limits, kStepsOfRow),
+          heads_(slots.size(), kNone),
+          limits_(limits) {}
+
+    // Makes rows of samples; with `all`, of every one.
+    void make(std::vector<Waiting>& samples, bool all) {
+        taken_.clear();
+        row_ends_.clear();
+        const auto size = static_cast<std::int64_t>(samples.size());
+        next_.resize(samples.size());
+        for (std::size_t i = samples.size(); i-- > 0;) {
+            const std::size_t c = slots_.find(samples[i].length);
+            next_[i] = heads_[c];
+            heads_[c] = static_cast<std::uint32_t>(i);
+            search_.add(c, 1);
+        }
+        search_.allow(kStepsOfRow * size);
+        if (!all) {
+            old_rows(samples);
+        }
+        std::int64_t misses = 0;
+        for (std::size_t c = 0; (c = search_.longest()) != slots_.size();) {
+            const std::int64_t left = size - static_cast<std::int64_t>(taken_.size());
+            if (!all && (left <= kReserve || misses > kMisses)) {
+                break;
+            }
+            const std::vector<Part>& parts = search_.make_row();
+            if (search_.gap() == 0 || all) {
+                take(parts, samples);
+            } else {
+                search_.set_aside(c);
+                ++misses;
+            }
+        }
+    }
+
+    // Numbers of the samples in rows, row after row, and where each row ends in them.
+    const std::vector<std::uint32_t>& taken() const {
+        return taken_;
+    }
+    const std::vector<std::uint32_t>& row_ends() const {
+        return row_ends_;
+    }
+
+    // Forgets a sample that is in no row, and its like.
+    void forget(const Waiting& sample) {
+        const std::size_t c = slots_.find(sample.length);
+        heads_[c] = kNone;
+        search_.clear(c);
+    }
+
+private:
+    static constexpr std::uint32_t kNone = ~std::uint32_t{0};
+
+    // Who has waited long enough has a row now, whether it is full or not; several share one.
+    void old_rows(std::vector<Waiting>& samples) {
+        std::vector<std::uint32_t> old;
+        for (std::uint32_t i = 0; i < samples.size() && samples[i].age > 0; ++i) {  // carried
+            if (samples[i].age >= kOldest) {
+                old.push_back(i);
+            }
+        }
+        std::sort(old.begin(), old.end(), [&](std::uint32_t a, std::uint32_t b) {
+            return samples[a].length != samples[b].length ? samples[a].length > samples[b].length
+                                                          : a < b;
+        });
+        std::vector<std::size_t> together;
+        std::int64_t tokens = 0;
+        const auto make_row = [&] {
+            take(search_.make_row_with(together), samples);
+            together.clear();
+            tokens = 0;
+        };
+        for (const std::uint32_t i : old) {
+            const std::int64_t length = samples[i].length;
+            if (samples[i].age == kUsed) {
+                continue;
+            }
+            together.push_back(slots_.find(length));
+            tokens += length;
+            if (2 * (tokens + length) > limits_.tokens ||
+                2 * static_cast<std::int64_t>(together.size()) >= limits_.samples) {
+                make_row();
+            }
+        }
+        if (!together.empty()) {
+            make_row();
+        }
+    }
+
+    void take(const std::vector<Part>& parts, std::vector<Waiting>& samples) {
+        for (std::int64_t rows = search_.use(parts); rows > 0; --rows) {
+            for (const Part& part : parts) {
+                std::uint32_t& head = heads_[part.of_class];
+                for (std::int64_t i = 0; i < part.samples; ++i) {
+                    samples[head].age = kUsed;
+                    taken_.push_back(samples[head].number);
+                    head = next_[head];
+                }
+            }
+            row_ends_.push_back(static_cast<std::uint32_t>(taken_.size()));
+        }
+    }
+
+    Slots slots_;
+    Search<Slots> search_;
+    std::vector<std::uint32_t> heads_;  // of each slot, its next sample
+    Limits limits_;
+    std::vector<std::uint32_t> next_;  // of each sample, the next of its length
+    std::vector<std::uint32_t> taken_, row_ends_;
 };
 
 class Pool {
 public:
-    Pool(const Limits& limits, const Seed& seed, Windowed& out)
-        : limits_(limits), seed_(seed), out_(out) {}
+    Pool(const Windows& windows, std::int64_t longest, bool by_length, std::int64_t* samples)
+        : windows_(windows), next_(samples) {
+        out_.row_offsets.push_back(0);
+        if (by_length) {
+            rows_.emplace(LengthSlots(longest), windows.limits);
+        }
+    }
 
     void add(const Waiting& sample) {
         samples_.push_back(sample);
     }
 
-    std::int64_t size() const {
-        return static_cast<std::int64_t>(samples_.size());
-    }
-
-    const std::vector<Waiting>& samples() const {
-        return samples_;
-    }
-
     // Makes rows of what waits; with `all`, of every sample.
     void pack(std::uint64_t window, bool all) {
-        if (samples_.empty()) {
-            return;
+        if (rows_) {
+            pack(*rows_, window, all);
+        } else if (!samples_.empty()) {
+            const std::vector<LengthClass> classes = classes_of(samples_);
+            Rows rows(ClassSlots(classes, windows_.limits.tokens), windows_.limits);
+            pack(rows, window, all);
         }
-        sort_by_class();
-        Search search(classes_, limits_, kStepsOfRow, kStepsOfRow * size());
-        row_ends_.clear();
-        taken_.clear();
-        if (!all) {
-            old_rows(search);
+    }
+
+    Windowed result() {
+        for (const Waiting& sample : samples_) {
+            out_.carried.push_back(sample.number);
+            out_.ages.push_back(sample.age);
         }
-        std::int64_t misses = 0;
-        for (std::size_t c = 0; (c = search.longest()) != classes_.size();) {
-            const std::int64_t left = size() - static_cast<std::int64_t>(taken_.size());
-            if (!all && (left <= kReserve || misses > kMisses)) {
-                break;
-            }
-            const std::vector<Part>& parts = search.make_row();
-            if (search.gap() == 0 || all) {
-                take(search, parts);
-            } else {
-                search.set_aside(c);
-                ++misses;
-            }
-        }
-        emit(window);
-        carry();
+        return std::move(out_);
     }
 
 private:
-    // By falling length, digit after digit, and in a class by place: who was carried comes first.
-    void sort_by_class() {
-        constexpr int digit_bits = 8;
-        constexpr std::size_t largest = (std::size_t{1} << digit_bits) - 1;
-        order_.resize(samples_.size());
-        other_.resize(samples_.size());
-        std::iota(order_.begin(), order_.end(), 0U);
-        std::int64_t longest = 0;
-        for (const Waiting& sample : samples_) {
-            longest = std::max(longest, sample.length);
-        }
-        for (int shift = 0; longest >> shift != 0; shift += digit_bits) {
-            const auto key = [&](std::uint32_t i) {
-                return largest - (static_cast<std::size_t>(samples_[i].length >> shift) & largest);
-            };
-            std::array<std::uint32_t, largest + 2> starts{};
-            for (const std::uint32_t i : order_) {
-                ++starts[key(i) + 1];
-            }
-            std::partial_sum(starts.begin(), starts.end(), starts.begin());
-            for (const std::uint32_t i : order_) {
-                other_[starts[key(i)]++] = i;
-            }
-            std::swap(order_, other_);
-        }
-        classes_.clear();
-        next_.clear();
-        for (std::size_t i = 0; i < order_.size(); ++i) {
-            const std::int64_t length = samples_[order_[i]].length;
-            if (classes_.empty() || classes_.back().length != length) {
-                classes_.push_back({length, 0});
-                next_.push_back(i);
-            }
-            ++classes_.back().count;
-        }
-        is_used_.assign(samples_.size(), 0);
-    }
-
-    // Who has waited long enough has a row now, whether it is full or not; several share one.
-    void old_rows(Search& search) {
-        std::vector<std::size_t> old;
-        std::int64_t tokens = 0;
-        const auto make_row = [&] {
-            take(search, search.make_row_with(old));
-            old.clear();
-            tokens = 0;
-        };
-        std::size_t c = 0;
-        for (std::size_t i = 0; i < order_.size(); ++i) {
-            const Waiting& sample = samples_[order_[i]];
-            c += classes_[c].length != sample.length ? 1 : 0;
-            if (is_used_[order_[i]] != 0 || sample.age < kOldest) {
-                continue;
-            }
-            old.push_back(c);
-            tokens += sample.length;
-            if (2 * (tokens + sample.length) > limits_.tokens ||
-                2 * static_cast<std::int64_t>(old.size()) >= limits_.samples) {
-                make_row();
-            }
-        }
-        if (!old.empty()) {
-            make_row();
-        }
-    }
-
-    void take(Search& search, const std::vector<Part>& parts) {
-        for (std::int64_t rows = search.use(parts); rows > 0; --rows) {
-            for (const Part& part : parts) {
-                for (std::int64_t i = 0; i < part.samples; ++i) {
-                    const std::size_t at = order_[next_[part.of_class]++];
-                    is_used_[at] = 1;
-                    taken_.push_back(samples_[at].place);
-                }
-            }
-            row_ends_.push_back(static_cast<std::ptrdiff_t>(taken_.size()));
-        }
-    }
-
-    // The rows made, in an order of chance: long samples are looked at first, and shall not come
-    // so.
-    void emit(std::uint64_t window) {
-        Xoshiro256 random(seed_for(seed_, window));
-        std::vector<std::uint32_t> rows(row_ends_.size());
-        std::iota(rows.begin(), rows.end(), 0U);
-        shuffle(rows.data(), rows.size(), random);
-        for (const std::uint32_t row : rows) {
-            const auto start = taken_.begin() + (row == 0 ? 0 : row_ends_[row - 1]);
-            out_.samples.insert(out_.samples.end(), start, taken_.begin() + row_ends_[row]);
-            out_.row_offsets.push_back(static_cast<std::int64_t>(out_.samples.size()));
-        }
-    }
-
-    void carry() {
+    template <class Slots>
+    void pack(Rows<Slots>& rows, std::uint64_t window, bool all) {
+        rows.make(samples_, all);
+        emit(rows.taken(), rows.row_ends(), window);
         std::size_t kept = 0;
-        for (std::size_t i = 0; i < samples_.size(); ++i) {
-            if (!is_used_[i]) {
-                samples_[kept] = samples_[i];
+        for (const Waiting& sample : samples_) {
+            if (sample.age != kUsed) {
+                rows.forget(sample);
+                samples_[kept] = sample;
                 ++samples_[kept++].age;
             }
         }
         samples_.resize(kept);
     }
 
-    Limits limits_;
-    Seed seed_;
-    Windowed& out_;
-    std::vector<Waiting> samples_;      // by place
-    std::vector<std::uint32_t> order_;  // numbers of samples, by class
-    std::vector<std::uint32_t> other_;  // while they are sorted
-    std::vector<LengthClass> classes_;
-    std::vector<std::size_t> next_;  // of each class, its next sample in order_
-    std::vector<char> is_used_;
-    std::vector<std::int64_t> taken_;       // places, row after row
-    std::vector<std::ptrdiff_t> row_ends_;  // in taken_
+    // The rows made, in an order of chance: long samples are looked at first, and shall not come
+    // so.
+    void emit(const std::vector<std::uint32_t>& taken, const std::vector<std::uint32_t>& row_ends,
+              std::uint64_t window) {
+        Xoshiro256 random(seed_for(windows_.seed, window));
+        order_.resize(row_ends.size());
+        std::iota(order_.begin(), order_.end(), 0U);
+        shuffle(order_.data(), order_.size(), random);
+        for (const std::uint32_t row : order_) {
+            const std::uint32_t begin = row == 0 ? 0 : row_ends[row - 1];
+            next_ = std::copy(taken.begin() + begin, taken.begin() + row_ends[row], next_);
+            out_.samples += row_ends[row] - begin;
+            out_.row_offsets.push_back(out_.samples);
+        }
+    }
+
+    Windows windows_;
+    std::int64_t* next_;  // where the next row goes
+    Windowed out_;
+    std::optional<Rows<LengthSlots>> rows_;  // where there is a slot for each length
+    std::vector<Waiting> samples_;           // as they came
+    std::vector<std::uint32_t> order_;       // of a window's rows
 };
 
 }  // namespace
 
-Windowed pack_windows(const std::int64_t* lengths, std::int64_t count,
-                      const std::vector<std::int64_t>& ages, std::int64_t window,
-                      const Limits& limits, const Seed& seed, std::uint64_t first_window,
-                      bool finish) {
-    Windowed out;
-    out.row_offsets.push_back(0);
-    Pool pool(limits, seed, out);
+Windowed pack_windows(const Lengths& lengths, const std::uint32_t* order, std::int64_t count,
+                      const std::vector<std::int64_t>& ages, const Windows& windows,
+                      std::int64_t* samples) {
     const auto before = static_cast<std::int64_t>(ages.size());
-    for (std::int64_t i = 0; i < before; ++i) {
-        pool.add({i, lengths[i], ages[static_cast<std::size_t>(i)]});
-    }
-    std::int64_t next = before;
-    while (next < count) {
-        const std::int64_t end = std::min(next + window, count);
-        for (; next < end; ++next) {
-            pool.add({next, lengths[next], 0});
+    const std::int64_t longest = longest_of(lengths, windows.limits.tokens);
+    const bool by_length = longest <= std::min(kSlotsOfSample * count, kMostSlots);
+    Pool pool(windows, longest, by_length, samples);
+    auto number = static_cast<std::uint64_t>(windows.first);
+    std::vector<std::uint32_t> some;
+    std::int64_t next = 0;
+    const auto add = [&](std::int64_t end, const auto& age_of) {
+        some.resize(static_cast<std::size_t>(end - next));
+        read_lengths(lengths, order, next, end, longest, some.data());
+        for (const std::uint32_t length : some) {
+            const auto at = static_cast<std::uint32_t>(next);
+            pool.add({order == nullptr ? at : order[next], length, age_of(next)});
+            ++next;
         }
-        pool.pack(first_window++, finish && next == count);
+    };
+    add(before, [&](std::int64_t i) {
+        return static_cast<std::uint32_t>(std::min(ages[static_cast<std::size_t>(i)], kOldest));
+    });
+    while (next < count) {
+        add(std::min(next + windows.window, count), [](std::int64_t) { return 0U; });
+        pool.pack(number++, windows.finish && next == count);
     }
-    if (finish && before == count) {
-        pool.pack(first_window, true);
+    if (windows.finish && before == count) {
+        pool.pack(number, true);
     }
-    for (const Waiting& sample : pool.samples()) {
-        out.carried.push_back(sample.place);
-        out.ages.push_back(sample.age);
-    }
-    return out;
+    return pool.result();
 }
 
 }  // namespace hermes

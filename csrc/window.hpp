@@ -9,22 +9,31 @@
 
 #include "packing.hpp"
 #include "random.hpp"
+#include "sorting.hpp"
 
 namespace hermes {
 
+struct Windows {
+    std::int64_t window;  // samples that are looked at together
+    Limits limits;
+    Seed seed;
+    std::int64_t first;  // number of the first window: with the seed, decides its rows' order
+    bool finish;         // the last window is the last of all, after which nothing is carried
+};
+
 struct Windowed {
-    std::vector<std::int64_t> samples;      // places in the input, row after row
+    std::int64_t samples = 0;               // in rows
     std::vector<std::int64_t> row_offsets;  // [rows + 1]
-    std::vector<std::int64_t> carried;      // places in the input, rising
+    std::vector<std::int64_t> carried;      // numbers of samples, as they came
     std::vector<std::int64_t> ages;         // of the carried: windows that each has waited
 };
 
-// The first ages.size() lengths were carried before, the others are new: whole windows, and with
-// `finish` the last of all, after which nothing is carried. Rows of a window stand in an order that
-// the seed and the window's number, counted from `first_window`, decide.
-Windowed pack_windows(const std::int64_t* lengths, std::int64_t count,
-                      const std::vector<std::int64_t>& ages, std::int64_t window,
-                      const Limits& limits, const Seed& seed, std::uint64_t first_window,
-                      bool finish);
+// The samples as they come have the numbers order[0], order[1] ... or, without it, 0, 1 ...; the
+// first ages.size() were carried before, the others make whole windows or, with `finish`, any
+// number. A length, at least 1, counts as one row if it is longer. Writes the numbers of those in
+// rows, row after row, to `samples`, which has room for `count`.
+Windowed pack_windows(const Lengths& lengths, const std::uint32_t* order, std::int64_t count,
+                      const std::vector<std::int64_t>& ages, const Windows& windows,
+                      std::int64_t* samples);
 
 }  // namespace hermes

@@ -26,11 +26,11 @@ __all__: list[str] = [
     "differentiate_attention",
     "map_file",
     "pack",
+    "pack_in_windows",
     "pack_windows",
     "pool_state",
     "range_numbers",
     "read_ahead",
-    "shuffle",
     "this_cpu",
 ]
 
@@ -159,6 +159,19 @@ def pack(
     Plan of whole samples in rows; four random words shuffle them, none leave them.
     """
 
+def pack_in_windows(
+    lengths: numpy.ndarray,
+    *,
+    row_length: typing.SupportsInt | typing.SupportsIndex,
+    too_long: str,
+    max_samples: typing.SupportsInt | typing.SupportsIndex,
+    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+    window: typing.SupportsInt | typing.SupportsIndex,
+) -> Packed:
+    """
+    The same, a window of samples at a time, which the words shuffle before.
+    """
+
 def pack_windows(
     lengths: numpy.typing.NDArray[numpy.int64],
     ages: numpy.typing.NDArray[numpy.int64],
@@ -196,15 +209,6 @@ def read_ahead(
 ) -> None:
     """
     Ask the kernel to read what these rows will need, and do not wait for it.
-    """
-
-def shuffle(
-    count: typing.SupportsInt | typing.SupportsIndex,
-    *,
-    seed_words: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
-) -> numpy.typing.NDArray[numpy.int64]:
-    """
-    The numbers below count in an order that four random words decide.
     """
 
 def this_cpu() -> tuple[bool, bool, bool]:

@@ -258,14 +258,17 @@ def pack(
     words = [] if seed is None else seed_words(seed)
     if max_samples is not None:
         max_samples = check_integer("max_samples", max_samples, 1, _C.MAX_SAMPLES)
-    made = _C.pack(
-        values,
-        row_length=row_length,
-        strategy="best_fit_decreasing" if strategy == "windowed" else strategy,
-        too_long=too_long,
-        max_samples=_C.MAX_SAMPLES if max_samples is None else max_samples,
-        seed_words=[] if strategy == "windowed" else words,
-    )
+    options: dict[str, Any] = {
+        "row_length": row_length,
+        "too_long": too_long,
+        "max_samples": _C.MAX_SAMPLES if max_samples is None else max_samples,
+        "seed_words": words,
+    }
+    if strategy == "windowed":
+        window = check_integer("window", window, 1, _C.MAX_SAMPLES)
+        made = _C.pack_in_windows(values, window=window, **options)
+    else:
+        made = _C.pack(values, strategy=strategy, **options)
     if len(made.samples) == 0:
         raise ValueError(
             f"all {len(values)} samples are longer than row_length={row_length} and were "
@@ -273,46 +276,13 @@ def pack(
         )
     none = np.zeros(0, np.int64)
     truncated = np.flatnonzero(values > row_length) if too_long == "truncate" else none
-    samples, row_offsets, made_by = made.samples, made.row_offsets, cast(Strategy, made.strategy)
-    if strategy == "guided" and len(row_offsets) - 1 > made.lower_bound:
+    made_by = cast(Strategy, made.strategy)
+    if strategy == "guided" and len(made.row_offsets) - 1 > made.lower_bound:
         made_by = strategy  # it was tried, also where it found nothing better
-    elif strategy == "windowed":  # what decides the bounds was counted above
-        made_by = strategy
-        samples, row_offsets = _pack_in_windows(
-            values, row_length, too_long, max_samples, window, words
-        )
     return Packing(
-        samples, row_offsets, row_length, made.tokens, made.lower_bound, made.longest,
+        made.samples, made.row_offsets, row_length, made.tokens, made.lower_bound, made.longest,
         made.shortest, made.dropped, truncated, made_by, too_long, seed, max_samples, fingerprint,
     )  # fmt: skip
-
-
-def _pack_in_windows(
-    lengths: NDArray[np.integer],
-    row_length: int,
-    too_long: TooLong,
-    max_samples: int | None,
-    window: int,
-    words: list[int],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    order = _C.shuffle(len(lengths), seed_words=words) if words else np.arange(len(lengths))
-    ordered = lengths.take(order)
-    if too_long == "drop":
-        fitting = ordered <= row_length
-        order, ordered = order[fitting], ordered[fitting]
-    elif too_long == "truncate" and ordered.max() > row_length:
-        ordered = np.minimum(ordered, ordered.dtype.type(row_length))
-    made = _C.pack_windows(
-        ordered.astype(np.int64, copy=False),
-        np.zeros(0, np.int64),
-        window=check_integer("window", window, 1, _C.MAX_SAMPLES),
-        row_length=row_length,
-        max_samples=max_samples or _C.MAX_SAMPLES,
-        seed_words=words,
-        first_window=0,
-        finish=True,
-    )
-    return order.take(made.samples), made.row_offsets
 
 
 def seed_words(seed: int) -> list[int]:
