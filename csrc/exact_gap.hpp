@@ -2,9 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <vector>
 
 #include "bit_tree.hpp"
@@ -17,7 +17,7 @@ namespace hermes {
 // of kDepth levels, kBranches samples are tried, and under each kPairs pairs. Where that finds
 // nothing, kMixtures of what was taken at once with another class are tried. Both count as steps.
 constexpr std::int64_t kFine = 4;
-constexpr int kDepth = 4;
+constexpr std::size_t kDepth = 4;
 constexpr int kBranches = 16;
 constexpr int kPairs = 256;
 constexpr std::int64_t kMixtures = 1 << 12;
@@ -34,10 +34,6 @@ struct Part {  // of a row
 
 // Sorts parts by class, and makes those of one class one.
 inline void join_parts(std::vector<Part>& parts) {
-    const auto not_below = [](const Part& a, const Part& b) { return a.of_class >= b.of_class; };
-    if (std::adjacent_find(parts.begin(), parts.end(), not_below) == parts.end()) {
-        return;
-    }
     std::sort(parts.begin(), parts.end(),
               [](const Part& a, const Part& b) { return a.of_class < b.of_class; });
     std::size_t size = 0;
@@ -96,8 +92,8 @@ public:
 
     // So many samples of a class more.
     void add(std::size_t c, std::int64_t samples) {
-        left_[c] += static_cast<std::uint32_t>(samples);
-        present_.add(c);
+        put_back(c, samples);
+        last_ = std::max(last_, c);
     }
 
     // Bounds the search of all rows from here on.
@@ -155,17 +151,16 @@ public:
             times = std::min(times, part.samples == 1 ? all : quotient(all, part.samples));
         }
         for (const Part& part : parts) {
-            left_[part.of_class] -= static_cast<std::uint32_t>(times * part.samples);
-            if (left_[part.of_class] == 0) {
-                present_.remove(part.of_class);
-            }
+            remove(part.of_class, times * part.samples);
         }
         return times;
     }
 
 private:
     void begin_row() {
-        last_ = present_.last();
+        if (!present_.has(last_)) {
+            last_ = present_.last();
+        }
         places_ = limits_.samples;
         gap_ = limits_.tokens;
     }
@@ -180,9 +175,13 @@ private:
             c = largest(gap_, c);
         }
         least_gap_ = gap_;
+        tail_ = 0;
+        const bool found = gap_ == 0 || within(steps_of_row_, [&] { return search(gap_, c, 0); });
         best_ = row_;
-        if (gap_ > 0 && !within(steps_of_row_, [&] { return search(gap_, c, 0); }) &&
-            !within(kMixtures, [&] { return mix(gap_); })) {
+        for (std::size_t i = 0; i < tail_; ++i) {
+            best_.push_back({best_path_[i], 1});
+        }
+        if (!found && !within(kMixtures, [&] { return mix(gap_); })) {
             fill_up();
         }
         while (!row_.empty()) {
@@ -207,13 +206,22 @@ private:
         return present_.next(std::max<std::size_t>(slots_.fitting(gap), from));
     }
 
-    std::int64_t take(std::size_t c, std::int64_t samples) {
-        row_.push_back({static_cast<std::uint32_t>(c), samples});
-        places_ -= samples;
+    void put_back(std::size_t c, std::int64_t samples) {
+        left_[c] += static_cast<std::uint32_t>(samples);
+        present_.add(c);
+    }
+
+    void remove(std::size_t c, std::int64_t samples) {
         left_[c] -= static_cast<std::uint32_t>(samples);
         if (left_[c] == 0) {
             present_.remove(c);
         }
+    }
+
+    std::int64_t take(std::size_t c, std::int64_t samples) {
+        row_.push_back({static_cast<std::uint32_t>(c), samples});
+        places_ -= samples;
+        remove(c, samples);
         return samples;
     }
 
@@ -221,29 +229,29 @@ private:
         const Part part = row_.back();
         row_.pop_back();
         places_ += part.samples;
-        left_[part.of_class] += static_cast<std::uint32_t>(part.samples);
-        present_.add(part.of_class);
+        put_back(part.of_class, part.samples);
     }
 
-    bool keep(std::int64_t gap, std::initializer_list<std::size_t> added) {
+    // Is it the best row seen, one of `depth` samples on the path and so many more?
+    bool keep(std::int64_t gap, std::size_t depth, std::size_t a, std::size_t b, std::size_t more) {
         if (gap >= least_gap_) {
             return false;
         }
         least_gap_ = gap;
-        best_ = row_;
-        for (const std::size_t c : added) {
-            best_.push_back({static_cast<std::uint32_t>(c), 1});
-        }
+        best_path_ = path_;
+        best_path_[depth] = static_cast<std::uint32_t>(a);
+        best_path_[depth + 1] = static_cast<std::uint32_t>(b);
+        tail_ = depth + more;
         return gap == 0;
     }
 
     // Looks for samples, from class `from` on, that fill the gap; keeps the best row seen.
-    bool search(std::int64_t gap, std::size_t from, int depth) {
+    bool search(std::int64_t gap, std::size_t from, std::size_t depth) {
         const std::size_t c = largest(gap, from);
         if (c == present_.end() || places_ == 0) {
             return false;
         }
-        if (keep(gap - slots_.length(c), {c})) {
+        if (keep(gap - slots_.length(c), depth, c, c, 1)) {
             return true;
         }
         const std::int64_t shortest = slots_.length(last_);
@@ -259,7 +267,7 @@ private:
             const std::int64_t rest = gap - slots_.length(a);
             const std::size_t b = slots_.find(rest);
             if (b < slots_.size() && present_.has(b) && (a != b || left_[a] > 1)) {
-                return keep(0, {a, b});
+                return keep(0, depth, a, b, 2);
             }
             a = present_.next(a + 1);
         }
@@ -268,9 +276,12 @@ private:
         }
         a = start;
         for (int i = 0; i < kBranches && a != present_.end(); ++i) {
-            take(a, 1);
+            path_[depth] = static_cast<std::uint32_t>(a);
+            --places_;
+            remove(a, 1);
             const bool found = search(gap - slots_.length(a), a, depth + 1);
-            give_back();
+            put_back(a, 1);
+            ++places_;
             if (found || --steps_ < 0) {
                 return found;
             }
@@ -315,7 +326,10 @@ private:
                     if (some > 0) {
                         take(a, some);
                     }
-                    return keep(0, {b});
+                    best_ = row_;
+                    best_.push_back({static_cast<std::uint32_t>(b), 1});
+                    least_gap_ = 0;
+                    return true;
                 }
                 a = present_.next(a + 1);
             }
@@ -347,6 +361,8 @@ private:
     std::vector<std::uint32_t> left_;
     std::size_t last_ = 0;          // no class behind it has samples
     std::vector<Part> row_, best_;  // being tried; with the least gap so far
+    std::array<std::uint32_t, kDepth + 2> path_{}, best_path_{};  // what a search adds, one of each
+    std::size_t tail_ = 0;                                        // of best_path_
     std::int64_t steps_of_row_, all_steps_ = 0;
     std::int64_t places_ = 0, gap_ = 0, steps_ = 0, least_gap_ = 0;
 };

@@ -124,6 +124,10 @@ def test_pack_refuses_by_name_and_value(
 ) -> None:
     with pytest.raises(kind, match=message):
         _C.pack(**{"lengths": np.array([1, 2]), **PACK, **change})
+    if "strategy" not in change:
+        in_windows = {name: value for name, value in PACK.items() if name != "strategy"}
+        with pytest.raises(kind, match=message):
+            _C.pack_in_windows(**{"lengths": np.array([1, 2]), **in_windows, "window": 9, **change})
 
 
 def test_read_only_arrays_are_taken_and_not_written() -> None:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_core import _C, Packing, pack
+from hermes_core import Packing, pack
 from hermes_core.packing import Strategy, seed_words
-from twins.packing import ExactGap, shuffle, shuffle_rows, xoshiro
+from twins.packing import ExactGap, shuffle_rows, xoshiro
 
 STRATEGIES: list[Strategy] = ["best_fit_decreasing", "first_fit_decreasing"]
 EVERY: list[Strategy] = [*STRATEGIES, "exact_gap", "best"]
@@ -192,14 +192,6 @@ def test_rows_are_shuffled_by_buckets_then_fisher_and_yates(samples: int, longes
     for seed in (0, 1 << 100):
         packing = pack(lengths, row_length=2_000, seed=seed)
         assert rows_of(packing) == shuffle_rows(rows, samples, xoshiro(seed_words(seed)))
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2, 65_536, 66_049])
-def test_order_of_samples_is_by_fisher_and_yates(rows: int) -> None:
-    for seed in (0, 1 << 100):
-        order = list(range(rows))
-        shuffle(order, xoshiro(seed_words(seed)))
-        assert _C.shuffle(rows, seed_words=seed_words(seed)).tolist() == order
 
 
 def test_every_order_is_as_likely_as_another() -> None:

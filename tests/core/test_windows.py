@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hermes_core import pack
 from hermes_core.packing import seed_words
 from hermes_core.windows import PackedRows, WindowedPacker
-from twins.packing import windows
+from twins.packing import seed_for, shuffle, windows, xoshiro
 
 ROW = 16_384
 Rows = list[list[int]]
@@ -62,7 +62,7 @@ def test_every_sample_is_in_one_row_and_no_row_is_too_long(
 @given(
     seed=st.integers(0, 1 << 40),
     window=st.sampled_from([1, 30, 130, 200]),
-    row_length=st.sampled_from([64, 500, 1_000, 9_973]),
+    row_length=st.sampled_from([64, 500, 1_000, 9_973, 1_000_003]),
     share=st.sampled_from([2, 3, 8, 40]),
     max_samples=st.sampled_from([None, 1, 2, 3, 10]),
 )
@@ -75,6 +75,39 @@ def test_rows_equal_those_of_the_plain_twin(
     )
     want = windows(lengths.tolist(), row_length, max_samples or 1 << 31, window, seed_words(seed))
     assert packed(packer, lengths, 150) == want
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
+@pytest.mark.parametrize("longest", [90, 70_000, 1 << 30])  # a slot for each length, and not
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_a_whole_set_is_shuffled_by_fisher_and_yates_and_packed_as_by_the_twin(
+    dtype: type, longest: int, too_long: Any
+) -> None:
+    lengths = np.random.default_rng(longest).integers(1, longest + 1, 650).astype(dtype)
+    row_length, words = longest - longest // 20, seed_words(1 << 100)
+    order = list(range(len(lengths)))
+    shuffle(order, xoshiro(words))
+    if too_long == "drop":
+        order = [i for i in order if lengths[i] <= row_length]
+    cut = [min(int(lengths[i]), row_length) for i in order]
+    want = [[order[i] for i in row] for row in windows(cut, row_length, 1 << 31, 100, words)]
+    plan = pack(
+        lengths, row_length=row_length, strategy="windowed", window=100, too_long=too_long,
+        seed=1 << 100,
+    )  # fmt: skip
+    rows = [plan.samples[a:b].tolist() for a, b in pairwise(plan.row_offsets)]
+    assert rows == want
+    assert sorted(plan.samples.tolist() + plan.dropped.tolist()) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("samples", [65_536, 66_049, 66_560])
+def test_orders_of_more_samples_are_those_of_the_twin(samples: int) -> None:
+    order = list(range(samples))
+    shuffle(order, xoshiro(seed_words(7)))
+    plan = pack([5] * samples, row_length=5, strategy="windowed", window=samples, seed=7)
+    made = list(range(samples))
+    shuffle(made, xoshiro(seed_for(seed_words(7), 0)))
+    assert plan.samples.tolist() == [order[row] for row in made]
 
 
 @pytest.mark.parametrize("chunk", [1, 333, 1_000, 2_500, 9_000])
