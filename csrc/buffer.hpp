@@ -5,16 +5,36 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 namespace hermes {
+
+inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_t bytes) {
+#ifdef __linux__
+    constexpr std::uintptr_t huge = std::uintptr_t{1} << 21;
+    const auto begin = (reinterpret_cast<std::uintptr_t>(data) + huge - 1) / huge * huge;
+    const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / huge * huge;
+    if (begin < end) {  // a hint: failure costs speed alone
+        ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    }
+#endif
+}
+
+// For an empty vector, before its memory is touched.
+template <class T>
+void reserve_in_huge_pages(std::vector<T>& elements, std::size_t count) {
+    elements.reserve(count);
+    prefer_huge_pages(elements.data(), count * sizeof(T));
+}
 
 template <class T>
 class Buffer {
@@ -60,11 +80,7 @@ private:
         if (data == nullptr) {
             throw std::bad_alloc();
         }
-#ifdef __linux__
-        if (alignment == huge) {
-            ::madvise(data, bytes, MADV_HUGEPAGE);  // a hint: failure costs speed alone
-        }
-#endif
+        prefer_huge_pages(data, bytes);
         return static_cast<T*>(data);
     }
     std::unique_ptr<T[], Free> data_;

@@ -20,6 +20,7 @@ Plan RowList::plan(std::size_t classes) const {
     std::partial_sum(starts.begin(), starts.end(), starts.begin());
     Plan plan;
     plan.rows = rows_;
+    reserve_in_huge_pages(plan.placements, placements_.size());
     plan.placements.resize(placements_.size());
     for (std::size_t i = 0; i < placements_.size(); ++i) {
         plan.placements[starts[of_class_[i]]++] = placements_[i];
@@ -47,7 +48,7 @@ void add_by_exact_gap(const std::vector<LengthClass>& classes,
 Plan plan_by_exact_gap(const std::vector<LengthClass>& classes, const Limits& limits) {
     std::vector<std::uint32_t> of_class(classes.size());
     std::iota(of_class.begin(), of_class.end(), 0U);
-    RowList rows;
+    RowList rows(classes.size());
     add_by_exact_gap(classes, of_class, limits, rows);
     return rows.plan(classes.size());
 }

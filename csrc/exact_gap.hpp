@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bit_tree.hpp"
+#include "buffer.hpp"
 #include "packing.hpp"
 #include "slots.hpp"
 
@@ -50,6 +51,10 @@ inline void join_parts(std::vector<Part>& parts) {
 // Rows as they are made, one kind after another.
 class RowList {
 public:
+    explicit RowList(std::size_t placements = 0) {
+        reserve_in_huge_pages(of_class_, placements);
+        reserve_in_huge_pages(placements_, placements);
+    }
     // `rows` rows of these parts, whose classes are numbers of `of_class`.
     void add(const std::vector<Part>& parts, std::int64_t rows,
              const std::vector<std::uint32_t>& of_class) {
@@ -84,11 +89,10 @@ public:
     // `steps` bounds the search of a row; without steps left, a row takes the longest samples that
     // fit, as first fit would.
     Search(const Slots& slots, const Limits& limits, std::int64_t steps)
-        : slots_(slots),
-          present_(slots.size()),
-          limits_(limits),
-          left_(slots.size()),
-          steps_of_row_(steps) {}
+        : slots_(slots), present_(slots.size()), limits_(limits), steps_of_row_(steps) {
+        reserve_in_huge_pages(left_, slots.size());
+        left_.resize(slots.size());
+    }
 
     // So many samples of a class more.
     void add(std::size_t c, std::int64_t samples) {

@@ -20,10 +20,10 @@ struct Run {  // rows first, first + 1, ... each with this room
 class Sleepers {
 public:
     Sleepers(const std::vector<LengthClass>& classes, std::int64_t row_length)
-        : fitting_(classes, row_length),
-          heads_(classes.size(), kNone),
-          shortest_(classes.back().length) {
-        runs_.reserve(classes.size());
+        : fitting_(classes, row_length), shortest_(classes.back().length) {
+        reserve_in_huge_pages(heads_, classes.size());
+        heads_.resize(classes.size(), kNone);
+        reserve_in_huge_pages(runs_, classes.size());
     }
 
     void add(const Run& run) {
@@ -127,7 +127,7 @@ private:
 template <class Active>
 Plan place(const std::vector<LengthClass>& classes, const Limits& limits, std::int64_t max_rows) {
     Plan plan;
-    plan.placements.reserve(classes.size());
+    reserve_in_huge_pages(plan.placements, classes.size());
     Sleepers sleepers(classes, limits.tokens);
     Active active(max_rows);
     std::vector<Run> woken;

@@ -237,7 +237,7 @@ void sort_in_digits(const Keys<T>& keys, std::size_t count, std::uint32_t* ids,
     for (std::size_t i = 0; i < count; ++i) {
         different += i == 0 || pairs[i] >> 32 != pairs[i - 1] >> 32;
     }
-    classes.reserve(different);
+    reserve_in_huge_pages(classes, different);
     for (std::size_t i = 0; i < count; ++i) {
         ids[i] = static_cast<std::uint32_t>(pairs[i]);
         const std::int64_t length = keys.top - static_cast<std::int64_t>(pairs[i] >> 32);
