@@ -152,7 +152,11 @@ public:
         std::int64_t times = kMaxSamples;
         for (const Part& part : parts) {
             const std::int64_t all = left(part.of_class);
-            times = std::min(times, part.samples == 1 ? all : quotient(all, part.samples));
+            if (all < 2 * part.samples) {
+                times = 1;
+                break;
+            }
+            times = std::min(times, quotient(all, part.samples));
         }
         for (const Part& part : parts) {
             remove(part.of_class, times * part.samples);
@@ -185,7 +189,8 @@ private:
         for (std::size_t i = 0; i < tail_; ++i) {
             best_.push_back({best_path_[i], 1});
         }
-        if (!found && !within(kMixtures, [&] { return mix(gap_); })) {
+        if (!found && !within(kMixtures, [&] { return mix(gap_); }) &&
+            least_gap_ >= slots_.length(last_)) {
             fill_up();
         }
         while (!row_.empty()) {

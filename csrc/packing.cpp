@@ -61,30 +61,45 @@ private:
 };
 
 // Runs that fit the class at hand; take() gives the one with the least room, then the lowest.
-// Lengths fall, so whatever wakes has less room than all that woke before: a stack is in order.
+// Lengths fall, so whatever wakes has less room than all that woke before, and what was put back
+// less than any: a stack of heaps, as of many that wake together few may be taken.
 class LeastRoomFirst {
 public:
     explicit LeastRoomFirst(std::int64_t) {}
     bool empty() const {
-        return stack_.empty();
+        return runs_.empty();
     }
-    void wake(std::vector<Run>& runs) {
-        std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) {
-            return a.room != b.room ? a.room > b.room : a.first > b.first;
-        });
-        stack_.insert(stack_.end(), runs.begin(), runs.end());
+    void wake(const std::vector<Run>& runs) {
+        if (!runs.empty()) {
+            heaps_.push_back(runs_.size());
+            runs_.insert(runs_.end(), runs.begin(), runs.end());
+            std::make_heap(last_heap(), runs_.end(), comes_later);
+        }
     }
     void put_back(const Run& run) {
-        stack_.push_back(run);
+        heaps_.push_back(runs_.size());
+        runs_.push_back(run);
     }
     Run take() {
-        const Run run = stack_.back();
-        stack_.pop_back();
+        std::pop_heap(last_heap(), runs_.end(), comes_later);
+        const Run run = runs_.back();
+        runs_.pop_back();
+        if (runs_.size() == heaps_.back()) {
+            heaps_.pop_back();
+        }
         return run;
     }
 
 private:
-    std::vector<Run> stack_;
+    std::vector<Run>::iterator last_heap() {
+        return runs_.begin() + static_cast<std::ptrdiff_t>(heaps_.back());
+    }
+    static bool comes_later(const Run& a, const Run& b) {
+        return a.room != b.room ? a.room > b.room : a.first > b.first;
+    }
+
+    std::vector<Run> runs_;
+    std::vector<std::size_t> heaps_;  // where each begins
 };
 
 // Runs that fit the class at hand; take() gives the lowest-numbered, found in a tree of bits.

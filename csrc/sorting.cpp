@@ -211,23 +211,25 @@ void give_parts(const Parts& parts, const std::vector<std::uint32_t>& begins, st
 template <class T>
 void sort_in_digits(const Keys<T>& keys, std::size_t count, std::uint32_t* ids,
                     std::vector<LengthClass>& classes) {
-    constexpr int digit_bits = 8;
+    constexpr int digit_bits = 8, digits = 32 / digit_bits;
     constexpr std::size_t line = 64 / sizeof(std::uint64_t);
+    const auto digit_of = [](std::uint64_t key, int digit) {
+        return static_cast<std::uint8_t>(key >> (digit * digit_bits));
+    };
     Buffer<std::uint64_t> pairs(count), other(count);  // key, then id
+    std::array<std::array<std::size_t, (1 << digit_bits) + 1>, digits> all_starts{};
     for (std::size_t id = 0; id < count; ++id) {
-        pairs[id] = std::uint64_t{keys(id)} << 32 | id;
-    }
-    for (int shift = 0; keys.top >> shift != 0; shift += digit_bits) {
-        const auto digit_of = [shift](std::uint64_t pair) {
-            return static_cast<std::uint8_t>(pair >> (32 + shift));
-        };
-        std::array<std::size_t, (1 << digit_bits) + 1> starts{};
-        for (const std::uint64_t pair : pairs) {
-            ++starts[digit_of(pair) + 1];
+        const std::uint64_t key = keys(id);
+        pairs[id] = key << 32 | id;
+        for (int digit = 0; digit < digits; ++digit) {
+            ++all_starts[digit][digit_of(key, digit) + 1];
         }
+    }
+    for (int digit = 0; keys.top >> (digit * digit_bits) != 0; ++digit) {
+        auto& starts = all_starts[digit];
         std::partial_sum(starts.begin(), starts.end(), starts.begin());
         for (const std::uint64_t pair : pairs) {
-            std::uint64_t* const place = other.data() + starts[digit_of(pair)]++;
+            std::uint64_t* const place = other.data() + starts[digit_of(pair >> 32, digit)]++;
             *place = pair;
             __builtin_prefetch(place + line, 1);
         }
