@@ -258,13 +258,10 @@ std::int64_t lower_bound(const std::vector<LengthClass>& classes, const Limits& 
              ++alone) {
             room_beside -= classes[alone].count * (row_length - classes[alone].length);
         }
-        const std::int64_t extra = small_tokens - room_beside;
-        if (extra > 0) {
-            most_extra = std::max(most_extra, (extra + row_length - 1) / row_length);
-        }
+        most_extra = std::max(most_extra, small_tokens - room_beside);
         small_tokens -= classes[i].length * classes[i].count;
     }
-    return std::max(large + most_extra, by_samples);
+    return std::max(large + (most_extra + row_length - 1) / row_length, by_samples);
 }
 
 }  // namespace hermes
