@@ -20,6 +20,9 @@ export TOKENIZERS_PARALLELISM ?= false
 # The tests start hundreds of processes: without caches each would compile torch and vLLM anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+# A file of tests stays together, for what its tests share; the longest ones are collected early.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test check unit heavy install stubs lock clean
 .DELETE_ON_ERROR:
 
@@ -39,10 +42,10 @@ check: $(PACKAGE)
 	$(BIN)/mypy
 
 unit: $(PACKAGE)
-	$(BIN)/pytest -m "not heavy"
+	$(BIN)/pytest $(WORKERS) -m "not heavy"
 
 heavy: $(PACKAGE)
-	$(BIN)/pytest -m heavy --durations=15
+	$(BIN)/pytest $(WORKERS) -m heavy --durations=15
 
 install: $(PACKAGE)
 

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 
 MISTAKEN, STOPPED, INTERRUPTED, UNREAD = 2, 75, 130, 141
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 3.0  # what comes so soon after a Ctrl-C is the same one
 # Typer keeps lines apart that have an empty one between them.
 EXIT_CODES = """Exit codes:
@@ -24,7 +25,8 @@ EXIT_CODES = """Exit codes:
 
 3: `train` met a gradient that is not finite; nothing of that step is saved
 
-75: stopped by SIGTERM before it was done; what is done is safe, and the same command goes on
+75: stopped by SIGTERM, or as its terminal closed, before it was done; what is done is safe, and
+the same command goes on
 
 128 + n: ended by signal n, as 130 by Ctrl-C and 141 where nobody reads the output"""
 
@@ -57,6 +59,8 @@ def open_closed_streams() -> None:
 def hearing_signals() -> Iterator[Callable[[], bool]]:
     """Let SIGTERM, which schedulers send, end a command as Ctrl-C does; tells if it has come.
 
+    So does SIGHUP, of a terminal that closes, unless nohup has it ignored.
+
     Another Ctrl-C in the midst of cleaning up would leave a mess, or a worker that waits for ever.
     """
     told: list[int] = []
@@ -74,8 +78,10 @@ def hearing_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, on_sigint)
         signal.raise_signal(signal.SIGINT)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     signal.signal(signal.SIGTERM, on_sigterm)
+    if before[signal.SIGHUP] != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, on_sigterm)
     if before[signal.SIGINT] != signal.SIG_IGN:
         signal.signal(signal.SIGINT, on_sigint)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from dialects import CHATML, LLAMA3, Dialect
 from hermes_pipeline.chat import parse
 from hermes_pipeline.cli import main
+from hermes_pipeline.exits import STOPPING
 from hermes_pipeline.services.hub import load_template
 from hermes_pipeline.tokenization import Tokenization, TokenizerState
 from running import Ended, Hermes4
@@ -160,10 +162,14 @@ def hermes4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     def run(*words: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["hermes4", *map(str, words)])
         code: object = 0
+        handlers = {number: signal.getsignal(number) for number in STOPPING}
         try:
             main()
         except SystemExit as ended:
             code = ended.code
+        finally:  # a command that is stopped ignores all of them from there on
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return Ended(code, *capsys.readouterr())
 
     return run

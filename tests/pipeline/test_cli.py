@@ -248,7 +248,9 @@ def test_a_defect_keeps_its_traceback(hermes4: Hermes4, monkeypatch: pytest.Monk
         hermes4("pack", "store")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
+)
 def test_a_signal_is_one_line_and_has_its_exit_code(tmp_path: Path, number: int, code: int) -> None:
     os.mkfifo(tmp_path / "store.json")
     words = [sys.executable, "-m", "hermes_pipeline", "pack", str(tmp_path)]

@@ -24,6 +24,7 @@ from hermes_pipeline.exits import (
     INTERRUPTED,
     MISTAKEN,
     STOPPED,
+    STOPPING,
     hearing_signals,
     open_closed_streams,
     say,
@@ -111,7 +112,7 @@ def main() -> None:
     with hearing_signals() as is_told_to_stop:
         code = _run()
     if code == INTERRUPTED:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # another one changes nothing any more
         code = STOPPED if is_told_to_stop() else INTERRUPTED
     raise SystemExit(code)

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TextIO
 
 from rich.console import Console
@@ -126,8 +126,13 @@ def progress(
         # Where a terminal is narrow the note is folded, so that no figure is cut.
         TextColumn("{task.fields[note]}", table_column=Column()),
     )
-    with Progress(*columns, console=Console(file=stream)) as bar:
+    bar = Progress(*columns, console=Console(file=stream))
+    bar.start()
+    try:
         yield _Bar(bar, stage, total, unit, done)
+    finally:
+        with suppress(OSError):  # of a terminal that is gone: why we end says more
+            bar.stop()
 
 
 class JsonLines:

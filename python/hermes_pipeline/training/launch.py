@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hermes_pipeline.exits import STOPPING
 from hermes_pipeline.training.run import PARENT
 
 POLL_S = 0.05
@@ -115,9 +116,12 @@ def _signals_handed_to(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
     def hand_on(number: int, frame: types.FrameType | None) -> None:
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in before.items():
+        if (number, handler) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup has it
+            signal.signal(number, hand_on)
     try:
         yield
     finally:

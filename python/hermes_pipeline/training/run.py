@@ -288,8 +288,9 @@ class _Observer:
             )
             try:
                 self._counter.advance(1, note)
-            except BrokenPipeError:
-                self._stop.exit_code = UNREAD  # once this far is saved
+            except OSError:  # nobody reads it, or the terminal is gone
+                if not self._stop():
+                    self._stop.exit_code = UNREAD  # once this far is saved
 
 
 def _say(rank: int, text: str, *, name: str = "train") -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +58,22 @@ class Bench:
 
     @contextmanager
     def started(
-        self, name: str, *, processes: int = 1, settings: tuple[str, ...] = EACH_STEP
+        self,
+        name: str,
+        *,
+        processes: int = 1,
+        settings: tuple[str, ...] = EACH_STEP,
+        before: Sequence[str] = (),
+        terminal: int | None = None,
     ) -> Iterator[subprocess.Popen[str]]:
-        """A run in the background, which does not outlive the test."""
+        """A run in the background, at a terminal or a pipe, which does not outlive the test."""
         words = self.command(
             self.recipe, self.folder / name, processes=processes, settings=settings, **self.paths
         )
-        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        speaks = subprocess.PIPE if terminal is None else terminal
+        with subprocess.Popen(
+            [*before, *words], stdin=terminal, stderr=speaks, text=True
+        ) as process:
             try:
                 yield process
             finally:
@@ -226,6 +237,18 @@ def test_run_that_nobody_reads_of_ends_with_its_steps_saved(bench: Bench) -> Non
         process.stderr.close()
         assert process.wait(PATIENCE_S) == 141
     assert checkpoint_steps(bench.folder / "unread") == [len(figures(bench.folder / "unread"))]
+
+
+def test_run_whose_terminal_closes_ends_with_its_steps_saved(bench: Bench) -> None:
+    settings = ("training.steps=10000", "data.local_rows=2", "checkpoint.every=10000")
+    ours, theirs = pty.openpty()
+    owned = ["setsid", "--ctty"]  # what closes is the terminal of the run, not of the tests
+    with bench.started("hung", settings=settings, before=owned, terminal=theirs) as process:
+        os.close(theirs)
+        bench.wait_for("hung", 1, process)
+        os.close(ours)
+        assert process.wait(PATIENCE_S) == 75
+    assert checkpoint_steps(bench.folder / "hung") == [len(figures(bench.folder / "hung"))]
 
 
 @pytest.fixture(scope="module")
