@@ -216,11 +216,13 @@ Packed pack_in_windows(const py::array& given, std::int64_t row_length, const st
     hermes::Sorted sorted;
     hermes::Windowed made;
     std::vector<std::int64_t> dropped;
+    std::int64_t lower_bound = 0;
     {
         py::gil_scoped_release release;
-        hermes::Buffer<std::uint32_t> ids(std::max(count, hermes::spare_words(lengths, scanned)));
+        hermes::Buffer<std::uint32_t> ids(count);
         sorted = hermes::sort_lengths(lengths, scanned, row_length, ids.data());
-        std::iota(ids.begin(), ids.begin() + count, 0U);
+        lower_bound = hermes::lower_bound(sorted.classes, limits);
+        std::iota(ids.begin(), ids.end(), 0U);
         if (!seed_words.empty()) {
             hermes::Xoshiro256 random(seed);
             hermes::shuffle(ids.data(), count, random);
@@ -234,7 +236,7 @@ Packed pack_in_windows(const py::array& given, std::int64_t row_length, const st
     }
     Packed packed = measured(sorted.classes);
     packed.strategy = "windowed";
-    packed.lower_bound = hermes::lower_bound(sorted.classes, limits);
+    packed.lower_bound = lower_bound;
     packed.samples = first_of(all, made.samples);
     packed.row_offsets = array_of(std::move(made.row_offsets));
     packed.dropped = array_of(std::move(dropped));
@@ -258,6 +260,9 @@ Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int
     check_range("first_window", first_window, 0, INT64_MAX);
     for (py::ssize_t i = 0; i < lengths.size(); ++i) {
         check_range("lengths", values[i], 1, row_length);
+    }
+    for (py::ssize_t i = 0; i < ages.size(); ++i) {
+        check_range("ages", waited[i], 0, INT64_MAX);
     }
     const hermes::Windows windows{
         window, {row_length, max_samples}, seed_of(seed_words), first_window, finish};

@@ -106,7 +106,7 @@ private:
     // Who has waited long enough has a row now, whether it is full or not; several share one.
     void old_rows(std::vector<Waiting>& samples) {
         std::vector<std::uint32_t> old;
-        for (std::uint32_t i = 0; i < samples.size() && samples[i].age > 0; ++i) {  // carried
+        for (std::uint32_t i = 0; i < samples.size(); ++i) {
             if (samples[i].age >= kOldest) {
                 old.push_back(i);
             }

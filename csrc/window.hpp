@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "lengths.hpp"
 #include "packing.hpp"
 #include "random.hpp"
-#include "sorting.hpp"
 
 namespace hermes {
 

@@ -130,6 +130,14 @@ def test_pack_refuses_by_name_and_value(
             _C.pack_in_windows(**{"lengths": np.array([1, 2]), **in_windows, "window": 9, **change})
 
 
+def test_windows_refuse_an_age_below_0() -> None:
+    with pytest.raises(ValueError, match="ages is -1, outside"):
+        _C.pack_windows(
+            np.full(5, 3), np.array([0, -1]), window=2, row_length=9, max_samples=9, seed_words=[],
+            first_window=0, finish=False,
+        )  # fmt: skip
+
+
 def test_read_only_arrays_are_taken_and_not_written() -> None:
     batch = a_batch()
     for name in (*PARTS, *PLAN, "first_samples"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -110,7 +111,7 @@ def main() -> None:
     """Run `hermes4`; ends the process with one of `EXIT_CODES`."""
     open_closed_streams()
     with hearing_signals() as is_told_to_stop:
-        code = _run()
+        code = _run(is_told_to_stop)
     if code == INTERRUPTED:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # another one changes nothing any more
@@ -118,7 +119,7 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def _run() -> Any:
+def _run(is_told_to_stop: Callable[[], bool]) -> Any:
     """Run the command; a user's mistake is one line on standard error. The exit code."""
     try:
         code = app(prog_name="hermes4", standalone_mode=False)
@@ -137,6 +138,8 @@ def _run() -> Any:
     except BrokenPipeError:
         return unread()
     except (UserError, OSError) as error:  # files and disks, too, are the user's
+        if isinstance(error, OSError) and is_told_to_stop():  # of a terminal that is gone
+            return INTERRUPTED
         if os.environ.get("HERMES4_TRACEBACK"):
             raise
         say(f"hermes4: error: {explain(error) if isinstance(error, OSError) else error}")

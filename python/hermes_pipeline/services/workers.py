@@ -69,14 +69,14 @@ def map_in_order(
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Put Ctrl-C off to the end; the processes started inside never hear of it.
+    """Put Ctrl-C off to the end; the processes started inside never hear of it, nor of a hang-up.
 
     It reaches every process of the terminal, and the first one alone decides.
     """
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     # A process begins with the mask of the thread that starts it.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from typing import Any
 
 from hermes_pipeline.config import flatten
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.exits import INTERRUPTED
+from hermes_pipeline.exits import INTERRUPTED, say
 from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, plan, take
 from hermes_pipeline.sampling.draw import run as run_draws
 from hermes_pipeline.sampling.reading import Reading
@@ -86,7 +86,7 @@ def run(recipe: Recipe, *, pilot: int | None = None, as_json: bool = False) -> N
                 _run_pilot(recipe, source, store, pilot, as_json)
     except KeyboardInterrupt:
         if is_stage(out):
-            sys.stderr.write(f"hermes4: interrupted; {_safe(out)}\n")
+            say(f"hermes4: interrupted; {_safe(out)}")
             raise SystemExit(INTERRUPTED) from None
         raise
 

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.exits import say
 from hermes_pipeline.services.sandbox import open_sandbox
 from hermes_pipeline.services.sandbox.messages import TOKEN
 from hermes_pipeline.services.sandbox.service import Service, check_token, serving
@@ -20,7 +21,7 @@ def run(*, host: str, port: int, workers: int | None, box: str) -> None:
         UserError: no isolation, no token where one is needed, or the port is taken.
     """
     asyncio.run(_run(host, port, workers or len(os.sched_getaffinity(0)), box))
-    sys.stderr.write("stopped\n")
+    say("stopped")
 
 
 async def _run(host: str, port: int, workers: int, box: str) -> None:

@@ -24,7 +24,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     """Run ``python -m hermes_pipeline.training`` on so many processes; the exit code of the run.
 
     The ranks end with this process, also when it is killed. SIGTERM and Ctrl-C are handed on to
-    them: they finish their step and save it.
+    them, a terminal that closes as SIGTERM: they finish their step and save it.
     """
     with _meeting_point(processes) as where:
         ranks = [_start(arguments, rank, processes, where) for rank in range(processes)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, SAME_S, STOPPED, UNREAD, say
+from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, SAME_S, STOPPED, STOPPING, UNREAD, say
 from hermes_pipeline.services.folders import explain, writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
@@ -47,8 +47,9 @@ class StopRequest:
         self.exit_code: int | None = None
         self.training = False  # before the first step there is nothing to wait for
         self._asked_s = -math.inf
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in STOPPING:
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # nohup's
+                signal.signal(number, self._on_signal)
         # The launcher starts us deaf, so that none comes before it is heard.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
 
@@ -56,11 +57,11 @@ class StopRequest:
         return self.exit_code is not None
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        now, repeated = time.monotonic(), self.exit_code is not None
+        now, repeated = time.monotonic(), self.exit_code not in (None, UNREAD)
         if repeated and now - self._asked_s <= SAME_S:
             return
         self._asked_s = now
-        self.exit_code = STOPPED if number == signal.SIGTERM else INTERRUPTED
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
         if not self.training:
             self._end("interrupted before a step was taken; run the same command again to go on")
         if repeated:
@@ -288,7 +289,7 @@ class _Observer:
             )
             try:
                 self._counter.advance(1, note)
-            except OSError:  # nobody reads it, or the terminal is gone
+            except BrokenPipeError:
                 if not self._stop():
                     self._stop.exit_code = UNREAD  # once this far is saved
 
