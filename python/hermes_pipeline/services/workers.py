@@ -47,9 +47,9 @@ def map_in_order(
             yield work, function(work)
         return
     # Spawned, not forked: tokenizers and Arrow have threads.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(setup, given)
-    )
+    spawn = multiprocessing.get_context("spawn")
+    with _no_interrupt():  # what keeps track of its semaphores is a process, too
+        pool = ProcessPoolExecutor(workers, spawn, initializer=_start, initargs=(setup, given))
     pending: deque[tuple[Work, Future[Result]]] = deque()
     try:
         for work in works:
