@@ -15,15 +15,8 @@ SOURCES += ["simplex.cpp", "guide.cpp", "guided.cpp", "choice.cpp", "layout.cpp"
 SOURCES += ["shards.cpp", "rows.cpp", "pool.cpp", "mapping.cpp", "attention.cpp"]
 SOURCES += ["bindings.cpp", "row_bindings.cpp", "attention_bindings.cpp"]
 HEADERS = ["isa.hpp", "buffer.hpp", "lengths.hpp", "sorting.hpp", "packing.hpp", "layout.hpp"]
-HEADERS += [
-    "rows.hpp",
-    "slots.hpp",
-    "mapping.hpp",
-    "exact_gap.hpp",
-    "window.hpp",
-    "random.hpp",
-    "bit_tree.hpp",
-]
+HEADERS += ["rows.hpp", "slots.hpp", "mapping.hpp", "exact_gap.hpp", "window.hpp", "random.hpp"]
+HEADERS += ["bit_tree.hpp"]
 HEADERS += ["simplex.hpp", "knots.hpp", "knapsack.hpp", "guide.hpp", "guided.hpp", "choice.hpp"]
 HEADERS += ["shards.hpp", "pool.hpp", "arrays.hpp", "write_rows.hpp", "attention.hpp"]
 HEADERS += ["attention_vectors.hpp", "attention_blocks.hpp", "threads.hpp"]

@@ -266,15 +266,16 @@ Windows pack_windows(const Int64Array& lengths, const Int64Array& ages, std::int
     }
     const hermes::Windows windows{
         window, {row_length, max_samples}, seed_of(seed_words), first_window, finish};
-    const Int64Array samples = room_for(lengths.size());
+    Int64Array all = room_for(lengths.size());
+    std::int64_t* samples = all.mutable_data();
     hermes::Windowed made;
     {
         py::gil_scoped_release release;
-        made = hermes::pack_windows({values, lengths.size(), hermes::Dtype::int64}, nullptr,
-                                    lengths.size(), {waited, waited + ages.size()}, windows,
-                                    const_cast<std::int64_t*>(samples.data()));
+        made =
+            hermes::pack_windows({values, lengths.size(), hermes::Dtype::int64}, nullptr,
+                                 lengths.size(), {waited, waited + ages.size()}, windows, samples);
     }
-    return {first_of(samples, made.samples), array_of(std::move(made.row_offsets)),
+    return {first_of(all, made.samples), array_of(std::move(made.row_offsets)),
             array_of(std::move(made.carried)), array_of(std::move(made.ages))};
 }
 

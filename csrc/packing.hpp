@@ -69,8 +69,7 @@ public:
 private:
     const LengthClass* classes_;
     std::uint32_t end_;
-    std::vector<std::uint32_t>
-        starts_;  // [k]: the first class that fits into the largest room of k
+    std::vector<std::uint32_t> starts_;  // [k]: the first class that fits the largest room of k
     int shift_ = 0;
 };
 

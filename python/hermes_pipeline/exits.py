@@ -55,11 +55,17 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
+def stopping_signals() -> list[signal.Signals]:
+    """Those that ask a command to stop: not a hang-up where nohup has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOPPING if not (ignored and number == signal.SIGHUP)]
+
+
 @contextlib.contextmanager
 def hearing_signals() -> Iterator[Callable[[], bool]]:
     """Let SIGTERM, which schedulers send, end a command as Ctrl-C does; tells if it has come.
 
-    So does SIGHUP, of a terminal that closes, unless nohup has it ignored.
+    So does SIGHUP, of a terminal that closes.
 
     Another Ctrl-C in the midst of cleaning up would leave a mess, or a worker that waits for ever.
     """
@@ -78,10 +84,9 @@ def hearing_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, on_sigint)
         signal.raise_signal(signal.SIGINT)
 
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    signal.signal(signal.SIGTERM, on_sigterm)
-    if before[signal.SIGHUP] != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, on_sigterm)
+    before = {number: signal.getsignal(number) for number in stopping_signals()}
+    for number in before.keys() - {signal.SIGINT}:
+        signal.signal(number, on_sigterm)
     if before[signal.SIGINT] != signal.SIG_IGN:
         signal.signal(signal.SIGINT, on_sigint)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hermes_pipeline.exits import STOPPING
+from hermes_pipeline.exits import stopping_signals
 from hermes_pipeline.training.run import PARENT
 
 POLL_S = 0.05
@@ -118,10 +118,7 @@ def _signals_handed_to(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[Non
             if process.poll() is None:
                 process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    for number, handler in before.items():
-        if (number, handler) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup has it
-            signal.signal(number, hand_on)
+    before = {number: signal.signal(number, hand_on) for number in stopping_signals()}
     try:
         yield
     finally:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.exits import INTERRUPTED, MISTAKEN, SAME_S, STOPPED, STOPPING, UNREAD, say
+from hermes_pipeline.exits import (
+    INTERRUPTED,
+    MISTAKEN,
+    SAME_S,
+    STOPPED,
+    UNREAD,
+    say,
+    stopping_signals,
+)
 from hermes_pipeline.services.folders import explain, writing
 from hermes_pipeline.services.progress import Counter, progress
 from hermes_pipeline.training import run_folder
@@ -47,9 +55,8 @@ class StopRequest:
         self.exit_code: int | None = None
         self.training = False  # before the first step there is nothing to wait for
         self._asked_s = -math.inf
-        for number in STOPPING:
-            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # nohup's
-                signal.signal(number, self._on_signal)
+        for number in stopping_signals():
+            signal.signal(number, self._on_signal)
         # The launcher starts us deaf, so that none comes before it is heard.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
 

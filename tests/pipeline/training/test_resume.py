@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ STEPS = 12
 PATIENCE_S = 120.0
 COMMON = (f"training.steps={STEPS}", "data.local_rows=2")
 EACH_STEP = (*COMMON, "checkpoint.every=1")
+ENDLESS = ("training.steps=10000", "data.local_rows=2", "checkpoint.every=10000")
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,13 @@ class Bench:
 
     @contextmanager
     def started(
-        self,
-        name: str,
-        *,
-        processes: int = 1,
-        settings: tuple[str, ...] = EACH_STEP,
-        before: Sequence[str] = (),
-        terminal: int | None = None,
+        self, name: str, *, processes: int = 1, settings: tuple[str, ...] = EACH_STEP, **how: Any
     ) -> Iterator[subprocess.Popen[str]]:
-        """A run in the background, at a terminal or a pipe, which does not outlive the test."""
+        """A run in the background, which does not outlive the test."""
         words = self.command(
             self.recipe, self.folder / name, processes=processes, settings=settings, **self.paths
         )
-        speaks = subprocess.PIPE if terminal is None else terminal
-        with subprocess.Popen(
-            [*before, *words], stdin=terminal, stderr=speaks, text=True
-        ) as process:
+        with subprocess.Popen(words, text=True, **{"stderr": subprocess.PIPE} | how) as process:
             try:
                 yield process
             finally:
@@ -214,8 +206,7 @@ def test_second_signal_stops_at_once_unless_it_is_the_same_one(
 ) -> None:
     name = f"twice-{gap_s}"
     rows = 12 if saves_it else 4000  # some of which take longer than the gap
-    settings = ("training.steps=1000", "data.local_rows=2", "checkpoint.every=1000")
-    with bench.started(name, settings=(*settings, f"data.rows={rows}")) as process:
+    with bench.started(name, settings=(*ENDLESS, f"data.rows={rows}")) as process:
         while not (bench.folder / name / "metrics.jsonl").is_file():
             time.sleep(0.05)
         time.sleep(0.5)  # in the midst of training
@@ -230,8 +221,7 @@ def test_second_signal_stops_at_once_unless_it_is_the_same_one(
 
 
 def test_run_that_nobody_reads_of_ends_with_its_steps_saved(bench: Bench) -> None:
-    settings = ("training.steps=10000", "data.local_rows=2", "checkpoint.every=10000")
-    with bench.started("unread", settings=settings) as process:
+    with bench.started("unread", settings=ENDLESS) as process:
         bench.wait_for("unread", 1, process)
         assert process.stderr is not None
         process.stderr.close()
@@ -240,14 +230,12 @@ def test_run_that_nobody_reads_of_ends_with_its_steps_saved(bench: Bench) -> Non
 
 
 def test_run_whose_terminal_closes_ends_with_its_steps_saved(bench: Bench) -> None:
-    settings = ("training.steps=10000", "data.local_rows=2", "checkpoint.every=10000")
     ours, theirs = pty.openpty()
-    owned = ["setsid", "--ctty"]  # what closes is the terminal of the run, not of the tests
-    with bench.started("hung", settings=settings, before=owned, terminal=theirs) as process:
+    with bench.started("hung", settings=ENDLESS, preexec_fn=lambda: os.login_tty(theirs)) as run:
         os.close(theirs)
-        bench.wait_for("hung", 1, process)
+        bench.wait_for("hung", 1, run)
         os.close(ours)
-        assert process.wait(PATIENCE_S) == 75
+        assert run.wait(PATIENCE_S) == 75
     assert checkpoint_steps(bench.folder / "hung") == [len(figures(bench.folder / "hung"))]
 
 
