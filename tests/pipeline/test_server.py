@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -66,10 +68,11 @@ def draw_twice(base_url: str, name: str, folder: Path) -> list[list[int]]:
 
 def test_a_killed_owner_leaves_no_server_behind(model: Path, tmp_path: Path) -> None:
     mark = f"HERMES4_TEST_MARK={tmp_path}"
+    temporary = Path(tempfile.mkdtemp())  # with a path that is short enough for sockets
     owner = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(model), str(tmp_path / "server.log")],
         stdout=subprocess.PIPE,
-        env=os.environ | {"HERMES4_TEST_MARK": str(tmp_path)},
+        env=os.environ | {"HERMES4_TEST_MARK": str(tmp_path), "TMPDIR": str(temporary)},
         text=True,
     )
     try:
@@ -84,6 +87,8 @@ def test_a_killed_owner_leaves_no_server_behind(model: Path, tmp_path: Path) -> 
         owner.wait()
         owner.communicate()
     assert comes_true(lambda: not processes_of(mark), 30), processes_of(mark)
+    shutil.rmtree(temporary / f"torchinductor_{os.getuid()}", ignore_errors=True)
+    temporary.rmdir()  # which holds nothing any more
 
 
 def test_a_server_that_dies_at_start_says_its_last_words(model: Path, tmp_path: Path) -> None:

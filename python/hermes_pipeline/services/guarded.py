@@ -2,7 +2,8 @@
 
 Such a program may be several processes, and a `kill -9` of the first leaves the others. So a
 guard, a small process of its own, starts them as one process group and ends the whole group when
-the program is stopped, when its first process dies, and when we die ourselves, however we die.
+the program is stopped, when its first process dies, and when we die ourselves, however we die. The
+guard gives the program a temporary folder and removes it, with sockets that were never closed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -154,9 +156,18 @@ def guard() -> None:
     It ends when its standard input does, or when the command has.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A short name, as the path of a socket has 107 characters at most.
+    with tempfile.TemporaryDirectory(prefix="h4-", ignore_cleanup_errors=True) as temporary:
+        code = _run(sys.argv[1:], os.environ | {"TMPDIR": temporary})
+    sys.exit(code and 1)
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """The command's exit status, once nothing of it is left."""
     child = subprocess.Popen(
-        sys.argv[1:],
+        command,
         stdin=subprocess.DEVNULL,
+        env=environment,
         start_new_session=True,
         preexec_fn=_end_with_parent,  # safe: the guard has one thread
     )
@@ -173,7 +184,7 @@ def guard() -> None:
             child.wait(GRACE_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # what it has started is in the same group
-    sys.exit(child.wait() and 1)
+    return child.wait()
 
 
 def reserve_port(host: str, port: int) -> int:

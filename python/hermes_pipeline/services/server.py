@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def _environment(given: Mapping[str, str]) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # the model is a folder: nothing is to be fetched
         "PYTHONUNBUFFERED": "1",
+        # What is compiled outlives the server's temporary folder.
+        "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
     }
     if _on_cpu():
         ours["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
