@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -30,13 +31,10 @@ class Range:
     above: float | None = None  # an open lower end
 
     def __contains__(self, value: float) -> bool:
-        # Written so that nan lies outside.
         return (
             (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
             and (self.above is None or value > self.above)
-            and value not in (float("inf"), float("-inf"))
-            and value == value
         )
 
     def __str__(self) -> str:
@@ -45,7 +43,7 @@ class Range:
         parts = [f"above {self.above}"] if self.above is not None else []
         parts += [f"at least {self.low}"] if self.low is not None else []
         parts += [f"at most {self.high}"] if self.high is not None else []
-        return " and ".join(parts) or "finite"
+        return " and ".join(parts)
 
 
 def find_recipe(name: str) -> Path:
@@ -231,6 +229,8 @@ def _value(value: Any, hint: Any, name: str, source: str) -> Any:
         raise UserError(f"{source}: {name} must be {wanted[hint]}, got {value!r}")
     if hint is int and value not in INT64:
         raise UserError(f"{source}: {name} is {value}, which 64 bits do not hold")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{source}: {name} is {value!r}, but must be a finite number")
     if limits is not None and value not in limits:
         raise UserError(f"{source}: {name} is {value!r}, but must be {limits}")
     return value

@@ -274,6 +274,10 @@ def test_data_without_a_conversation_is_a_users_error(
             ["--endpoint", "http://x/v1", "--model", "m", "--max-model-len", "99"],
             "--max-model-len is for a --checkpoint, which is served here; leave it out",
         ),
+        (
+            ["--endpoint", "http://x/v1", "--model", "m", "--set", "model.ready_s=9"],
+            "model.ready_s is for a --checkpoint, which is served here; leave it out",
+        ),
     ],
 )
 def test_one_model_must_be_named(

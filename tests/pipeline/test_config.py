@@ -53,7 +53,7 @@ def test_missing_recipe_file_names_the_known_ones() -> None:
         ("steps = 600", "steps = 6.5", r"training\.steps must be an integer, got 6\.5"),
         ("steps = 600", "steps = true", r"training\.steps must be an integer, got True"),
         ("steps = 600", "steps = 0", r"training\.steps is 0, but must be at least 1"),
-        ("learning_rate = 1e-2", "learning_rate = nan", r"learning_rate is nan, but must be above"),
+        ("learning_rate = 1e-2", "learning_rate = nan", r"is nan, but must be a finite number"),
         (
             "learning_rate = 1e-2",
             "learning_rate = 0",
@@ -110,6 +110,7 @@ def test_setting_takes_toml_values() -> None:
         ("training.steps=seven", "training.steps must be an integer, got 'seven'"),
         ("training.steps=1\ntraining.seed=2", "must be an integer"),
         ("training.steps=-3", "training.steps is -3, but must be at least 1"),
+        ("optimizer.eps=inf", "optimizer.eps is inf, but must be a finite number"),
     ],
 )
 def test_bad_setting_is_refused(setting: str, message: str) -> None:

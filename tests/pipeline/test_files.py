@@ -350,10 +350,6 @@ def test_a_split_takes_the_files_that_are_named_for_it(
     assert read(tmp_path, split=split) == [(1, CHATS[row])]
 
 
-def test_a_split_takes_every_file_where_no_name_tells(folder: Path) -> None:
-    assert len(read(folder, split="test")) == 12
-
-
 def test_a_split_that_is_missing_names_those_found(tmp_path: Path) -> None:
     write_lines(tmp_path / "test.jsonl")
     write_lines(tmp_path / "dev.jsonl")

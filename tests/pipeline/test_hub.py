@@ -127,6 +127,28 @@ def test_a_saved_data_set_has_splits(tmp_path: Path, cache: None) -> None:
         read(tmp_path / "saved", split="dev")
 
 
+def test_a_saved_data_set_has_no_other_parts_than_it_was_saved_with(
+    tmp_path: Path, cache: None
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(CHATS, split=datasets.Split.TEST)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    assert read(tmp_path / "saved", split="test") == read(tmp_path / "saved") == numbered(CHATS)
+    with pytest.raises(UserError, match=r"'dev'\) cannot be loaded: .*it is no set of splits$"):
+        read(tmp_path / "saved", split="dev")
+    with pytest.raises(UserError, match=r"subset 'a'\) cannot be loaded: .* keeps no subsets$"):
+        read(tmp_path / "saved", subset="a")
+
+
+def test_a_split_of_files_that_name_none_is_refused(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert len(list(DataSource(str(tmp_path)).records())) == 2
+    with pytest.raises(UserError, match=r"^--split test: no file in /.* name of a split, such as"):
+        DataSource(str(tmp_path), split="test")
+
+
 def test_files_on_this_machine_have_no_revision(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text("{}")

@@ -21,6 +21,7 @@ EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SMALL_RECORD = 4_096  # bytes; a smaller one is kept in the quarantine as it is
 _CHUNK = 1 << 20
 _ROWS = 128  # of a Parquet batch
+DEFAULT_SPLIT = "train"  # where nobody has chosen one
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -62,7 +63,7 @@ def find_files(folder: Path, split: str) -> list[Path]:
     """Return the data files under ``folder`` in order, those of ``split`` where names tell.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or names tell no splits and one was chosen.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and _extension(p) is not None)
     files = [p for p in files if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
@@ -70,6 +71,11 @@ def find_files(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{folder} holds no data file; known: {', '.join(EXTENSIONS)}")
     named = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(named.values()):
+        if split != DEFAULT_SPLIT:
+            raise UserError(
+                f"--split {split}: no file in {folder} has the name of a split, such as train or "
+                f"test; leave it out to read them all"
+            )
         return files
     wanted = _SPLITS.get(split, split)
     chosen = [path for path in files if named[path] == wanted]

@@ -16,6 +16,7 @@ from typing import Any
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.connection import reach_hub
 from hermes_pipeline.services.files import (
+    DEFAULT_SPLIT,
     EXTENSIONS,
     Cursor,
     Record,
@@ -29,7 +30,6 @@ from hermes_pipeline.services.files import (
 from hermes_pipeline.services.identity import FEW_FILES, identify
 
 MAX_BYTES = 1 << 28  # of one record, where the caller sets no limit
-DEFAULT_SPLIT = "train"  # where nobody has chosen one
 
 # Named tokens of a tokenizer.json without its tokenizer_config.json, the likeliest first.
 _LIKELY = {
@@ -57,8 +57,8 @@ class DataSource:
         subset: configuration of the data set.
 
     Raises:
-        UserError: there is nothing of that name, it is of no known kind, or a revision is asked of
-            files on this machine, a split or subset of a single file.
+        UserError: there is nothing of that name, it is of no known kind, or a revision, split or
+            subset is asked of what has none.
     """
 
     def __init__(
@@ -269,13 +269,18 @@ def _load_data_set(name: str, revision: str | None, split: str, subset: str | No
 
     path = _path(name)
     try:
+        if subset is not None and _is_saved(path):
+            raise ValueError("save_to_disk wrote it, which keeps no subsets")
         if (path / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(path))
             if split not in splits:
                 raise ValueError(f"it has no such split; found: {', '.join(splits)}")
             return splits[split]
         if (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
+            whole = datasets.load_from_disk(str(path))
+            if split not in (DEFAULT_SPLIT, str(whole.split)):
+                raise ValueError("save_to_disk wrote it, and it is no set of splits")
+            return whole
         if path.is_dir():
             # The library's own cache is known by README.md alone and outlives an edited file.
             stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in _seen(path)]
@@ -328,8 +333,14 @@ def _seen(folder: Path) -> list[Path]:
 
 def _is_data_set(folder: Path, subset: str | None) -> bool:
     """Is this a folder that `datasets` knows more about than its files tell?"""
-    marks = ("README.md", "dataset_dict.json", "state.json", "dataset_infos.json")
-    return subset is not None or any((folder / mark).is_file() for mark in marks)
+    marks = ("README.md", "dataset_infos.json")
+    told = any((folder / mark).is_file() for mark in marks)
+    return subset is not None or told or _is_saved(folder)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Did `save_to_disk` write it?"""
+    return any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
 
 
 def _looks_like_path(name: str) -> bool:

@@ -65,6 +65,11 @@ class Model:
                     "--max-model-len is for a --checkpoint, which is served here; leave it out: "
                     "the server at --endpoint has its own"
                 )
+            if self.ready_s != READY_S:
+                raise UserError(
+                    "model.ready_s is for a --checkpoint, which is served here; leave it out: the "
+                    "server at --endpoint runs already"
+                )
             return self.name
         if self.name is not None:
             raise UserError("--model is for --endpoint; a --checkpoint has its folder's name")
