@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,13 @@ class Checkpoints(CheckpointManager):
         if self._should_purge():
             found = saves(Path(self.folder))
             for step in sorted(found)[: -self.keep_latest_k]:
+                # First what says that it is whole: the rest may be cut off.
+                with contextlib.suppress(OSError):
+                    (found[step] / ".metadata").unlink(missing_ok=True)
                 self.purge_queue.put(str(found[step]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _saving(checkpoint: str) -> Iterator[None]:
     try:
         yield
@@ -91,7 +94,7 @@ def _saving(checkpoint: str) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _loading(checkpoint: str) -> Iterator[None]:
     try:
         yield
