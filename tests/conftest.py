@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Kernels are interpreted. Triton asks when it is imported, so it must be said here; to run what is
@@ -14,6 +15,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Where the tests run in the background, Ctrl-C is ignored, and by every process they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A slow machine is no defect.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -26,6 +26,7 @@ def test_commands_of_the_readme_exist(repository: Path) -> None:
     from hermes_pipeline.cli import app
 
     named = set(re.findall(r"^hermes4 (\w+)", (repository / "README.md").read_text(), re.MULTILINE))
+    assert {"tokenize", "train", "evaluate"} <= named
     assert named <= {command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
 
 
@@ -36,7 +37,9 @@ def blocks_of_commands(repository: Path) -> list[list[list[str]]]:
         [shlex.split(line, comments=True)[1:] for line in block.splitlines() if "hermes4 " in line]
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     ]
-    return [block for block in blocks if block]
+    found = [block for block in blocks if block]
+    assert found
+    return found
 
 
 def test_options_of_the_readme_exist(repository: Path) -> None:

@@ -60,7 +60,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     size=st.sampled_from([1, 7, 64, 96, 128, 192, 256]),
 )
 @example(lengths=[41], heads=(4, 4), size=1)  # 1.2 roundings
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_it_errs_no_more_than_pytorch(
     dtype: torch.dtype, lengths: list[int], heads: tuple[int, int], size: int
 ) -> None:

@@ -322,7 +322,7 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
     return batch
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(batch=batches())
 def test_any_batch_is_built_or_refused(batch: dict[str, Any]) -> None:
     rows = attempt(lambda: build(batch))
@@ -336,7 +336,7 @@ def test_any_batch_is_built_or_refused(batch: dict[str, Any]) -> None:
     assert rows.cu_seqlens[-1] == flat.size
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(batch=batches())
 def test_reading_ahead_of_any_batch_is_done_or_refused(batch: dict[str, Any]) -> None:
     shard = SimpleNamespace(**{part: batch[part] for part in PARTS})
@@ -349,7 +349,7 @@ def test_reading_ahead_of_any_batch_is_done_or_refused(batch: dict[str, Any]) ->
     assert attempt(ask) != ""
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     lengths=arrays(),
     row_length=st.sampled_from([1, 7, 9, 1 << 31, 0, -1, (1 << 31) + 1, 1 << 62, 1 << 70, 2.0]),
@@ -369,7 +369,7 @@ def test_any_lengths_are_packed_or_refused(
     assert 0 < plan.tokens <= plan.rows * row_length
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows=arrays())
 def test_any_row_numbers_are_built_or_refused(rows: Any) -> None:
     samples = Samples([Shard(*(a_batch()[part] for part in PARTS))])

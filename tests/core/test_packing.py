@@ -62,7 +62,7 @@ def instances(draw: st.DrawFn) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(instance=instances())
 def test_pack_equals_textbook_row_by_row(
     instance: tuple[list[int], int], strategy: Strategy
@@ -73,7 +73,7 @@ def test_pack_equals_textbook_row_by_row(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(instance=instances(), max_samples=st.integers(1, 12))
 def test_pack_equals_textbook_where_a_row_holds_few_samples(
     instance: tuple[list[int], int], strategy: Strategy, max_samples: int
@@ -86,7 +86,7 @@ def test_pack_equals_textbook_where_a_row_holds_few_samples(
     assert packing.lower_bound >= -(-len(lengths) // max_samples)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(instance=instances(), max_samples=st.sampled_from([1, 2, 3, 5, 1 << 30]))
 def test_exact_gap_equals_its_plain_twin_row_by_row(
     instance: tuple[list[int], int], max_samples: int
@@ -104,7 +104,7 @@ def test_exact_gap_equals_its_plain_twin_row_by_row(
 
 
 @pytest.mark.parametrize("strategy", EVERY)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(instance=instances(), max_samples=st.sampled_from([1, 2, 7, None]), seed=st.integers(0, 9))
 def test_every_sample_is_packed_once_and_no_row_is_too_long(
     instance: tuple[list[int], int], strategy: Strategy, max_samples: int | None, seed: int
@@ -121,7 +121,7 @@ def test_every_sample_is_packed_once_and_no_row_is_too_long(
     assert packing.lower_bound <= packing.rows
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(instance=instances())
 def test_best_has_the_fewest_rows(instance: tuple[list[int], int]) -> None:
     lengths, row_length = instance
@@ -165,7 +165,6 @@ def test_pack_equals_textbook_on_thousands_of_samples(row_length: int, strategy:
         assert rows_of(packing) == textbook(lengths, row_length, strategy)
 
 
-@settings(deadline=None)
 @given(instance=instances(), seed=st.integers(0, 1 << 70))
 def test_seed_reorders_rows_and_nothing_else(instance: tuple[list[int], int], seed: int) -> None:
     lengths, row_length = instance
@@ -229,7 +228,7 @@ def test_shuffle_puts_each_row_everywhere_equally_often() -> None:
     assert np.abs(counts - 500).max() < 5 * np.sqrt(500)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(instance=instances())
 def test_lower_bound_is_l2_of_martello_and_toth(instance: tuple[list[int], int]) -> None:
     lengths, size = instance

@@ -83,7 +83,7 @@ def stores(draw: st.DrawFn) -> Samples:
     return Samples([shard_of(mask, dtype, rng) for mask, dtype in shards])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     samples=stores(),
     row_length=st.integers(1, 200),
@@ -285,7 +285,7 @@ def test_corrupt_shard_is_refused_by_sample_and_value(
         build_rows(samples, packing, [0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_random_damage_gives_an_error_or_rows_never_a_crash(data: st.DataObject) -> None:
     masks = [[True, False, True, True]] * 4

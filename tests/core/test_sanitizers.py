@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(2000)]
 
 TESTED = (
     "test_packing.py", "test_packing_refused.py", "test_packing_saved.py", "test_guided.py",
@@ -52,7 +52,7 @@ def sanitized(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         env={**os.environ, "HERMES_CORE_DEBUG": "1", "CC": "gcc", "CXX": "g++"},
         capture_output=True,
         text=True,
-        timeout=400,  # on slow machines; a minute on fast ones
+        timeout=900,  # on slow machines; a minute on fast ones
     )
     assert build.returncode == 0, build.stderr
     return copy
@@ -70,7 +70,7 @@ def run(
         env=env,
         capture_output=True,
         text=True,
-        timeout=580,  # likewise
+        timeout=900,
     )
 
 

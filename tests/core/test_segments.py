@@ -58,7 +58,7 @@ def test_fewer_tokens_than_cu_seqlens_covers_are_refused() -> None:
 
 
 @given(st.lists(st.integers(0, 300), max_size=30), st.integers(0, 200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_each_token_knows_its_segment(lengths: list[int], tail: int) -> None:
     where = segments(
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), sum(lengths) + tail
@@ -71,7 +71,7 @@ def test_each_token_knows_its_segment(lengths: list[int], tail: int) -> None:
 
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_tile_is_ordered_once_by_its_falling_walk(lengths: list[int]) -> None:
     where = segments(np.concatenate([[0], np.cumsum(lengths)]))
     starts, ends, block_of, _, query_order, key_order = (x.tolist() for x in where.places)
@@ -84,7 +84,7 @@ def test_every_tile_is_ordered_once_by_its_falling_walk(lengths: list[int]) -> N
 
 
 @given(st.lists(st.integers(0, 300), max_size=20), st.integers(0, 200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_segments_are_cut_into_blocks_from_their_own_start(lengths: list[int], tail: int) -> None:
     where = segments(
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), sum(lengths) + tail
@@ -120,7 +120,7 @@ def test_bounds_on_the_device_are_never_read_by_the_host() -> None:
     st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=4),
     st.integers(0, 9),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_positions_tell_the_segments_of_rows(rows: list[list[int]], padding: int) -> None:
     width = max(map(sum, rows)) + padding
     lengths = [n for row in rows for n in (*row, width - sum(row)) if n]

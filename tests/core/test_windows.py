@@ -40,7 +40,7 @@ def packed(packer: WindowedPacker, lengths: NDArray[np.int64], chunk: int) -> Ro
     return rows_of(*parts, packer.finish())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(1, 64), min_size=1, max_size=300),
     window=st.sampled_from([1, 2, 7, 50, 1000]),
@@ -58,7 +58,7 @@ def test_every_sample_is_in_one_row_and_no_row_is_too_long(
         assert len(row) <= (max_samples or 64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1 << 40),
     window=st.sampled_from([1, 30, 130, 200]),

@@ -66,7 +66,7 @@ def submit(folder: Path, tmp_path: Path) -> Any:
 def calls(folder: Path, count: int) -> list[str]:
     """So many lines of what was called, in the order of the alphabet."""
     path = folder / "calls"
-    assert comes_true(lambda: path.exists() and path.read_text().count("\n") >= count, 10)
+    assert comes_true(lambda: path.exists() and path.read_text().count("\n") >= count, 30)
     return sorted(path.read_text().splitlines())
 
 
@@ -135,7 +135,7 @@ def test_the_routers_job_runs_both_and_ends_both(submit: Any, tmp_path: Path) ->
     assert serve["join"] == address
     assert (route["host"], serve["host"], serve["port"]) == ("0.0.0.0", "0.0.0.0", 0)
     job.send_signal(signal.SIGTERM)
-    job.wait(10)
+    job.wait(30)
     ended = (tmp_path / "calls").read_text().splitlines()[2:]
     assert sorted(ended) == ["hermes4 route ended", "hermes4 serve ended"]
 
@@ -143,7 +143,7 @@ def test_the_routers_job_runs_both_and_ends_both(submit: Any, tmp_path: Path) ->
 def test_the_routers_job_fails_when_one_of_both_does(submit: Any, tmp_path: Path) -> None:
     (tmp_path / "fails").touch()
     job = submit("router.sbatch")
-    assert job.wait(10) == 2
+    assert job.wait(30) == 2
     assert "hermes4 route ended" in calls(tmp_path, 3)
 
 
@@ -157,6 +157,6 @@ def test_a_workers_job_ends_and_goes_back_into_the_queue_when_its_time_is_up(
     serve = read_by_cli(shlex.split(line))
     assert (serve["join"], serve["port"], serve["host"]) == ("http://node1:8000", 0, "0.0.0.0")
     job.send_signal(number)
-    assert job.wait(10) == 0
+    assert job.wait(30) == 0
     after = (tmp_path / "calls").read_text().splitlines()[1:]
     assert after == ["hermes4 serve ended", *["scontrol requeue 7"] * requeued]

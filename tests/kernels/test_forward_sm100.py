@@ -76,7 +76,7 @@ def test_every_packing_errs_no_more_than_pytorch(
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=4), st.sampled_from([(2, 1), (1, 1)]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_packing_in_any_order_of_events_is_right(
     lengths: list[int], heads: tuple[int, int]
 ) -> None:

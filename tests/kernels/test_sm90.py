@@ -67,7 +67,7 @@ def test_a_tile_whose_one_query_sees_all_blocks_whole_lets_the_next_one_in(
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=4), st.sampled_from([(2, 1), (1, 1)]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_packing_in_any_order_of_events_is_right(
     lengths: list[int], heads: tuple[int, int]
 ) -> None:

@@ -82,7 +82,7 @@ def test_every_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_packing_errs_no_more_than_pytorch(lengths: list[int]) -> None:
     check(inputs(sum(lengths), 2, 1, 64, torch.bfloat16), lengths)
 

@@ -79,7 +79,7 @@ def walks(
 @example(lengths=[1] * 300, tail=0)
 @example(lengths=[1, 128], tail=0)
 @example(lengths=[100, 1, 1, 1, 156, 1, 2], tail=140)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_tile_meets_each_token_that_it_must_once(
     kernel: object, tile: int, part: int, lengths: list[int], tail: int
 ) -> None:

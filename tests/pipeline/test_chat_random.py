@@ -54,7 +54,7 @@ ODD_RECORDS = st.fixed_dictionaries(
 
 
 @given(ODD_RECORDS | st.dictionaries(st.sampled_from(["messages", "prompt", "completion"]), ODD))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_record_is_a_conversation_or_refused(record: Any) -> None:
     try:
         conversation = parse(record)
@@ -65,7 +65,7 @@ def test_any_record_is_a_conversation_or_refused(record: Any) -> None:
 
 
 @given(st.lists(ANSWERS | OTHERS, max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_messages_for_templates_parse_back_to_themselves(turns: list[Any]) -> None:
     messages = parse({"messages": [*turns, HELLO]}).messages
     back = [to_dict(m) | {"train": m.train, "train_spans": m.train_spans} for m in messages]

@@ -85,7 +85,7 @@ def test_a_clock_that_jumps_changes_nothing(
     server.decide = lambda *_: rng.choices(["answer", 429, 500], [80, 10, 10])[0]
     began = time.monotonic()
     ended = hermes4(*words(server, data, tmp_path / "out"))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert ended.out.startswith("30 read = 30 done + 0 set aside + 0 quarantined\n120 answers")
     assert set(server.answered.values()) == {1}
 

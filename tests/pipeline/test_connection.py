@@ -34,7 +34,7 @@ def test_a_mistyped_tokenizer_is_refused_at_once(
     words = rf"^tokenizer 'nope/tok' is no file or folder here, and {nobody} cannot be reached \("
     with pytest.raises(UserError, match=words):
         load_tokenizer("nope/tok")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert capsys.readouterr().err.startswith("tokenizer 'nope/tok' is no file or folder here: ask")
 
 

@@ -35,7 +35,8 @@ class Stub:
         self.refused: set[str] = set()  # questions that are refused for good
         self.wrong: set[str] = set()
         self.status = 200
-        self.pause_s = 0.0
+        self.answers = threading.Event()
+        self.answers.set()
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,7 +45,7 @@ class Stub:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.bodies.append(body)
-                time.sleep(stub.pause_s)
+                stub.answers.wait(60)
                 status, reply = stub.answer(body)
                 data = json.dumps(reply).encode()
                 self.send_response(status)
@@ -201,13 +202,14 @@ def test_other_settings_in_the_folder_are_refused(stub: Stub, tmp_path: Path) ->
 
 
 def test_two_evaluations_in_one_folder_are_refused(stub: Stub, tmp_path: Path) -> None:
-    stub.pause_s = 0.3
+    stub.answers.clear()
     first = threading.Thread(target=evaluate, args=(stub, tmp_path))
     first.start()
     while not stub.bodies:
         time.sleep(0.01)
     with pytest.raises(UserError, match="is in use by process"):
         evaluate(stub, tmp_path)
+    stub.answers.set()
     first.join()
 
 

@@ -66,7 +66,7 @@ def test_who_stops_waiting_takes_nothing_and_holds_nobody_up() -> None:
         await asyncio.gather(*waiting, return_exceptions=True)
         return time.monotonic() - start
 
-    assert asyncio.run(run()) < 1  # a tenth of a second; five if they counted
+    assert asyncio.run(run()) < 4  # a tenth of a second; five if they counted
 
 
 def test_a_charge_moves_those_who_wait() -> None:
@@ -80,7 +80,7 @@ def test_a_charge_moves_those_who_wait() -> None:
         await waiting
         return time.monotonic() - start
 
-    assert 0.1 < asyncio.run(run()) < 2
+    assert 0.1 < asyncio.run(run()) < 8
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def written(turn: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("dialect", [CHATML, LLAMA3], ids=lambda dialect: dialect.name)
 @given(turns=st.lists(ANSWERS | OTHERS, max_size=5), last=ANSWERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_of_any_conversation_the_answers_are_kept(
     make: Make, dialect: Dialect, turns: list[dict[str, Any]], last: dict[str, Any]
 ) -> None:

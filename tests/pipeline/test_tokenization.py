@@ -203,7 +203,7 @@ TEXT = st.text(st.sampled_from("ab \n<>{}\"'é日🙂|:.1"), max_size=12)
 
 @pytest.mark.parametrize("template", [PLAIN, "hermes_chatml"])
 @given(st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_conversation_keeps_its_answers(
     make: Make, template: str, pairs: list[tuple[str, str]]
 ) -> None:

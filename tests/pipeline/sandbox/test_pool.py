@@ -25,7 +25,7 @@ def warm() -> Iterator[list[int]]:
     """Ids of the processes under this one, before the test; the same must be left after it."""
     before = set(family_of(os.getpid()))
     yield sorted(before)
-    assert comes_true(lambda: set(family_of(os.getpid())) <= before, 5)
+    assert comes_true(lambda: set(family_of(os.getpid())) <= before, 20)
 
 
 def new_processes(warm: list[int]) -> list[int]:
@@ -130,7 +130,7 @@ def test_leaving_the_block_ends_what_still_runs(warm: list[int], wait: Wait) -> 
 
     begun = time.monotonic()
     assert wait(use()).cancelled()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30  # of the minute that it sleeps
 
 
 ALONE = """
@@ -157,4 +157,4 @@ def test_boxes_end_with_the_process_that_uses_them(number: int, tmp_path: Path) 
         assert len(boxes) >= 3
         os.kill(process.pid, number)
         process.communicate(timeout=20)
-    assert comes_true(lambda: not any(Path(f"/proc/{pid}").exists() for pid in boxes), 5)
+    assert comes_true(lambda: not any(Path(f"/proc/{pid}").exists() for pid in boxes), 20)

@@ -73,7 +73,7 @@ def server() -> Iterator[str]:
     before = set(under_us())
     with served("--port", "0") as (url, _):
         yield url
-    assert comes_true(lambda: set(under_us()) <= before, 5)
+    assert comes_true(lambda: set(under_us()) <= before, 20)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_more_jobs_than_the_server_takes_wait_their_turn(server: str, wait: Wait
 
 
 def test_a_server_that_is_full_says_so(server: str, wait: Wait) -> None:
-    slow = write_job(Job(PATIENT, source="import time\ntime.sleep(1)"))
+    slow = write_job(Job(PATIENT, source="import time\ntime.sleep(3)"))
 
     async def use() -> list[int]:
         return await asyncio.gather(*(asyncio.to_thread(post, server, slow) for _ in range(5)))
@@ -176,7 +176,7 @@ def test_a_job_ends_when_its_client_is_killed(server: str, remote: Sandbox, wait
     assert comes_true(lambda: len(set(under_us()) - before) > 2, 20)  # the client, and its job's
     client.kill()
     client.wait()
-    assert comes_true(lambda: not set(under_us()) - before, 5)
+    assert comes_true(lambda: not set(under_us()) - before, 20)
     assert wait(remote.run("print(1)")).stdout == "1\n"
 
 
@@ -218,7 +218,7 @@ def test_a_job_whose_server_dies_is_run_on_the_next_one(wait: Wait) -> None:
     before = set(under_us())
     with served("--port", "0") as (url, first):
         assert wait(use(url, first)).stdout == "42\n"
-    assert comes_true(lambda: set(under_us()) <= before, 5)
+    assert comes_true(lambda: set(under_us()) <= before, 20)
 
 
 def test_a_server_that_is_stopped_ends_its_jobs(wait: Wait) -> None:
@@ -228,8 +228,8 @@ def test_a_server_that_is_stopped_ends_its_jobs(wait: Wait) -> None:
             await asyncio.sleep(1)
             boxes = set(family_of(process.pid))
             process.send_signal(signal.SIGINT)
-            await asyncio.to_thread(process.wait, 5)
-            assert comes_true(lambda: not any(Path(f"/proc/{x}").exists() for x in boxes), 5)
+            await asyncio.to_thread(process.wait, 20)
+            assert comes_true(lambda: not any(Path(f"/proc/{x}").exists() for x in boxes), 20)
             running.cancel()
 
     with served("--port", "0") as (url, process):

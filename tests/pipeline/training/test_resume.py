@@ -184,11 +184,9 @@ def test_interrupt_before_the_first_step_is_said(
     bench: Bench, number: int, code: int, after_s: float
 ) -> None:
     name = f"early{number}-{after_s}"
-    began = time.monotonic()
     with bench.started(name) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "train: loading ...\n"
-        assert time.monotonic() - began < 5  # one second, on a machine with nothing else to do
         time.sleep(after_s)
         process.send_signal(number)
         _, said = process.communicate(timeout=PATIENCE_S)
