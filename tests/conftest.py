@@ -15,6 +15,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Where the tests run in the background, Ctrl-C is ignored, and by every process they start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# And under nohup a hang-up: it still does nothing to us, and to them what it does to any program.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # A slow machine is no defect.
 hypothesis.settings.register_profile("unhurried", deadline=None)

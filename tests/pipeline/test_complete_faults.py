@@ -294,6 +294,35 @@ def test_sigterm_stops_also_where_ctrl_c_is_ignored(data: Path, tmp_path: Path) 
     assert said.startswith("hermes4: interrupted; ")
 
 
+STOPPED = """
+import asyncio, os, signal
+from hermes_pipeline.exits import hearing_signals
+from hermes_pipeline.services.serving import watched
+
+async def draw():
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(10**6))  # not where the loop waits
+    await asyncio.sleep(60)
+
+async def draws():
+    async with asyncio.TaskGroup() as working:
+        working.create_task(draw())
+
+with hearing_signals():
+    try:
+        asyncio.run(watched(draws(), lambda: None))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("ctrl_c", ["trap - INT", 'trap "" INT'])
+def test_a_signal_amid_a_task_is_no_error_of_that_task(ctrl_c: str) -> None:
+    words = ["sh", "-c", f'{ctrl_c}; exec "$@"', "sh", sys.executable, "-c", STOPPED]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
 OFTEN = "from hermes_pipeline.services import progress; progress.LINE_EVERY_S = 0.0; "
 MAIN = "from hermes_pipeline.cli import main; main()"
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 from hermes_pipeline.config import Range
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.exits import STOPPING
 from hermes_pipeline.records import Message
 from hermes_pipeline.services.cluster import Cluster, ItemLost, WorkerBroken, on_ray
 from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
@@ -271,7 +272,7 @@ async def watched(work: Coroutine[Any, Any, None], check: Callable[[], None]) ->
             check()
             await asyncio.sleep(WATCH_S)
 
-    with _ctrl_c_cancels():
+    with _signals_cancel():
         watching = asyncio.create_task(watch())
         working = asyncio.create_task(work)
         try:
@@ -286,21 +287,26 @@ async def watched(work: Coroutine[Any, Any, None], check: Callable[[], None]) ->
 
 
 @contextmanager
-def _ctrl_c_cancels() -> Iterator[None]:
-    """The first Ctrl-C cancels this task; a second one would leave others half ended."""
-    before: Any = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
+def _signals_cancel() -> Iterator[None]:
+    """What would interrupt us cancels this task, once: another would leave others half ended."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     loop, this, came = asyncio.get_running_loop(), asyncio.current_task(), list[int]()
     assert this is not None
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
 
     def hear(number: int, frame: types.FrameType | None) -> None:
-        came.append(number)
-        if len(came) == 1:
-            loop.call_soon_threadsafe(this.cancel)
+        try:
+            handlers[number](number, frame)
+        except KeyboardInterrupt:
+            came.append(number)
+            if len(came) == 1:
+                loop.call_soon_threadsafe(this.cancel)
 
-    signal.signal(signal.SIGINT, hear)
+    for number in handlers:
+        signal.signal(number, hear)
     try:
         yield
     except asyncio.CancelledError:
@@ -309,7 +315,8 @@ def _ctrl_c_cancels() -> Iterator[None]:
         raise
     finally:
         if not came:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def first_of(group: BaseExceptionGroup[Any]) -> BaseException:
