@@ -58,12 +58,12 @@ AUTO: dict[tuple[str, Operation, int], Choice] = {
         ("triton", "torch", "flash", "reference"),
         "deterministic, no host synchronisation; not run on a GPU by us",
     ),
-    ("cpu", "attention", 0): Choice(("cpu", "reference"), "python -m bench attention"),
+    ("cpu", "attention", 0): Choice(("cpu", "reference"), "by `python -m bench attention`"),
     ("sm_80", "loss", 0): Choice(
         ("triton", "torch", "reference"),
         "one pass over a chunk of logits; measured on an H100 (docs/numbers.md)",
     ),
-    ("cpu", "loss", 0): Choice(("torch", "reference"), "python -m bench loss"),
+    ("cpu", "loss", 0): Choice(("torch", "reference"), "by `python -m bench loss`"),
 }
 
 

@@ -43,18 +43,14 @@ class Rows:
         row_length: int,
         *,
         dtype: DTypeLike = np.int64,
-        segments: int | None = None,
     ) -> Rows:
         """Memory for `build_rows` to write in, batch after batch.
 
-        Args:
-            segments: the most that a batch may have; room for one a token if None, which is only
-                touched as far as it is used.
+        There is room for a segment at each token, which is only touched as far as it is used.
         """
         shape, ids = (rows, row_length), _id_dtype(dtype)
-        ends = (rows * row_length if segments is None else segments) + 1
         columns = [np.empty(shape, ids) for _ in range(3)]
-        return cls(columns[0], columns[1], columns[2], np.empty(ends, np.int32))
+        return cls(columns[0], columns[1], columns[2], np.empty(rows * row_length + 1, np.int32))
 
     @property
     def kept(self) -> NDArray[np.int64]:

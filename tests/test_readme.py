@@ -22,6 +22,15 @@ def test_python_of_the_readme_runs(repository: Path, capsys: pytest.CaptureFixtu
     assert 5 < float(loss) < 20  # type: ignore[arg-type]
 
 
+def test_exit_codes_of_the_readme_are_those_of_the_help(repository: Path) -> None:
+    from hermes_pipeline.exits import EXIT_CODES
+
+    told = [paragraph.replace("\n", " ") for paragraph in EXIT_CODES.split("\n\n")[1:]]
+    table = (repository / "README.md").read_text().partition("| exit code |")[2]
+    rows = re.findall(r"^\| (\S.*?) \| (.*) \|$", table.partition("\n\n")[0], re.MULTILINE)
+    assert told == [f"{code}: {meaning}" for code, meaning in rows]
+
+
 def test_commands_of_the_readme_exist(repository: Path) -> None:
     from hermes_pipeline.cli import app
 

@@ -228,7 +228,7 @@ def _value(value: Any, hint: Any, name: str, source: str) -> Any:
         wanted = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
         raise UserError(f"{source}: {name} must be {wanted[hint]}, got {value!r}")
     if hint is int and value not in INT64:
-        raise UserError(f"{source}: {name} is {value}, which 64 bits do not hold")
+        raise UserError(f"{source}: {name} is {value}, which does not fit in 64 bits")
     if hint is float and not math.isfinite(value):
         raise UserError(f"{source}: {name} is {value!r}, but must be a finite number")
     if limits is not None and value not in limits:

@@ -21,14 +21,15 @@ EXIT_CODES = """Exit codes:
 
 1: a defect, with its traceback
 
-2: a mistake, a file or a disk; one line says which, and the way out
+2: bad usage or input, or a file or disk that failed; one line says what is wrong and how to fix
+it
 
 3: `train` met a gradient that is not finite; nothing of that step is saved
 
-75: stopped by SIGTERM, or as its terminal closed, before it was done; what is done is safe, and
-the same command goes on
+75: stopped by SIGTERM, or because its terminal closed, before it was done; finished work is safe,
+and the same command resumes it
 
-128 + n: ended by signal n, as 130 by Ctrl-C and 141 where nobody reads the output"""
+128 + n: ended by signal n: 130 for Ctrl-C, 141 when nothing reads the output"""
 
 
 def say(line: str) -> None:

@@ -95,7 +95,7 @@ def imbalance_report(
     if plan.rows < ranks * micro_batches:
         return (
             f"{counted(plan.rows, 'row')}: fewer than one step of {counted(ranks, 'rank')} x "
-            f"{counted(micro_batches, 'micro-batch', 'es')} has, so nobody can say what these lose"
+            f"{counted(micro_batches, 'micro-batch', 'es')} has, too few to say what they lose"
         )
     return dealing.report()
 

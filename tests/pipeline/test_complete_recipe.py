@@ -115,7 +115,11 @@ def test_a_recipe_runs_and_options_stand_over_it(
             "unknown key 'trys' in [requests]; did you mean 'tries'",
         ),
         ("", ("--max-cost", 3), "[prices] max_cost wants prices"),
-        ("", ("--seed", 10**20), "run.seed is 100000000000000000000, which 64 bits do not hold"),
+        (
+            "",
+            ("--seed", 10**20),
+            "run.seed is 100000000000000000000, which does not fit in 64 bits",
+        ),
         ("", ("--set", f"sampling.extra={{big={10**20}}}"), "extra cannot be written as JSON"),
         ("", ("--set", "sampling.extra={day=1979-05-27}"), "extra cannot be written as JSON"),
         ("", (), "which conversations? give --data, or data.name in a recipe"),

@@ -139,7 +139,7 @@ def test_workers_that_cannot_get_ready_are_a_users_error(nodes: Nodes) -> None:
 
     (error,), _ = work(nodes, opening, [1])
     assert isinstance(error, UserError)
-    assert str(error) == "no worker on Ray gets ready: no such model"
+    assert str(error) == "no Ray worker became ready: no such model"
 
 
 def test_one_replacement_that_fails_does_not_end_a_run_nor_one_that_is_slow(
@@ -212,7 +212,7 @@ def test_an_opening_that_cannot_be_sent_is_a_users_error(nodes: Nodes) -> None:
         return lock
 
     (error,), _ = work(nodes, opening, [1])
-    assert "no worker on Ray gets ready: " in str(error)
+    assert "no Ray worker became ready: " in str(error)
 
 
 def test_a_cluster_without_room_is_a_users_error(

@@ -15,6 +15,7 @@ from hermes_pipeline.cli.options import (
     Checkpoint,
     Concurrency,
     Endpoints,
+    Limit,
     MaxModelLen,
     MaxTokens,
     ModelName,
@@ -43,7 +44,7 @@ def complete(
         str | None,
         typer.Option(help=f"Folder of the answers, such as runs/first/answers. {NEEDED}"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records.")] = None,
+    limit: Limit = None,
     revision: Revision = None,
     split: Annotated[
         str | None, typer.Option(help=f"Split of the data set. {default('train')}")
@@ -84,12 +85,12 @@ def complete(
     timeout_s: TimeoutS = None,
     requests_per_s: Annotated[
         float | None,
-        typer.Option(help="At most so many requests in a second.", rich_help_panel=REQUESTS),
+        typer.Option(help="Send at most this many requests a second.", rich_help_panel=REQUESTS),
     ] = None,
     tokens_per_s: Annotated[
         float | None,
         typer.Option(
-            help="At most so many tokens in a second, of prompts and answers.",
+            help="Send and draw at most this many tokens a second.",
             rich_help_panel=REQUESTS,
         ),
     ] = None,
@@ -97,7 +98,7 @@ def complete(
         int | None,
         typer.Option(
             min=2,
-            help="Draw only so many answers, at random, and say what all will cost.",
+            help="Draw only this many answers, at random, and estimate the cost of all of them.",
             rich_help_panel=COST,
         ),
     ] = None,
@@ -113,7 +114,7 @@ def complete(
         float | None,
         typer.Option(
             min=0,
-            help="Stop once the answers have cost so much; tries that failed are not counted.",
+            help="Stop once the answers have cost this much; failed tries are not counted.",
             rich_help_panel=COST,
         ),
     ] = None,
@@ -160,7 +161,7 @@ def evaluate(
     model: ModelName = None,
     checkpoint: Checkpoint = None,
     max_model_len: MaxModelLen = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many items.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many items.")] = None,
     draws: Annotated[
         int | None,
         typer.Option(

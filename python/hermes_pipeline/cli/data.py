@@ -10,6 +10,7 @@ import typer
 
 from hermes_pipeline.cli.options import (
     Data,
+    Limit,
     Revision,
     Split,
     Subset,
@@ -59,7 +60,7 @@ def tokenize(
     max_chars: Annotated[
         int, typer.Option(min=1, help="Longer conversations go to quarantine.")
     ] = 4_000_000,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many records.")] = None,
+    limit: Limit = None,
     tokenizer_revision: TokenizerRevision = None,
     revision: Revision = None,
     split: Split = "train",
@@ -88,18 +89,18 @@ def pack(
     strategy: Annotated[
         str,
         typer.Option(
-            help="best, guided (slower, fuller), exact_gap, windowed (keeps the order nearly), "
-            "best_fit_decreasing or first_fit_decreasing."
+            help="best, guided (slower, fuller), exact_gap, windowed (nearly keeps the data's "
+            "order), best_fit_decreasing or first_fit_decreasing."
         ),
     ] = "best",
     too_long: Annotated[
         str, typer.Option(help="Samples longer than a row: error, drop or truncate.")
     ] = "error",
-    seed: Annotated[int, typer.Option(help="Another seed, another order of the rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the row order.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the plan here (.npz).")] = None,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Say what so many data-parallel ranks lose by waiting."),
+        typer.Option(min=1, help="Also print what this many data-parallel ranks lose by waiting."),
     ] = None,
     micro_batches: Annotated[
         int | None,

@@ -32,6 +32,7 @@ Revision = Annotated[
 ]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 Subset = Annotated[str | None, typer.Option(help="Configuration of the data set.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read at most this many records.")]
 Tokenizer = Annotated[
     str, typer.Option(help="A folder, a tokenizer.json(.gz), or the name of a Hugging Face model.")
 ]
@@ -119,7 +120,7 @@ OnRay = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        help=f"Another seed, other answers. {default(0)}",
+        help=f"Random seed of the answers. {default(0)}",
         rich_help_panel=ANSWERS,
     ),
 ]

@@ -21,7 +21,7 @@ def serve(
         typer.Option(min=1, help="Context length to serve; the model's own if not given."),
     ] = None,
     ready_s: Annotated[
-        float, typer.Option(min=1, help="Seconds until it must have given a first answer.")
+        float, typer.Option(min=1, help="Seconds to wait for the server's first answer.")
     ] = 600.0,
     log: Annotated[
         Path | None, typer.Option(help="vLLM's output; MODEL.server.log here if not given.")

@@ -16,10 +16,17 @@ from hermes_pipeline.cli.options import (
 
 
 def init(
-    recipe: Recipe,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="tiny, hermes4_14b, hermes4_70b, hermes4_405b, or a .toml file like them."
+        ),
+    ],
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed; the same seed gives the same bytes.")
+    ] = 0,
     set_: Settings = None,
 ) -> None:
     """Write a model folder of the recipe's shape with random weights."""
@@ -31,12 +38,12 @@ def init(
 def train(
     recipe: Recipe,
     store: Annotated[
-        Path | None, typer.Option(help=f"Token store; a run that goes on knows its own. {NEEDED}")
+        Path | None, typer.Option(help=f"Token store; a resumed run remembers its own. {NEEDED}")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help=f"Start weights in Hugging Face form; a run that goes on has its own. {NEEDED}"
+            help=f"Start weights in Hugging Face form; a resumed run remembers its own. {NEEDED}"
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help=f"Run folder. {NEEDED}")] = None,
@@ -88,7 +95,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Another seed, other data and weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the data and weights.")] = 0,
 ) -> None:
     """Run the whole job on a tiny model: data, packing, training, serving, scores, report."""
     from hermes_pipeline.stages.demo import run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -44,14 +44,12 @@ def plan(
     seed: int,
     limit: int | None = None,
     draws: int | None = None,
-    done: Container[tuple[str, int]] = (),
 ) -> Iterator[Draw]:
-    """The draws still to be had, in the order of the items; equal seeds give equal draws."""
+    """All draws, in the order of the items; equal seeds give equal draws."""
     for item in islice(benchmark.items(), limit):
         prompt = benchmark.prompt(item)
         for number in range(draws or benchmark.draws):
-            if (prompt.key, number) not in done:
-                yield Draw(prompt, number, draw_seed(seed, prompt.key, number))
+            yield Draw(prompt, number, draw_seed(seed, prompt.key, number))
 
 
 async def run(

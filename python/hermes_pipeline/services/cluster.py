@@ -246,7 +246,7 @@ class _Pool(Generic[Item, Made]):
         while not self._live:
             hopeless = not self._has_worked and not self._getting_ready
             if hopeless and self._failed >= len(self._places):
-                raise UserError(f"no worker on Ray gets ready: {_line(self._problem)}")
+                raise UserError(f"no Ray worker became ready: {_line(self._problem)}")
             self._changed.clear()
             try:
                 async with asyncio.timeout(None if self._getting_ready else PATIENCE_S):

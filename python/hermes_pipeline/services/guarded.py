@@ -30,7 +30,7 @@ LOOPBACK = "127.0.0.1"
 WILDCARDS = {"0.0.0.0": LOOPBACK, "::": "::1"}  # and by which address we reach ourselves there
 GRACE_S = 15.0  # between SIGTERM and SIGKILL
 _SAYS_WHY = re.compile(r"^(?!.*\b(?:INFO|WARNING)\b).*\b\w*(?:Error|Exception|error)\b: ")
-_SHOWN_CHARACTERS = 300  # of a line of the log
+_SHOWN_LINES, _SHOWN_CHARACTERS = 8, 300  # of the log, and of each line
 _PR_SET_PDEATHSIG = 1
 
 
@@ -133,7 +133,7 @@ class Guarded:
             guard.kill()
             guard.wait()
 
-    def last_words(self, lines: int = 8) -> str:
+    def last_words(self) -> str:
         """The end of the log, what looks like reasons first, and where the rest is."""
         try:
             text = self.log.read_text(errors="replace")
@@ -146,7 +146,7 @@ class Guarded:
             for before, line in pairwise(["", *kept])
             if _SAYS_WHY.search(line) or _SAYS_WHY.search(before)
         ]
-        shown = "\n  ".join(list(dict.fromkeys(reasons or kept))[-lines:])
+        shown = "\n  ".join(list(dict.fromkeys(reasons or kept))[-_SHOWN_LINES:])
         return f"its log {self.log} ends:\n  {shown}" if shown else f"its log {self.log} is empty"
 
 

@@ -59,9 +59,7 @@ class Router(Guarded):
         UserError: it is not installed, the port is in use, it died or was late.
     """
 
-    def __init__(
-        self, *, host: str = LOOPBACK, port: int = 0, log: Path, ready_s: float = READY_S
-    ) -> None:
+    def __init__(self, *, host: str = LOOPBACK, port: int = 0, log: Path) -> None:
         if importlib.util.find_spec("vllm_router") is None:
             raise UserError(
                 "vllm-router is not installed: pip install 'hermes4-core[serve]', or vllm-router"
@@ -78,7 +76,7 @@ class Router(Guarded):
             [sys.executable, "-m", "vllm_router.launch_router", *flags],
             called="the router",
             log=log,
-            ready_s=ready_s,
+            ready_s=READY_S,
             environment=os.environ | {"NO_COLOR": "1", "RUST_BACKTRACE": "0"},
         )
 

@@ -72,7 +72,7 @@ def init(
         write_json(folder / "generation_config.json", generation_config(token_ids, ends))
         loaded.save_pretrained(folder)
         write_random(folder, shape, embedding_std=std, seed=seed)
-    say(f"init: {_what_is(out, shape)}")
+    say(f"init: wrote {_what_is(out, shape)}")
 
 
 def _shape_for(model: Model, tokenizer: Any, name: str) -> Shape:

@@ -141,14 +141,11 @@ class RowOrder:
 
     def _make_plan(self, epoch: int) -> Packing:
         try:
-            plan = self._pack(epoch)
+            return self._pack(epoch)
         except ValueError as error:
             raise UserError(
                 f"the store cannot be packed into rows of {self._row_length}: {error}"
             ) from None
-        if plan.rows == 0:
-            raise UserError(f"the store has no sample that fits a row of {self._row_length} tokens")
-        return plan
 
     def _pack(self, epoch: int) -> Packing:
         seed = epoch_seed(self._seed, epoch)

@@ -11,7 +11,6 @@ from hermes_pipeline.config import Range
 from hermes_pipeline.errors import UserError
 
 Count = Annotated[int, Range(low=1)]
-Degree = Annotated[int, Range(low=1)]
 Fraction = Annotated[float, Range(low=0, high=1)]
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of float32's normal numbers, in which steps are computed
 Positive = Annotated[float, Range(above=0, high=LARGEST)]
@@ -130,8 +129,8 @@ class Training:
 class Parallel:
     """[parallel]: how processes share the work; tensor x shard x replicate is their number."""
 
-    tensor: Degree  # tensor parallel
-    replicate: Degree  # data parallel, whole copies
+    tensor: Count  # tensor parallel
+    replicate: Count  # data parallel, whole copies
     shard: Annotated[int, Range(low=-1)]  # data parallel, sharded (FSDP); -1: what is left
     # A collective that takes longer is a failure; more than a year overflows in torch.
     timeout_s: Annotated[int, Range(low=1, high=31_536_000)]

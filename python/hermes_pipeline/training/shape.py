@@ -131,7 +131,10 @@ def recipe_shape(model: Model, vocab_size: int) -> Shape:
     values: dict[str, Any] = {"vocab_size": vocab_size} | model.shape()
     missing = [key for key in _required() if key not in values]
     if missing:
-        raise UserError(f"the recipe gives no model.{missing[0]}; --set model.{missing[0]}=...")
+        keys = ", ".join(f"model.{key}" for key in missing)
+        raise UserError(
+            f"the recipe leaves {keys} to the start weights; --set model.base=..., or these keys"
+        )
     return _shape(values, "the recipe's [model]")
 
 
@@ -243,7 +246,7 @@ def _refuse_wrong_kinds(config: Mapping[str, Any], source: Path) -> None:
         key for key, kinds in KINDS.items() if key in config and not isinstance(config[key], kinds)
     ]
     if wrong:
-        raise UserError(f"{source}: {wrong[0]} = {config[wrong[0]]!r} makes no model")
+        raise UserError(f"{source}: {wrong[0]} = {config[wrong[0]]!r} is not valid for a model")
 
 
 # What torchtitan's Llama and Qwen3 have not; the value stands for "not used".

@@ -134,9 +134,9 @@ def test_requests_in_flight_are_bounded() -> None:
     assert most == 3
 
 
-def test_plan_skips_what_is_done_and_keeps_the_order() -> None:
-    left = list(plan(benchmark(), seed=0, limit=2, draws=2, done={("0", 1)}))
-    assert [(d.prompt.key, d.number) for d in left] == [("0", 0), ("1", 0), ("1", 1)]
+def test_plan_keeps_the_order_of_items_and_draws() -> None:
+    draws = list(plan(benchmark(), seed=0, limit=2, draws=2))
+    assert [(d.prompt.key, d.number) for d in draws] == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
 
 
 def test_plan_takes_the_draws_of_the_benchmark() -> None:

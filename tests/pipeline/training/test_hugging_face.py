@@ -186,3 +186,23 @@ def test_names_and_layouts_go_there_and_back_bit_by_bit(pair: Pair) -> None:
     assert back.keys() == pair.weights.keys()
     for name, tensor in pair.weights.items():
         assert torch.equal(back[name], tensor), name
+
+
+def test_an_export_of_several_files_is_the_model(pair: Pair, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from transformers import AutoModelForCausalLM
+
+    from hermes_pipeline.training.titan.export import export_weights
+
+    with pytest.warns(UserWarning, match="assuming the intent is to save in a single process"):
+        save(pair.ours.state_dict(), checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    out = tmp_path / "model"
+    pair.theirs.config.save_pretrained(out)  # type: ignore[operator, union-attr]
+    most = 2 * max(tensor.nbytes for tensor in pair.weights.values())
+    export_weights(tmp_path / "checkpoint", out, pair.shape, dtype="float32", shard_bytes=most)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < most + 10_000 for file in files)
+    read = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    for name, tensor in pair.weights.items():
+        assert torch.equal(read[name], tensor), name

@@ -33,7 +33,7 @@ def test_it_says_how_large_the_model_will_be_and_is(
     assert ended.code == 0
     assert 0 <= size - 4 * int(parameters.replace(",", "")) < 20_000
     assert before.endswith("B in float32")
-    assert after.startswith(f"init: {out}: {parameters} parameters, ")
+    assert after.startswith(f"init: wrote {out}: {parameters} parameters, ")
 
 
 def test_the_same_again_is_the_same_bytes(
