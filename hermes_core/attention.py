@@ -216,7 +216,7 @@ def _backward_op(
     scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if q.numel() == 0:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if backend == "cpu":
         return attention_cpu.backward(grad, q, k, v, out, lse, starts, scale)
     backward = _kernels(backend, "backward", q.device)

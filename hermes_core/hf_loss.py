@@ -167,10 +167,11 @@ def _loss(
             found.flatten(0, -2), next_T, denominator=denominator,
             vocab_size=last.vocabulary, **options,
         ).total  # fmt: skip
-    if last.weight_VD.ndim != 2:
+    if last.weight_VD.ndim != 2 or last.weight_VD.untyped_storage().size() == 0:
         raise ValueError(
-            f"the output head's weight has shape {tuple(last.weight_VD.shape)} after the forward "
-            "pass: it is sharded away, as by DeepSpeed's ZeRO-3; use the model's own loss"
+            f"the output head's weight, {tuple(last.weight_VD.shape)}, is sharded away after the "
+            "forward pass, as by DeepSpeed's ZeRO-3 or by FSDP2; use the model's own loss, or give "
+            "the head reshard_after_forward=False"
         )
     if found.shape[-1:] != last.weight_VD.shape[1:]:
         raise ValueError(
@@ -254,18 +255,10 @@ def _is_elsewhere(parameter: Tensor) -> bool:
 
 def _check_logits(model: Any, head: nn.Module) -> None:
     """Refuse a model that does not give the logits of its head."""
-    given: list[Tensor] = []
-
-    def stand_in(_head: nn.Module, _inputs: Any, logits: Tensor) -> Tensor:
-        ramp = torch.arange(logits.numel(), device=logits.device) % (2 * LARGEST + 1) - LARGEST
-        given[:] = [ramp.to(logits.dtype).view(logits.shape)]
-        return given[0].clone()  # some models write into it
-
     plain = getattr(model, "_orig_mod", model)  # nothing is compiled for two tokens
-    hook = head.register_forward_hook(stand_in)
+    ids_BL = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     try:
-        with _undisturbed(model):
-            ids_BL = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+        with _given_logits(model, head) as given:
             found = _logits(plain.forward(input_ids=ids_BL, use_cache=False))
     except Exception as error:
         # It may want other inputs, or a device that is not there yet: no word about its logits.
@@ -276,8 +269,6 @@ def _check_logits(model: Any, head: nn.Module) -> None:
             stacklevel=3,
         )
         return
-    finally:
-        hook.remove()
     if not given:
         raise ValueError("the model's forward does not call its output head; use its own loss")
     wanted = given[0].to(found.dtype)
@@ -286,6 +277,38 @@ def _check_logits(model: Any, head: nn.Module) -> None:
             f"{type(model).__name__} changes its logits after the output head (a cap, a factor, a "
             "mask), which the loss would leave out; use its own loss"
         )
+    # Far apart: a label that is hard where it stands, and one that is easy a position before.
+    labels_BL = torch.stack([wanted[0, 0].argmin(), wanted[0, 0].argmax()])[None]
+    moved = nn.functional.cross_entropy(wanted[0, :1].float(), labels_BL[0, 1:])
+    unmoved = nn.functional.cross_entropy(wanted[0].float(), labels_BL[0])
+    try:
+        with _given_logits(model, head):
+            loss = plain.forward(input_ids=ids_BL, labels=labels_BL, use_cache=False).loss.float()
+    except Exception:  # it has no such loss
+        return
+    if torch.isclose(loss, unmoved, rtol=1e-4) and not torch.isclose(moved, unmoved, rtol=1e-3):
+        raise ValueError(
+            f"{type(model).__name__} compares its logits with the labels at the same positions, as "
+            "decoders of encoder-decoders do; want a causal model"
+        )
+
+
+@contextmanager
+def _given_logits(model: nn.Module, head: nn.Module) -> Iterator[list[Tensor]]:
+    """A head that gives known logits, which are put into the list when it has run."""
+    given: list[Tensor] = []
+
+    def stand_in(_head: nn.Module, _inputs: Any, logits: Tensor) -> Tensor:
+        ramp = torch.arange(logits.numel(), device=logits.device) % (2 * LARGEST + 1) - LARGEST
+        given[:] = [ramp.to(logits.dtype).view(logits.shape)]
+        return given[0].clone()  # some models write into it
+
+    hook = head.register_forward_hook(stand_in)
+    try:
+        with _undisturbed(model):
+            yield given
+    finally:
+        hook.remove()
 
 
 @contextmanager

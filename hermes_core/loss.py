@@ -209,7 +209,7 @@ def _plain_loss(
     )
     weights_T = kept_T.to(nll_T.dtype)
     if token_weights_T is not None:
-        weights_T = weights_T * token_weights_T
+        weights_T = torch.where(kept_T, token_weights_T, weights_T)
     nll_sum, z_sum = (weights_T * nll_T).sum(), z_loss * (weights_T * lse_T**2).sum()
     total = nll_sum + z_sum
     if divisor is not None:  # which may be 0 where there is nothing to count
@@ -317,8 +317,8 @@ def _check_options(
             raise ValueError("denominator requires a gradient, which is not computed; detach it")
         if denominator.is_complex():
             raise TypeError(f"denominator must be real, got {denominator.dtype}")
-    elif denominator is not None and not denominator > 0:
-        raise ValueError(f"denominator must be above 0, got {denominator}; count at least 1")
+    elif denominator is not None and not denominator >= 0:
+        raise ValueError(f"denominator must not be negative, got {denominator}")
     for name, x in (
         ("token_weights", token_weights_T),
         ("kept", kept),

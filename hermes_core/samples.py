@@ -19,7 +19,7 @@ Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 TokenDtype = np.dtype[np.uint16] | np.dtype[np.uint32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """N samples with T tokens and M kept spans, one behind another.
 

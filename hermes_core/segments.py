@@ -19,7 +19,7 @@ from hermes_kernels.places import Places
 INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
     """Segments of a flat batch, as every backend wants them; shapes follow from T alone."""
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -92,11 +93,12 @@ class StoreWriter:
         self._logged = 0  # records of the open shard that its log holds
         self._lines: list[bytes] = []  # of quarantine.jsonl, since the last commit
         self._last_commit = time.monotonic()
-        self._lock: IO[bytes] | None = None
+        self._release: weakref.finalize[..., StoreWriter] | None = None
         if self._find_finished():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.folder)
+        lock = _take_lock(self.folder)
+        self._release = weakref.finalize(self, _let_go, lock, self.folder)  # dropped, not closed
         with self._closed_on_failure():
             if not self._find_finished():
                 self._resume()
@@ -167,10 +169,9 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let the next writer in; what is not committed is lost."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-            _held.discard(self.folder)
+        if self._release is not None:
+            self._release()
+            self._release = None
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -209,7 +210,7 @@ class StoreWriter:
     def _check_open(self) -> None:
         if self.finished:
             raise StoreError(f"{self.folder} is finished: its records never change")
-        if self._lock is None:
+        if self._release is None:
             raise StoreError(f"the writer of {self.folder} is closed: make another one")
 
     @contextmanager
@@ -307,6 +308,11 @@ def _take_lock(folder: Path) -> IO[bytes]:
         raise
     _held.add(folder)
     return lock
+
+
+def _let_go(lock: IO[bytes], folder: Path) -> None:
+    lock.close()
+    _held.discard(folder)
 
 
 def _encode_json(name: str, value: Mapping[str, Any]) -> bytes:

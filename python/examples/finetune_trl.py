@@ -1,7 +1,8 @@
 """Fine-tune with TRL on packed rows: `python finetune_trl.py MODEL DATA.jsonl OUT`.
 
 One line, `hermes_core.hf.register()`, gives a causal model of transformers attention that stays
-inside each sample of a packed row, on a CPU too; one that wants another kind is refused. DATA has a "text" or a "messages" on each line.
+inside each sample of a packed row, on a CPU too; a model that wants another kind is refused. DATA
+has a "text" or a "messages" on each line.
 """
 
 from __future__ import annotations

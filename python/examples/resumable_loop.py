@@ -33,6 +33,7 @@ if __name__ == "__main__":
         model.zero_grad()
         loss.backward()
         parts["adam"].step()
-        torch.save({name: part.state_dict() for name, part in parts.items()}, "new.pt")
-        Path("new.pt").replace(checkpoint)  # whole, or not at all
+        new = checkpoint.with_suffix(".new")
+        torch.save({name: part.state_dict() for name, part in parts.items()}, new)
+        new.replace(checkpoint)  # whole, or not at all
         print(f"{parts['data'].state_dict()['rows']} rows, loss {loss.item():.9f}")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     RecurrentGemmaConfig,
@@ -53,6 +55,14 @@ def test_a_model_that_changes_its_logits_is_refused() -> None:
 def test_a_cap_is_refused_by_its_name(make: Any) -> None:
     with pytest.raises(ValueError, match=r"soft_cap is 30\.0"):
         compute_loss_func(make())
+
+
+def test_a_decoder_whose_labels_are_not_shifted_is_refused() -> None:
+    config = BartConfig(
+        vocab_size=301, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64
+    )
+    with pytest.raises(ValueError, match="BartForCausalLM compares its logits with the labels at"):
+        compute_loss_func(BartForCausalLM(config))
 
 
 class Capped(LlamaForCausalLM):
@@ -183,5 +193,5 @@ def test_a_weight_that_is_sharded_away_after_the_forward_pass_is_named() -> None
     ids_BL = torch.zeros(1, 4, dtype=torch.int64)
     outputs = model(ids_BL)
     model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 does
-    with pytest.raises(ValueError, match=r"has shape \(0,\) after the forward pass: it is sharded"):
+    with pytest.raises(ValueError, match=r"weight, \(0,\), is sharded away after the forward pass"):
         loss_of(outputs, ids_BL)

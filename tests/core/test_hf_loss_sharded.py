@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +40,29 @@ def check_gradients_are_those_of_the_whole(rank: int, ranks: int) -> None:
         loss.backward()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def check_a_head_that_is_sharded_again_is_refused(rank: int, ranks: int) -> None:
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    ids = torch.randint(0, 61, (2, 16))
+    for keeps in (True, False):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        loss_of = compute_loss_func(model)
+        fully_shard(model.lm_head, reshard_after_forward=not keeps)
+        fully_shard(model)
+        if keeps:
+            loss_of(model(ids), ids).backward()
+        else:
+            with pytest.raises(ValueError, match="give the head reshard_after_forward=False"):
+                loss_of(model(ids), ids)
+
+
+def test_a_head_that_is_sharded_again_is_refused(tmp_path: Path) -> None:
+    run_ranks(__file__, "check_a_head_that_is_sharded_again_is_refused", 2, tmp_path / "store")
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -329,8 +330,8 @@ def test_options_that_make_no_sense_are_refused() -> None:
     hidden, weight, labels = problem(9, 40, 4, 1.0)
     with pytest.raises(ValueError, match=r"token_weights is \(8,\) but labels is \(9,\)"):
         linear_cross_entropy(hidden, weight, labels, token_weights_T=torch.ones(8))
-    with pytest.raises(ValueError, match="denominator must be above 0, got 0"):
-        linear_cross_entropy(hidden, weight, labels, denominator=0)
+    with pytest.raises(ValueError, match="denominator must not be negative, got -1"):
+        linear_cross_entropy(hidden, weight, labels, denominator=-1)
     with pytest.raises(ValueError, match=r"denominator must be one number, got \(2,\)"):
         linear_cross_entropy(hidden, weight, labels, denominator=torch.ones(2))
     with pytest.raises(TypeError, match=r"kept must be \[M\] int64, got \(9,\) torch.bool"):
@@ -341,3 +342,22 @@ def test_options_that_make_no_sense_are_refused() -> None:
         linear_cross_entropy(
             hidden, weight, labels, token_weights_T=torch.ones(9, requires_grad=True)
         )
+
+
+@pytest.mark.parametrize("denominator", [0, torch.tensor(0)])
+def test_a_batch_without_kept_tokens_has_the_loss_0(denominator: Any) -> None:
+    hidden, weight, labels = problem(9, 40, 4, 1.0)
+    nothing = torch.full_like(labels, -100)
+    loss = linear_cross_entropy(hidden, weight, nothing, denominator=denominator)
+    assert loss.total == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_weights_of_tokens_that_do_not_count_may_be_anything(backend: Any) -> None:
+    hidden, weight, labels = problem(9, 40, 4, 1.0)
+    labels[::2] = -100
+    weights = torch.rand(9)
+    right = linear_cross_entropy(hidden, weight, labels, token_weights_T=weights, backend=backend)
+    weights[0], weights[2] = torch.nan, torch.inf
+    loss = linear_cross_entropy(hidden, weight, labels, token_weights_T=weights, backend=backend)
+    assert loss.total == right.total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -130,6 +131,15 @@ def test_second_writer_is_refused_until_the_first_closes(tmp_path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert "another writer is at work in" in done.stderr
     assert subprocess.run(command, timeout=60).returncode == 0
+
+
+def test_a_writer_that_is_dropped_lets_the_next_one_in(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path, meta={}, vocab_size=9)
+    writer.append([1, 2], [[0, 1]])
+    del writer
+    gc.collect()
+    with StoreWriter(tmp_path, meta={}, vocab_size=9) as writer:
+        assert writer.records_done == 0
 
 
 def shorten(path: Path) -> None:
