@@ -271,6 +271,14 @@ def test_a_file_of_a_command_stays_in_its_folder(path: str, sandbox: Sandbox, wa
         wait(sandbox.run_command(["true"], files={path: b""}))
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\0", "\ud800", "a/\udfff"])
+def test_what_no_name_can_be_is_refused(name: str, sandbox: Sandbox, wait: Wait) -> None:
+    with pytest.raises(ValueError, match="holds NUL or half a surrogate pair"):
+        wait(sandbox.run_command(["true"], files={name: b""}))
+    with pytest.raises(ValueError, match="holds NUL or half a surrogate pair"):
+        wait(sandbox.run_command(["echo", name]))
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
