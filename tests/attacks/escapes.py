@@ -7,6 +7,7 @@ from attacks.attack import QUIETLY, Attack
 LIBC = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
 def call(name, number, *arguments):
     outcome = libc.syscall(number, *arguments)
     print(name, outcome if outcome < 0 else "DONE", os.strerror(ctypes.get_errno()))
@@ -153,7 +154,8 @@ for command in (["su", "-c", "id"], ["mount", "-t", "tmpfs", "x", "/tmp"], ["uns
         "calls_of_32_bits",
         """
 import ctypes, mmap
-code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+all = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+code = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=all)
 code.write(b"\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3")
 place = ctypes.addressof(ctypes.c_char.from_buffer(code))
 print("DONE", ctypes.CFUNCTYPE(ctypes.c_int)(place)())

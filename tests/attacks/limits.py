@@ -127,7 +127,8 @@ time.sleep(30)
     Attack(
         "shared_memory",
         "import mmap\nx = mmap.mmap(-1, 1 << 30)\nfor at in range(0, 1 << 30, 4096): x[at] = 1",
-        "memory",
+        "error",
+        code=1,
     ),
     Attack(
         "page_tables",

@@ -284,6 +284,20 @@ def test_an_address_that_is_no_router_is_refused_before_the_model_loads(
     assert said.read_text().splitlines() == [error]
 
 
+def test_a_key_is_read_without_the_space_around_it(commands: Commands) -> None:
+    _, said = commands.start("serve", commands.model, "--port", 0, VLLM_API_KEY=" sk-secret\n")
+    find(r"model tiny at (http://[^ ]+)/v1;", said)
+
+
+@pytest.mark.parametrize("key", ["sk-sec\nret", "sk-secret€"])
+def test_a_key_that_no_header_can_carry_is_refused_before_the_model_loads(
+    commands: Commands, hermes4: Hermes4, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    said = "hermes4: error: VLLM_API_KEY holds characters that no header can carry\n"
+    assert hermes4("serve", commands.model, "--port", 0) == (2, "", said)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -291,6 +305,7 @@ def test_an_address_that_is_no_router_is_refused_before_the_model_loads(
         (["--advertise", "http://a:1"], "--advertise says how a router calls the server"),
         (["--join", "http://nowhere.invalid:1"], "the router at http://nowhere.invalid:1 cannot"),
         (["--join", "http://a..b:1"], "address 'http://a..b:1' wants the form http://host:port"),
+        (["--join", "http://127.0.0.1:9/ü"], "address 'http://127.0.0.1:9/ü' wants the form"),
         (["--host", "nowhere.invalid"], "host 'nowhere.invalid' is no address of this machine"),
         (["--host", "a..b"], "host 'a..b' is no address of this machine"),
         (["--host", "203.0.113.1"], "port 0 of 203.0.113.1 cannot be used"),

@@ -127,6 +127,10 @@ def test_addresses_are_read_with_and_without_v1() -> None:
         "http://a:x",
         "http://[a",
         "http://a..b",
+        "http://a:1/ü",
+        "http://€:1",
+        "http://a:1/ b",
+        "http://a:1\n",
         "http://me:hush@a:1",
     )
     for url in wrong:

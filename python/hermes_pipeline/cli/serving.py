@@ -84,7 +84,11 @@ def sandbox(
         typer.Option(min=1, max=4_096, help="Jobs at a time; one for each core if not given."),
     ] = None,
     box: Annotated[
-        str, typer.Option(help="bubblewrap, docker, podman, docker:IMAGE or podman:IMAGE.")
+        str,
+        typer.Option(
+            help="bubblewrap, docker, podman, docker:IMAGE, podman:IMAGE, or http://HOST:PORT "
+            "of another `hermes4 sandbox`."
+        ),
     ] = "bubblewrap",
 ) -> None:
     """Run model-written code for other machines, in boxes here, until interrupted."""

@@ -137,7 +137,7 @@ class Endpoint:
         urls = [base_url] if isinstance(base_url, str) else base_url
         self.model = model
         self.usage = Usage()
-        self._key = read_key()
+        self._key = read_key("OPENAI_API_KEY")
         self._addresses = [read_address(url, self._key) for url in urls or [""]]
         self._concurrency, self._tries = concurrency, tries
         self._request_timeout_s, self._run_timeout_s = request_timeout_s, run_timeout_s

@@ -137,15 +137,15 @@ def read_address(url: str, key: str) -> Address:
     return Address(url.rstrip("/"), shown)
 
 
-def read_key() -> str:
-    """OPENAI_API_KEY; empty where there is none.
+def read_key(name: str) -> str:
+    """A secret of the environment; empty where there is none.
 
     Raises:
         UserError: no header can carry it.
     """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY holds characters that no header can carry")
+        raise UserError(f"{name} holds characters that no header can carry")
     return key
 
 

@@ -37,9 +37,10 @@ def ask(
     """The answer to one request, whatever its status; None when there was none.
 
     Args:
+        url: may be somebody else's word; what is no address gives no answer.
         body: sent as JSON.
         method: GET if None, and POST where there is a body.
-        key: sent as a bearer token.
+        key: sent as a bearer token; as `read_key` reads one.
     """
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} | (
@@ -47,12 +48,12 @@ def ask(
     )
     # Servers of ours and of the cluster: no proxy stands between.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, data, headers, method=method)
     try:
+        request = urllib.request.Request(url, data, headers, method=method)
         with opener.open(request, timeout=timeout_s) as reply:
             return Said(int(reply.status), reply.read().decode(errors="replace"))
     except urllib.error.HTTPError as error:
         with error:
             return Said(error.code, error.read().decode(errors="replace"))
-    except (OSError, http.client.HTTPException):
+    except (OSError, ValueError, http.client.HTTPException):
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import re
 import socket
 import sys
 import time
@@ -212,12 +213,15 @@ def read_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_one = is_one and re.fullmatch("[!-~]+", url) is not None
         (parts.hostname or "").encode("idna")  # as whoever looks it up does
     except ValueError:
         is_one = False
     if not is_one or "@" in url:
         shown = url.rpartition("@")[2]  # what stands before it is a login
-        raise UserError(f"address {shown!r} wants the form http://host:port, without a login")
+        raise UserError(
+            f"address {shown!r} wants the form http://host:port, in ASCII and without a login"
+        )
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

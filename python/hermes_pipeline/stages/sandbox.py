@@ -9,6 +9,7 @@ import sys
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import say
+from hermes_pipeline.services.limits import read_key
 from hermes_pipeline.services.sandbox import open_sandbox
 from hermes_pipeline.services.sandbox.messages import TOKEN
 from hermes_pipeline.services.sandbox.service import Service, check_token, serving
@@ -18,14 +19,15 @@ def run(*, host: str, port: int, workers: int | None, box: str) -> None:
     """Serve jobs until interrupted.
 
     Raises:
-        UserError: no isolation, no token where one is needed, or the port is taken.
+        UserError: no isolation; no token where one is needed, or one that no header can carry; the
+            port is taken.
     """
     asyncio.run(_run(host, port, workers or len(os.sched_getaffinity(0)), box))
     say("stopped")
 
 
 async def _run(host: str, port: int, workers: int, box: str) -> None:
-    token = os.environ.get(TOKEN, "")
+    token = read_key(TOKEN)
     check_token(host, token)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

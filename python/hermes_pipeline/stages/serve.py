@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.guarded import LOOPBACK, WILDCARDS, Guarded, url_of
+from hermes_pipeline.services.limits import read_key
 from hermes_pipeline.services.router import (
     Place,
     Roster,
@@ -46,7 +46,7 @@ def serve(
     if advertise is not None and join is None:
         raise UserError("--advertise says how a router calls the server; give --join, too")
     log = log or Path(f"{model.resolve().name}.server.log")
-    key = os.environ.get("VLLM_API_KEY", "")
+    key = read_key("VLLM_API_KEY")
     server = Server(
         model,
         host=host,

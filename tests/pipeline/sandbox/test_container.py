@@ -200,6 +200,8 @@ def standing_in(stand_in: None, wait: Wait) -> Iterator[Sandbox]:
         ("x = []\nwhile True: x.append(bytearray(9 << 20))", "memory"),
         ("import os\nfor _ in range(8):\n    if os.fork() == 0: x = b'1' * (99 << 20); input()\n"
          "import time\ntime.sleep(9)", "memory"),
+        ("import os, socket, time\nfor _ in range(40):\n    if os.fork() == 0: break\n"
+         "kept = [socket.socketpair() for _ in range(28)]\ntime.sleep(9)", "memory"),
         ("while True: print('x' * 999)", "output"),
         ("import os\nfor _ in range(99_999): os.write(1, b'.')", "ok"),
         ("import os\nos.abort()", "killed"),

@@ -24,14 +24,11 @@ from attacks.programs import ATTACKS, REPRESENTATIVE
 from attacks.world import PATIENT, Wait, World, attack, family_of, under_us
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.sandbox import (
-    Bubblewrap,
     Case,
-    Container,
     Job,
     Limits,
     Result,
     Sandbox,
-    choose_box,
     open_sandbox,
 )
 from hermes_pipeline.services.sandbox import remote as remote_box
@@ -43,6 +40,7 @@ from running import comes_true
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(60)]
 
 SECRET = "a-token-nobody-may-read"
+BAD_NAMES = (rb"a\u0000b", rb"\ud800", b"../a")
 
 
 @contextmanager
@@ -142,7 +140,11 @@ def post(url: str, body: bytes, token: str = "") -> int:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"[" * 9999, b'{"limits": {}}', b"\xff", b'{"limits": null}']
+    "body",
+    [
+        *(b"", b"[]", b"[" * 9999, b'{"limits": {}}', b"\xff", b'{"limits": null}'),
+        *(write_job(Job(PATIENT, files={"$": b""})).replace(b"$", x) for x in BAD_NAMES),
+    ],
 )
 def test_what_is_no_job_is_refused(body: bytes, server: str) -> None:
     assert post(server, body) == 400
@@ -244,9 +246,10 @@ def test_a_token_is_asked_for_and_never_shown(wait: Wait, monkeypatch: pytest.Mo
         async with open_sandbox(url, workers=1, limits=PATIENT) as sandbox:
             return (await sandbox.run("import os\nprint(os.environ)")).stdout
 
-    with served("--port", "0", "--host", "0.0.0.0", token=SECRET) as (url, _):
+    with served("--port", "0", "--host", "0.0.0.0", token=f"{SECRET}\n") as (url, _):
         url = url.replace("0.0.0.0", "127.0.0.1")
-        assert post(url, write_job(Job(PATIENT)), "another") == 401
+        for token in ("another", "ü", SECRET + "ü"):
+            assert post(url, write_job(Job(PATIENT)), token) == 401
         for token in ("", "another"):
             monkeypatch.setenv(TOKEN, token)
             with pytest.raises(UserError, match=f"refuses: {TOKEN} is missing or another") as error:
@@ -256,6 +259,12 @@ def test_a_token_is_asked_for_and_never_shown(wait: Wait, monkeypatch: pytest.Mo
         said = wait(use(url))
         assert "PATH" in said
         assert SECRET not in said
+
+
+def test_a_token_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "se\ncret")
+    with pytest.raises(UserError, match=f"^{TOKEN} holds characters that no header can carry$"):
+        Remote(0, url="http://host:1")
 
 
 @pytest.mark.parametrize(
@@ -386,13 +395,3 @@ def test_a_host_that_is_not_ours_is_refused(host: str, wait: Wait) -> None:
 
     with pytest.raises(UserError, match=f"host '{host}' is no address of this machine"):
         wait(serve())
-
-
-def test_a_box_is_chosen_by_a_word() -> None:
-    assert isinstance(choose_box("bubblewrap")(0), Bubblewrap)
-    assert isinstance(choose_box("docker")(0), Container)
-    assert isinstance(choose_box("podman:host/python:3.12@sha256:0")(1), Container)
-    assert isinstance(choose_box("http://localhost:8090/")(2), Remote)
-    for word in ("", "dockers", "file:///tmp"):
-        with pytest.raises(UserError, match="there is no box"):
-            choose_box(word)

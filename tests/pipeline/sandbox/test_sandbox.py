@@ -37,6 +37,26 @@ NEAR_THE_LIMITS = {
         "with Pool(2) as pool: print(sum(pool.map(math.sqrt, [4, 9])))",
         "5.0",
     ),
+    "memory that processes share": (
+        "from multiprocessing import Array, Process\n"
+        "from multiprocessing.shared_memory import SharedMemory\n"
+        "counts, text = Array('i', 1 << 20), SharedMemory(create=True, size=1 << 20)\n"
+        "def fill():\n    counts[9], text.buf[:2] = 42, b'ab'\n"
+        "child = Process(target=fill)\nchild.start()\nchild.join()\n"
+        "print(counts[9], bytes(text.buf[:2]))\ntext.unlink()",
+        "42 b'ab'",
+    ),
+    "memory of a map": (
+        "import mmap\nmap = mmap.mmap(-1, 9, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "map[:2] = b'ab'\nprint(map[:3])",
+        "b'ab\\x00'",
+    ),
+    "messages between processes": (
+        "import os, socket\npairs = [socket.socketpair() for _ in range(25)]\n"
+        "if os.fork() == 0:\n    for _, end in pairs: end.send(b'x')\n    os._exit(0)\n"
+        "print(sum(len(end.recv(9)) for end, _ in pairs))",
+        "25",
+    ),
     "asyncio": ("import asyncio\nprint(asyncio.run(asyncio.sleep(0.01, 'slept')))", "slept"),
     "a file": (
         "open('x', 'wb').write(bytes(50 << 20))\nimport os\nprint(os.stat('x').st_size >> 20)",
@@ -52,6 +72,12 @@ NEAR_THE_LIMITS = {
         "def f(n): return n and 1 + f(n - 1)\nprint(f(20_000))",
         "20000",
     ),
+    "a copy of a file": (
+        "import shutil\nopen('x', 'wb').write(bytes(9 << 20))\nshutil.copy('x', 'y')\n"
+        "print(len(open('y', 'rb').read()) >> 20)",
+        "9",
+    ),
+    "zeros": ("print(open('/dev/zero', 'rb').read(2))", "b'\\x00\\x00'"),
     "a temporary file": (
         "import tempfile\nwith tempfile.TemporaryFile() as file: print(file.write(b'xx'))",
         "2",
@@ -243,6 +269,14 @@ def test_a_command_has_its_files_and_the_same_limits(sandbox: Sandbox, wait: Wai
 def test_a_file_of_a_command_stays_in_its_folder(path: str, sandbox: Sandbox, wait: Wait) -> None:
     with pytest.raises(ValueError, match="not below the working folder"):
         wait(sandbox.run_command(["true"], files={path: b""}))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\0", "\ud800", "a/\udfff"])
+def test_what_no_name_can_be_is_refused(name: str, sandbox: Sandbox, wait: Wait) -> None:
+    with pytest.raises(ValueError, match="holds NUL or half a surrogate pair"):
+        wait(sandbox.run_command(["true"], files={name: b""}))
+    with pytest.raises(ValueError, match="holds NUL or half a surrogate pair"):
+        wait(sandbox.run_command(["echo", name]))
 
 
 @pytest.mark.parametrize(

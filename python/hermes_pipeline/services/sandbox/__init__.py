@@ -9,8 +9,11 @@ three kinds, all for x86-64, chosen by `open_sandbox`:
 - docker's or podman's: a fresh container for each job, in tenths of a second. What runs in it can
   read its image. A podman without root cannot bound how many files there are: a program that makes
   too many is ended; and memory and processes have our own watch and limits alone where the engine
-  has no control groups.
+  has no control groups, and the watch does not see what is mapped of its `/dev/zero`.
 - another machine's, which runs `hermes4 sandbox`, over any of these.
+
+What processes share lies in files, as multiprocessing's does: `mmap.mmap(-1, n)`, whose memory
+nothing counts, is refused where its flags are not `MAP_PRIVATE | MAP_ANONYMOUS`.
 
 A defect of the kernel can let a program out of the first two, and memory that the kernel takes for
 it, as for locks and maps, is bounded but not counted.

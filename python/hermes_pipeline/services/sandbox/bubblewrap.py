@@ -38,7 +38,7 @@ from hermes_pipeline.services.sandbox.wire import (
     read_end,
 )
 
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICES = ("null", "full", "random", "urandom")
 _KILL = b"kill"
 _CHUNK = 1 << 16
 _NAME = "bubblewrap"
@@ -199,6 +199,8 @@ class Bubblewrap:
         words += ["--tmpfs", "/dev", "--symlink", "/tmp", "/dev/shm"]
         for name in _DEVICES:
             words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+        # Reads as the real one does, of which a program could map memory that nothing counts.
+        words += ["--dev-bind", "/dev/full", "/dev/zero"]
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             words += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
         words += ["--symlink", "/proc/self/fd", "/dev/fd", "--remount-ro", "/dev"]

@@ -13,12 +13,14 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import glob
 import importlib.machinery
 import json
 import os
 import resource
 import signal
 import site
+import socket
 import struct
 import sys
 import threading
@@ -66,24 +68,52 @@ def hide() -> None:
 
 
 def used(pids: Iterable[str], allowed_bytes: int) -> tuple[float, int]:
-    """Processor seconds and bytes of memory of processes; exact when not allowed."""
+    """Processor seconds and bytes of memory of processes; exact when not allowed.
+
+    All that the sockets of this network can hold is theirs, too.
+    """
     ticks, pages = 0, {}
     for pid in pids:
-        values = read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        values = _stat(f"/proc/{pid}")
         if values:  # else it has just ended
             ticks += sum(map(int, values[11:15]))  # its own and its dead children's
-            pages[pid] = int(values[21])
-    used_bytes = sum(pages.values()) * _PAGE
+            path, count = _memory_of(f"/proc/{pid}", int(values[21]))
+            pages[path] = count
+    used_bytes, held_bytes = sum(pages.values()) * _PAGE, _most_unread_bytes()
     # What processes share, as after a fork, was counted in each.
-    if used_bytes > allowed_bytes:
-        used_bytes = sum(_proportional_bytes(pid, pages[pid] * _PAGE) for pid in pages)
-    return ticks / _TICKS, used_bytes
+    if used_bytes + held_bytes > allowed_bytes:
+        used_bytes = sum(_proportional_bytes(path, pages[path] * _PAGE) for path in pages)
+    return ticks / _TICKS, used_bytes + held_bytes
 
 
-def _proportional_bytes(pid: str, resident_bytes: int) -> int:
+def _most_unread_bytes() -> int:
+    """What the sockets of this network can hold: the kernel does not tell what they do."""
+    count = read("/proc/net/unix").count(b"\n") - 1  # without the heading
+    if count <= 0:
+        return 0
+    with socket.socket(socket.AF_UNIX) as another:
+        return count * another.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+def _stat(path: str) -> list[bytes]:
+    """What is told of a process or thread, from its state on; nothing where it has ended."""
+    return read(f"{path}/stat").rpartition(b")")[2].split()
+
+
+def _memory_of(process: str, pages: int) -> tuple[str, int]:
+    """Where a process shows its memory, and pages of it: its first thread may end before others."""
+    if pages:
+        return process, pages
+    threads = glob.glob(f"{process}/task/*")
+    shown = ((int(values[21]), path) for path in threads if (values := _stat(path)))
+    pages, path = max(shown, default=(0, process))
+    return path, pages
+
+
+def _proportional_bytes(path: str, resident_bytes: int) -> int:
     """Memory of a process, what n of them share counted as 1/n; all of it where it hides that."""
     try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb", buffering=0) as file:
+        with open(f"{path}/smaps_rollup", "rb", buffering=0) as file:
             lines = file.read().splitlines()
     except PermissionError:
         return resident_bytes

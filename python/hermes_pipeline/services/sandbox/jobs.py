@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any, Literal, Protocol
+
+_NO_NAME = re.compile("[\0\ud800-\udfff]")
 
 Ended = Literal["ok", "error", "timeout", "memory", "output", "killed", "box_error"]
 
@@ -34,7 +37,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: a Python program, one call of a function in it, or a command."""
+    """One run: a Python program, one call of a function in it, or a command.
+
+    Raises:
+        ValueError: a file above the working folder, or a name or word that none can be.
+    """
 
     limits: Limits
     stdin: bytes = b""
@@ -48,6 +55,9 @@ class Job:
         for path in map(PurePosixPath, self.files):
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"file {str(path)!r} is not below the working folder")
+        for word in (*self.files, *self.command):
+            if _NO_NAME.search(word):
+                raise ValueError(f"{word!r:.80} holds NUL or half a surrogate pair: no name can")
 
 
 @dataclass(frozen=True, slots=True)

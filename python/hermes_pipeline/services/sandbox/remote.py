@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 import random
 import time
 from typing import Any
@@ -15,6 +14,7 @@ import aiohttp
 
 from hermes_core import __version__
 from hermes_pipeline.errors import UserError
+from hermes_pipeline.services.limits import read_key
 from hermes_pipeline.services.sandbox.jobs import BoxDied, Job, Result
 from hermes_pipeline.services.sandbox.messages import (
     BUSY,
@@ -41,7 +41,7 @@ class Remote:
         url: of `hermes4 sandbox`.
 
     Raises:
-        UserError: this is no address, or has a login in it.
+        UserError: this is no address, or has a login in it; no header can carry the token.
     """
 
     def __init__(self, slot: int, *, url: str) -> None:
@@ -52,7 +52,7 @@ class Remote:
                 f"a token is read from {TOKEN}"
             )
         self._url = url.rstrip("/")
-        self._headers = authorization(os.environ.get(TOKEN, ""))
+        self._headers = authorization(read_key(TOKEN))
         self._session: aiohttp.ClientSession | None = None
         self._was_there = False
         self._most_bytes = 0

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import struct
 
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _FIRST, _SECOND = 0, 4, 16, 24  # offsets in struct seccomp_data
+_LOAD, _AND, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+_NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
+_FIRST, _SECOND, _THIRD, _FOURTH = 16, 24, 32, 40
 _X86_64 = 0xC000003E
 _X32 = 0x40000000  # the first number of the other call table
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _NOT_PERMITTED, _NOT_THERE = 0x00050001, 0x00050026  # EPERM; ENOSYS, on which glibc falls back
 
-_CLONE, _CLONE3, _IOCTL, _SOCKETPAIR = 56, 435, 16, 53
+_CLONE, _CLONE3, _IOCTL, _SOCKETPAIR, _MMAP, _MADVISE = 56, 435, 16, 53, 9, 28
 # Of a process: its limits, its processors, its class and its place in the queue for them.
 _OF_A_PROCESS = {
     "prlimit64": 302, "sched_setaffinity": 203, "sched_setscheduler": 144, "sched_setparam": 142,
@@ -24,6 +25,8 @@ _OF_A_PROCESS = {
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW*: mount, cgroup, uts, ipc, user, pid and net
 _TYPE_INTO_TERMINAL = 0x5412  # TIOCSTI
 _AF_UNIX = 1
+_SHARED_OF_NO_FILE, _HUGE_PAGES = 0x21, 0x40000  # MAP_SHARED | MAP_ANONYMOUS, MAP_HUGETLB
+_PAGE_OUT = 21  # MADV_PAGEOUT
 
 DENIED = {
     # Other namespaces and other roots.
@@ -35,8 +38,11 @@ DENIED = {
     "pidfd_getfd": 438, "process_madvise": 440, "move_pages": 279, "migrate_pages": 256,
     "setpriority": 141, "ioprio_set": 251,
     # The network, and queues and memory that no limit counts.
-    "socket": 41, "mq_open": 240, "shmget": 29, "semget": 64, "msgget": 68,
-    "memfd_create": 319, "memfd_secret": 447, "io_setup": 206,
+    "socket": 41, "bind": 49, "setsockopt": 54, "mq_open": 240, "shmget": 29, "semget": 64,
+    "msgget": 68, "memfd_create": 319, "memfd_secret": 447, "io_setup": 206,
+    "inotify_init": 253, "inotify_init1": 294,
+    # Pipes and sockets that hold pages by a single byte of each.
+    "vmsplice": 278, "splice": 275, "tee": 276, "sendfile": 40,
     # Parts of the kernel with a history.
     "bpf": 321, "keyctl": 250, "add_key": 248, "request_key": 249, "io_uring_setup": 425,
     "io_uring_enter": 426, "io_uring_register": 427, "userfaultfd": 323, "perf_event_open": 298,
@@ -65,6 +71,15 @@ def build_filter() -> bytes:
         *_deny_when(_IOCTL, _SECOND, (_IF_EQUAL, 0, 1, _TYPE_INTO_TERMINAL)),
         # asyncio wakes itself through a pair of Unix sockets.
         *_deny_when(_SOCKETPAIR, _FIRST, (_IF_EQUAL, 1, 0, _AF_UNIX)),
+        # Memory that no process shows: shared, all of it stays while a page of it is mapped.
+        *_deny_when(
+            _MMAP,
+            _FOURTH,
+            (_AND, 0, 0, _SHARED_OF_NO_FILE),
+            (_IF_EQUAL, 0, 1, _SHARED_OF_NO_FILE),
+        ),
+        *_deny_when(_MMAP, _FOURTH, (_IF_ANY_BIT, 0, 1, _HUGE_PAGES)),
+        *_deny_when(_MADVISE, _THIRD, (_IF_EQUAL, 0, 1, _PAGE_OUT)),
     ]
     for number in _OF_A_PROCESS.values():  # the caller's own are 0
         code += _deny_when(number, _FIRST, (_IF_EQUAL, 1, 0, 0))
@@ -75,13 +90,13 @@ def build_filter() -> bytes:
 
 
 def _deny_when(
-    number: int, argument: int, test: tuple[int, int, int, int]
+    number: int, argument: int, *test: tuple[int, int, int, int]
 ) -> list[tuple[int, int, int, int]]:
     """Deny a call where ``test`` of the low half of its argument goes to the next instruction."""
     return [
-        (_IF_EQUAL, 0, 4, number),
+        (_IF_EQUAL, 0, 3 + len(test), number),
         (_LOAD, 0, 0, argument),
-        test,
+        *test,
         (_RETURN, 0, 0, _NOT_PERMITTED),
         (_LOAD, 0, 0, _NUMBER),
     ]

@@ -110,8 +110,8 @@ class Service:
             await asyncio.wait({running})
 
     def _check(self, request: web.Request) -> None:
-        shown = request.headers.get("Authorization", "")
-        if self._asked and not hmac.compare_digest(shown.encode(), self._asked.encode()):
+        shown = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if self._asked and not hmac.compare_digest(shown, self._asked.encode()):
             raise web.HTTPUnauthorized(text=f"{TOKEN} is missing or another one")
 
 
