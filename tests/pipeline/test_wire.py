@@ -49,7 +49,7 @@ def test_every_field_of_sampling_is_sent_and_none_that_is_not_set() -> None:
 def test_logprobs_are_asked_for_in_the_words_of_each_path() -> None:
     sampling = Sampling(None, None, logprobs=3)
     assert completion_body("x", sampling) == {"prompt": "x", "logprobs": 3}
-    asked = chat_body((), sampling, ())
+    asked = chat_body((), sampling)
     assert (asked["logprobs"], asked["top_logprobs"]) == (True, 3)
 
 
@@ -59,7 +59,7 @@ def test_tools_calls_and_their_results_are_sent_as_servers_want_them() -> None:
         Message("assistant", tool_calls=(call,)),
         Message("tool", "2", name="add", tool_call_id="c1"),
     )
-    body = chat_body(messages, Sampling(None, None), [TOOL])
+    body = chat_body(messages, Sampling(None, None, extra={"tools": [TOOL]}))
     assert body["tools"] == [TOOL]
     assert body["messages"][0]["tool_calls"] == [
         {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}

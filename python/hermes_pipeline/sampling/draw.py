@@ -11,6 +11,7 @@ from hermes_pipeline.chat import Refused
 from hermes_pipeline.records import Conversation, Message
 from hermes_pipeline.services.account import Usage
 from hermes_pipeline.services.endpoint import EndpointError, Reply
+from hermes_pipeline.services.faults import HOPELESS
 from hermes_pipeline.services.store import Input, Last, RecordRefused, draw_seed
 
 _END: Any = object()
@@ -188,4 +189,5 @@ def _record(draw: Draw, reply: Reply) -> dict[str, Any]:
 
 def _unheard(error: EndpointError) -> bool:
     """Has no server looked at the request itself?"""
-    return error.status is None or error.status == 429 or error.status >= 500
+    status = error.status
+    return status is None or status == 429 or status in HOPELESS or status >= 500

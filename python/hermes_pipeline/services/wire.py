@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import orjson
@@ -81,14 +81,17 @@ class Answer:
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
+    def after(self, failures: int) -> Answer:
+        """The answer, had by as many tries more."""
+        if not failures:
+            return self
+        replies = [replace(reply, tries=failures + 1) for reply in self.replies]
+        return replace(self, replies=replies)
 
-def chat_body(
-    messages: Sequence[Message], sampling: Sampling, tools: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The fields of a chat request that its messages, sampling and tools decide."""
+
+def chat_body(messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
+    """The fields of a chat request that its messages and sampling decide."""
     body: dict[str, Any] = {"messages": [_message(message) for message in messages]}
-    if tools:
-        body["tools"] = list(tools)
     if sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     return body | _sampling_fields(sampling)
@@ -121,7 +124,7 @@ def read_answer(content: bytes) -> Answer:
             return Answer(replies, int(prompt or 0), int(tokens or 0))
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
-    raise BrokenReply(f"a reply that is not whole: {content[:READ]!r}")
+    raise BrokenReply(f"a reply that is not whole: {_read(content)}")
 
 
 def read_refusal(content: bytes) -> tuple[str, str]:
@@ -134,7 +137,7 @@ def read_refusal(content: bytes) -> tuple[str, str]:
         said = error.get("message") or error.get("detail") or reply
         return _line(str(said)), str(error.get("code") or error.get("type") or "")
     except (ValueError, AttributeError):
-        return _line(content[:READ].decode(errors="replace")) or "no message", ""
+        return _read(content) or "no message", ""
 
 
 def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
@@ -225,6 +228,10 @@ def _logprobs(logprobs: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(token, logprob, tuple((top or {}).items())) for token, logprob, top in columns
     )
+
+
+def _read(content: bytes) -> str:
+    return _line(content[:READ].decode(errors="replace"))
 
 
 def _line(text: str) -> str:
