@@ -178,13 +178,16 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _record(draw: Draw, reply: Reply) -> dict[str, Any]:
-    return {
+    record: dict[str, Any] = {
         "seed": draw.seed,
         "text": reply.text,
         "finish_reason": reply.finish_reason,
         "prompt_tokens": reply.prompt_tokens,
         "tokens": reply.completion_tokens,
     }
+    if reply.tool_calls:  # the server has taken them out of the text
+        record["tool_calls"] = list(reply.tool_calls)
+    return record
 
 
 def _unheard(error: EndpointError) -> bool:

@@ -16,6 +16,17 @@ CHAT, COMPLETIONS = "/chat/completions", "/completions"
 # A server that is stopped says "abort", with status 200 and half of an answer: vLLM at SIGTERM.
 CUT = frozenset({"abort", "error"})
 READ = 4_000  # characters of a server's message; fewer are shown, once the key is out of them
+# Fields of a request that are not for `Sampling.extra`, and why.
+_OWN = ("temperature", "top_p", "max_tokens", "top_k", "min_p", "stop", "logprobs")
+NOT_EXTRA = {name: f"give sampling.{name}" for name in _OWN} | {
+    "top_logprobs": "give sampling.logprobs",
+    "model": "give model.name",
+    "n": "give run.draws, or benchmark.draws",
+    "seed": "give run.seed",
+    "messages": "the data has them",
+    "prompt": "the data has it",
+    "stream": "answers are read whole",
+}
 
 
 class BrokenReply(Exception):
@@ -41,6 +52,9 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)  # sent as it stands
 
     def __post_init__(self) -> None:
+        for name in self.extra:
+            if name in NOT_EXTRA:
+                raise ValueError(f"extra must not hold {name!r}: {NOT_EXTRA[name]}")
         try:
             orjson.dumps(dict(self.extra), option=orjson.OPT_PASSTHROUGH_DATETIME)
         except TypeError as error:
@@ -115,13 +129,13 @@ def read_answer(content: bytes) -> Answer:
         reply = orjson.loads(content)
         choices = reply["choices"]
         usage = reply.get("usage") or {}
-        prompt, tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        prompt, tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
         if len(choices) > 1:
             choices = sorted(choices, key=lambda choice: choice.get("index") or 0)
         each = tokens if len(choices) == 1 else None
         replies = [_reply(choice, prompt, each) for choice in choices]
         if replies and not any(reply.finish_reason in CUT for reply in replies):
-            return Answer(replies, int(prompt or 0), int(tokens or 0))
+            return Answer(replies, prompt or 0, tokens or 0)
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise BrokenReply(f"a reply that is not whole: {_read(content)}")
@@ -175,24 +189,42 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reply(choice: Mapping[str, Any], prompt_tokens: int | None, tokens: int | None) -> Reply:
     message = choice.get("message")
-    logprobs = choice.get("logprobs")
+    logprobs, reason = choice.get("logprobs"), choice.get("finish_reason")
     return Reply(
-        text=choice["text"] if message is None else _text(message),
-        finish_reason=choice.get("finish_reason") or "unknown",
+        text=_content(choice["text"])[0] if message is None else _text(message),
+        finish_reason=reason if isinstance(reason, str) and reason else "unknown",
         completion_tokens=tokens,
         prompt_tokens=prompt_tokens,
-        tool_calls=() if message is None else tuple(message.get("tool_calls") or ()),
+        tool_calls=() if message is None else _calls(message),
         logprobs=None if logprobs is None else _logprobs(logprobs),
     )
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    """All a model wrote, also where a server has put its thinking apart."""
-    content, apart = _content(message.get("content") or "")
+    """All a model wrote, also where a server has put its thinking or its refusal apart."""
+    content, apart = _content(message.get("content") or message.get("refusal") or "")
     thinking = message.get("reasoning_content") or message.get("reasoning") or apart
     if not thinking:
         return content
     return f"<think>{thinking}" + (f"</think>{content}" if content else "")
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens, in whatever type a server writes it; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        count = int(value)
+    except (ValueError, OverflowError):
+        return None
+    return count if 0 <= count < 2**63 else None
+
+
+def _calls(message: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    calls = tuple(message.get("tool_calls") or ())
+    if not all(isinstance(call, dict) for call in calls):
+        raise TypeError("a tool call is no object")
+    return calls
 
 
 def _content(content: object) -> tuple[str, str]:

@@ -86,6 +86,18 @@ def test_every_draw_is_kept_with_its_seed_and_counted() -> None:
     assert (tally.usage.completion_tokens, tally.in_flight, tally.set_aside) == (30, 0, 0)
 
 
+def test_calls_of_tools_are_kept_where_there_are_any() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+    async def ask(draw: Draw) -> Reply:
+        return Reply("", "tool_calls", 3, tool_calls=(call,) if draw.number else ())
+
+    kept = Kept()
+    drawn(planned(1), ask, kept)
+    assert kept.records[1, 1, 0]["tool_calls"] == [call]
+    assert "tool_calls" not in kept.records[1, 0, 0]
+
+
 def test_no_more_is_read_than_there_are_turns_for() -> None:
     taken, most = 0, 0
     tally = Tally()
