@@ -29,7 +29,7 @@ class CountingServer:
         bodies: every request, as it came.
         answered: how often each (messages, seed) was answered as a whole.
         tokens: how many tokens each of those answers has.
-        counts_tokens: does it say so itself?
+        counts: which counts of tokens it says itself.
     """
 
     def __init__(self, decide: Decide = answer_all, *, delay_s: float = 0.0) -> None:
@@ -38,7 +38,7 @@ class CountingServer:
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.tokens: dict[str, int] = {}
-        self.counts_tokens = True
+        self.counts = {"prompt_tokens", "completion_tokens"}
         self.url = ""
         self._port = 0  # any; from then on the same
         self._connections: set[_Connection] = set()
@@ -107,8 +107,7 @@ class CountingServer:
         text = _text(key)
         self.tokens[key] = len(text) // 4
         answer = _completion(text)
-        if not self.counts_tokens:
-            del answer["usage"]
+        answer["usage"] = {name: answer["usage"][name] for name in self.counts}
         whole = _http(200, json.dumps(answer).encode())
         if what == "cut":
             connection.transport.write(whole[: len(whole) // 2])

@@ -102,6 +102,16 @@ def test_tools_are_offered_and_calls_left_as_written(
     assert records(tmp_path / "out")[0]["tools"] == [TOOL]
 
 
+def test_a_choice_of_tools_that_is_given_stands_over_ours(
+    server: CountingServer, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    data = write(tmp_path / "one.jsonl", {"messages": [USER], "tools": [TOOL]})
+    choice = 'sampling.extra={tool_choice="auto", tools=[]}'
+    hermes4(*words(server, data, tmp_path / "out", "--n", 1, "--set", choice))
+    (body,) = server.bodies
+    assert (body["tools"], body["tool_choice"]) == ([TOOL], "auto")
+
+
 def test_bad_records_go_to_quarantine_and_the_counts_add_up(
     server: CountingServer, tmp_path: Path, hermes4: Hermes4
 ) -> None:

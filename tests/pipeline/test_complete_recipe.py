@@ -114,6 +114,8 @@ def test_a_recipe_runs_and_options_stand_over_it(
             ("--set", "requests.trys=1"),
             "unknown key 'trys' in [requests]; did you mean 'tries'",
         ),
+        ("[sampling]\nextra = { n = 2 }", (), "[sampling] extra must not hold 'n': give run.draws"),
+        ("[ray]\nworkers = 2", (), "[ray] workers wants address: give it, too, or leave workers"),
         ("", ("--max-cost", 3), "[prices] max_cost wants prices"),
         (
             "",
@@ -170,6 +172,8 @@ def test_a_login_in_an_address_is_not_kept(
     out = tmp_path / "out"
     words = ("complete", "--data", data, "--limit", 1, "--out", out, "--model", "tiny")
     assert hermes4(*words, "--endpoint", url).code == 0
+    said = refused(hermes4(*words, "--endpoint", f"{server.url}?key=secret"))
+    assert "a base URL holds a ? or #" in said
     assert all(b"secret" not in path.read_bytes() for path in out.iterdir())
 
 
@@ -178,10 +182,19 @@ def test_several_endpoints_share_the_requests(
 ) -> None:
     with CountingServer(delay_s=0.01) as other:
         server.delay_s = 0.01
-        words = ("complete", "--data", data, "--out", tmp_path / "out", "--model", "tiny")
-        ended = hermes4(*words, "--endpoint", server.url, "--endpoint", other.url)
-        assert ended.code == 0
+        given = words(server, data, tmp_path / "out", "--endpoint", other.url)
+        assert hermes4(*given).code == 0
         assert min(len(server.bodies), len(other.bodies)) > 100
+
+
+def test_one_endpoint_of_several_that_knows_no_such_model_is_told_and_left_out(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    with CountingServer(lambda *_: 404) as other:
+        ended = hermes4(*words(server, data, tmp_path / "out", "--endpoint", other.url))
+    assert ended.out.startswith("100 read = 100 done + 0 set aside + 0 quarantined\n")
+    told = f"complete: {other.url} (model tiny): 404: the test says 404; others are asked instead"
+    assert ended.err.splitlines().count(told) == 1
 
 
 # Cost.
@@ -266,13 +279,21 @@ def test_a_small_budget_lets_no_more_than_two_answers_pass(
     assert server.answered.total() == 2
 
 
-def test_a_server_that_counts_no_tokens_and_prices_do_not_go_together(
+@pytest.mark.parametrize("counts", [set(), {"completion_tokens"}, {"prompt_tokens"}])
+def test_prices_want_a_server_that_counts_all_tokens(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4, counts: set[str]
+) -> None:
+    server.counts = counts
+    given = words(server, data, tmp_path / "out", *PRICES, "--max-cost", 1, "--concurrency", 4)
+    assert "the server sends no counts of tokens; prices want them" in refused(hermes4(*given))
+    assert len(server.bodies) <= 2
+
+
+def test_a_server_that_counts_no_tokens_tells_no_cost(
     server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:
-    server.counts_tokens = False
+    server.counts = set()
     out = tmp_path / "out"
-    said = refused(hermes4(*words(server, data, out, *PRICES, "--concurrency", 4)))
-    assert "the server sends no counts of tokens; prices want them" in said
     ended = hermes4(*words(server, data, out, "--pilot", 20))
     assert "the server counts no tokens, so nobody knows what they cost" in ended.err
     assert hermes4(*words(server, data, out)).code == 0

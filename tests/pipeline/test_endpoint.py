@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -12,8 +15,11 @@ from aiohttp import web
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
 from hermes_pipeline.services import limits
-from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Sampling
+from hermes_pipeline.services.endpoint import Endpoint, EndpointError, Reply, Sampling
+from hermes_pipeline.services.limits import read_address
 from scripted import Script, Step, cut_body, drop, good, half_json, no_choices, slow, status
+
+REFUSES = status(404, "no model of that name")
 
 ASK = (Message("user", "1+1?"),)
 
@@ -150,6 +156,112 @@ def test_a_login_in_the_address_is_never_shown() -> None:
     with pytest.raises(EndpointError) as error:
         asyncio.run(asyncio.wait_for(ask(), 20))
     assert "hush" not in str(error.value)
+
+
+def at_each(
+    *scripts: Script, count: int = 1, asked: str = "1+1?", **options: Any
+) -> list[Reply | BaseException]:
+    """What so many requests at once bring, spread over the addresses."""
+
+    async def ask() -> Any:
+        async with asyncio.timeout(20), AsyncExitStack() as stack:
+            urls = [await stack.enter_async_context(script) for script in scripts]
+            endpoint = await stack.enter_async_context(Endpoint(urls, "tiny", **options))
+            texts = [asked] + ["1+1?"] * (count - 1)
+            requests = (endpoint.chat((Message("user", t),), Sampling()) for t in texts)
+            return await asyncio.gather(*requests, return_exceptions=True)
+
+    return [r if isinstance(r, BaseException) else r[0] for r in asyncio.run(ask())]
+
+
+def failures(answers: Sequence[Reply | BaseException]) -> list[EndpointError]:
+    return [a for a in answers if isinstance(a, EndpointError)]
+
+
+@pytest.mark.parametrize("fault", [status(500), status(429), status(408), status(503), REFUSES])
+def test_one_address_of_several_that_always_fails_takes_no_request_from_the_others(
+    fault: Step,
+) -> None:
+    bad, scripts = Script(fault), [Script(slow(0.05)), Script(slow(0.05))]
+    assert not failures(at_each(bad, *scripts, count=100, concurrency=12))
+    assert len(bad.bodies) <= 4 + 4  # its share of the first, and a few trials
+
+
+def test_what_failed_is_tried_elsewhere() -> None:
+    scripts = Script(status(500), good), Script(good), Script(status(500), good)
+    (answer,) = at_each(*scripts)
+    assert isinstance(answer, Reply)
+    assert [len(script.bodies) for script in scripts] == [1, 1, 0]
+
+
+def test_a_request_that_fails_wherever_it_goes_takes_no_address_from_the_others() -> None:
+    async def choosy(request: web.Request) -> web.StreamResponse:
+        is_poison = "poison" in str(await request.json())
+        return await (status(500) if is_poison else slow(0.02))(request)
+
+    scripts = Script(choosy), Script(choosy)
+    answers = at_each(*scripts, count=200, asked="poison", concurrency=8)
+    assert ["failed 6 times" in str(error) for error in failures(answers)] == [True]
+    assert min(len(script.bodies) for script in scripts) > 50
+
+
+@pytest.mark.parametrize("code", ["", "model_not_found"])
+def test_one_address_of_several_that_refuses_all_is_told_once_and_uses_up_no_try(
+    code: str,
+) -> None:
+    told = list[str]()
+    bad = Script(status(400 if code else 404, "no such model", code=code))
+    answers = at_each(bad, Script(slow(0.05)), count=40, concurrency=8, tries=1, tell=told.append)
+    assert not failures(answers)
+    (line,) = told
+    assert "no such model; others are asked instead" in line
+
+
+def test_addresses_that_all_refuse_all_are_hopeless() -> None:
+    told = list[str]()
+    (error,) = at_each(Script(REFUSES), Script(status(401)), tries=1, tell=told.append)
+    assert isinstance(error, EndpointError)
+    assert (error.hopeless, error.status, len(told)) == (True, 401, 1)
+
+
+def test_one_that_refuses_all_beside_one_that_is_gone_is_not_hopeless() -> None:
+    (error,) = at_each(Script(REFUSES), Script(drop), tries=2)
+    assert isinstance(error, EndpointError)
+    assert not error.hopeless
+
+
+@pytest.mark.parametrize("number", [200, 401, 500])
+def test_a_login_and_a_key_that_a_server_repeats_are_never_shown(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def echo(request: web.Request) -> web.StreamResponse:
+        text = json.dumps(dict(request.headers))  # and as PHP writes it
+        return web.Response(text=text + text.replace("/", "\\/"), status=number)
+
+    async def ask(login: str) -> str:
+        async with (
+            Script(echo) as url,
+            Endpoint(url.replace("//", f"//{login}"), "tiny", tries=1) as e,
+        ):
+            with pytest.raises(EndpointError) as error:
+                await e.chat(ASK, Sampling())
+        return str(error.value)
+
+    said = asyncio.run(ask("me:hu%3F%3Fsh%3Fhu%3F%3Fsh@"))
+    assert "Basic ***" in said
+    assert "aHU/P3NoP2h1Pz9za" not in said.replace("\\", "")
+    assert "sh" not in said
+    monkeypatch.setenv("OPENAI_API_KEY", 'sk-"very/secret')
+    said = asyncio.run(ask(""))
+    assert said.count("Bearer ***") == 2
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("url", ["http://h/v1?key=hush", "http://me:hu#sh@h/v1", "//h?k=hush"])
+def test_a_query_or_fragment_is_a_users_mistake_and_never_shown(url: str) -> None:
+    with pytest.raises(UserError, match=r"a base URL holds a \? or #") as error:
+        read_address(url, "")
+    assert "hu" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,15 @@ MESSAGES = [
 
 
 def answer(number: int, draw: int) -> dict[str, Any]:
-    tokens = 10 * number + draw
+    """The second draw of the second input calls a tool."""
+    called = {"tool_calls": [CALL]} if (number, draw) == (2, 1) else {}
     return {
         "seed": draw,
         "text": f"{number}.{draw}",
         "finish_reason": "stop",
         "prompt_tokens": 7,
-        "tokens": tokens,
+        "tokens": 10 * number + draw,
+        **called,
     }
 
 
@@ -85,6 +87,7 @@ def test_json_lines_hold_one_record_for_each_input_in_order(hermes4: Hermes4, ru
         "answers": [{"draw": 0, **answer(1, 0)}, {"draw": 1, **answer(1, 1)}],
         "set_aside": [],
     }
+    assert found[1]["answers"][1]["tool_calls"] == [CALL]
     assert [answers["draw"] for answers in found[2]["answers"]] == [0]
     assert found[2]["set_aside"] == [1]
 
@@ -95,7 +98,9 @@ def test_parquet_holds_the_same(hermes4: Hermes4, run: Path, tmp_path: Path) -> 
     plain = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
     for row, record in zip(rows, plain, strict=True):
-        assert row["answers"] == record["answers"]
+        for given, wanted in zip(row["answers"], record["answers"], strict=True):
+            assert json.loads(given.pop("tool_calls") or "null") == wanted.pop("tool_calls", None)
+            assert given == wanted
         assert [m["content"] for m in row["messages"]] == [m["content"] for m in MESSAGES]
         assert json.loads(row["messages"][1]["tool_calls"]) == [CALL]
         assert json.loads(row["tools"] or "null") == record.get("tools")

@@ -91,6 +91,7 @@ def test_a_charge_moves_those_who_wait() -> None:
         ({"Retry-After": "0.5"}, 0.5),
         ({"Retry-After": "-3"}, 0.0),
         ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "Wed, 21 Oct 2099 07:28:00 +99999999999999"}, None),
         ({"Retry-After": "nan"}, 0.0),
         ({"Retry-After": "86400"}, limits.LONGEST_ASKED_PAUSE_S),
         ({"Retry-After": "Fri, 15 Jan 2027 08:00:20 GMT"}, 20.0),
@@ -137,6 +138,16 @@ def test_one_that_failed_gets_a_single_request_after_a_while_and_all_once_it_ans
     assert choose([alive, dead], 103) is dead  # two seconds the second time
     dead.answered()
     assert choose([alive, dead], 103) is dead
+
+
+def test_what_failed_goes_where_it_has_not_yet_and_tries_out_no_address_twice() -> None:
+    a, b, c = (Address(name, name, in_flight=n) for name, n in [("a", 0), ("b", 1), ("c", 2)])
+    assert choose([a, b, c], 0, [a]) is b
+    assert choose([a, b, c], 0, [a, b]) is c
+    assert choose([a, b, c], 0, [a, b, c, a]) is b
+    a.set_aside(0)
+    assert choose([a, b, c], 1, [a]) is b
+    assert choose([a, b, c], 1) is a
 
 
 def test_one_that_is_paused_is_chosen_only_when_all_are() -> None:

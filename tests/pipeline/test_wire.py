@@ -9,6 +9,7 @@ import pytest
 
 from hermes_pipeline.records import Message
 from hermes_pipeline.services.wire import (
+    NOT_EXTRA,
     BrokenReply,
     Sampling,
     TokenLogprob,
@@ -21,7 +22,7 @@ from hermes_pipeline.services.wire import (
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
-def answer(*choices: dict[str, Any], **usage: int) -> bytes:
+def answer(*choices: dict[str, Any], **usage: object) -> bytes:
     return json.dumps({"choices": choices, "usage": usage or None}).encode()
 
 
@@ -49,7 +50,7 @@ def test_every_field_of_sampling_is_sent_and_none_that_is_not_set() -> None:
 def test_logprobs_are_asked_for_in_the_words_of_each_path() -> None:
     sampling = Sampling(None, None, logprobs=3)
     assert completion_body("x", sampling) == {"prompt": "x", "logprobs": 3}
-    asked = chat_body((), sampling, ())
+    asked = chat_body((), sampling)
     assert (asked["logprobs"], asked["top_logprobs"]) == (True, 3)
 
 
@@ -59,7 +60,7 @@ def test_tools_calls_and_their_results_are_sent_as_servers_want_them() -> None:
         Message("assistant", tool_calls=(call,)),
         Message("tool", "2", name="add", tool_call_id="c1"),
     )
-    body = chat_body(messages, Sampling(None, None), [TOOL])
+    body = chat_body(messages, Sampling(None, None, extra={"tools": [TOOL]}))
     assert body["tools"] == [TOOL]
     assert body["messages"][0]["tool_calls"] == [
         {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -80,6 +81,44 @@ def test_a_reply_carries_tool_calls_and_why_it_ended() -> None:
     assert reply.text == ""
     assert reply.tool_calls == (call,)
     assert (reply.finish_reason, reply.completion_tokens) == ("tool_calls", 9)
+
+
+def test_what_a_model_refuses_with_is_its_answer() -> None:
+    message = {"role": "assistant", "content": None, "refusal": "I cannot."}
+    (reply,) = read_answer(answer({"message": message, "finish_reason": "stop"})).replies
+    assert reply.text == "I cannot."
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [(5, 5), ("5", 5), (5.0, 5), (0, 0), (None, None), ("five", None), (True, None), (-1, None),
+     (2**63, None), (1e300, None), ([5], None)],
+)  # fmt: skip
+def test_counts_of_tokens_are_integers_whatever_they_were(said: object, count: int | None) -> None:
+    got = read_answer(answer({"text": "a"}, prompt_tokens=said, completion_tokens=said))
+    (reply,) = got.replies
+    assert (reply.prompt_tokens, reply.completion_tokens) == (count, count)
+    assert (got.prompt_tokens, got.tokens) == (count or 0, 2 * (count or 0))
+    assert isinstance(reply.prompt_tokens, int | None)
+
+
+@pytest.mark.parametrize("reason", [None, "", 1, ["stop"]])
+def test_an_end_that_is_no_word_is_unknown(reason: object) -> None:
+    (reply,) = read_answer(answer({"text": "a", "finish_reason": reason})).replies
+    assert reply.finish_reason == "unknown"
+
+
+@pytest.mark.parametrize("name", ["model", "n", "seed", "messages", "stream", "top_logprobs",
+                                  "temperature", "max_tokens", "stop"])  # fmt: skip
+def test_what_we_send_ourselves_is_no_extra(name: str) -> None:
+    with pytest.raises(ValueError, match=f"extra must not hold '{name}': (give|the|answers) "):
+        Sampling(extra={name: 1})
+
+
+def test_nothing_that_a_request_holds_otherwise_can_be_an_extra() -> None:
+    sampling = Sampling(0.5, 0.5, 5, 5, 0.5, ("x",), 5)
+    bodies = chat_body((), sampling) | completion_body("x", sampling)
+    assert bodies.keys() <= NOT_EXTRA.keys()
 
 
 @pytest.mark.parametrize("inner", ["Hm.", [{"type": "text", "text": "Hm."}]])
@@ -145,6 +184,8 @@ def test_an_empty_answer_and_one_that_met_its_length_are_answers() -> None:
     [b"", b"{", b"[]", b"null", b'{"choices": []}', b'{"choices": [{}]}', b"<html>", b"\xff",
      b'{"error": {"message": "upstream"}}', b'{"choices": [{"text": "a", "logprobs": {}}]}',
      answer({"text": "half", "finish_reason": "abort"}),
+     answer({"text": None, "finish_reason": "stop"}),
+     answer({"message": {"content": "", "tool_calls": {"id": "c1"}}, "finish_reason": "stop"}),
      answer({"message": {"content": 5}, "finish_reason": "stop"}),
      answer({"message": {"content": [{"type": "image"}]}, "finish_reason": "stop"}),
      answer({"text": "", "finish_reason": "stop"}, {"text": "", "finish_reason": "error"})],

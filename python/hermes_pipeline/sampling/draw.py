@@ -11,6 +11,7 @@ from hermes_pipeline.chat import Refused
 from hermes_pipeline.records import Conversation, Message
 from hermes_pipeline.services.account import Usage
 from hermes_pipeline.services.endpoint import EndpointError, Reply
+from hermes_pipeline.services.faults import HOPELESS
 from hermes_pipeline.services.store import Input, Last, RecordRefused, draw_seed
 
 _END: Any = object()
@@ -177,15 +178,19 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _record(draw: Draw, reply: Reply) -> dict[str, Any]:
-    return {
+    record: dict[str, Any] = {
         "seed": draw.seed,
         "text": reply.text,
         "finish_reason": reply.finish_reason,
         "prompt_tokens": reply.prompt_tokens,
         "tokens": reply.completion_tokens,
     }
+    if reply.tool_calls:  # the server has taken them out of the text
+        record["tool_calls"] = list(reply.tool_calls)
+    return record
 
 
 def _unheard(error: EndpointError) -> bool:
     """Has no server looked at the request itself?"""
-    return error.status is None or error.status == 429 or error.status >= 500
+    status = error.status
+    return status is None or status == 429 or status in HOPELESS or status >= 500

@@ -20,7 +20,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Generic, TypeVar
 
 from hermes_pipeline.config import Range
@@ -50,6 +50,11 @@ class Cluster:
     workers: Annotated[int, Range(low=1)] | None = None  # one for each GPU asked for, or node
     cpus: Annotated[float, Range(low=0)] = 0.1  # of each worker; leave room for replacements
     gpus: Annotated[float, Range(low=0)] | None = None  # one for a served model, if there are any
+
+    def __post_init__(self) -> None:
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        if given and self.address is None:
+            raise ValueError(f"{given[0]} wants address: give it, too, or leave {given[0]} out")
 
 
 class WorkerBroken(Exception):

@@ -7,8 +7,8 @@ import gc
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,14 @@ import orjson
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.records import Message
 from hermes_pipeline.services.account import Usage
+from hermes_pipeline.services.faults import (
+    HOPELESS,
+    HOPELESS_CODES,
+    RETRIED,
+    UNTAKEN,
+    EndpointError,
+    Fault,
+)
 from hermes_pipeline.services.limits import (
     RESETS,
     Address,
@@ -47,11 +55,6 @@ from hermes_pipeline.services.wire import (
 
 __all__ = ["Endpoint", "EndpointError", "Reply", "Sampling", "Usage"]
 
-RETRIED = frozenset({408, 409, 425, 429})  # and every 5xx
-GONE = frozenset({502, 503, 504})  # what stands behind the address does not answer
-UNTAKEN = frozenset({502, 503})  # nor has it begun: asking again costs nothing
-HOPELESS = frozenset({401, 403, 404})  # no other request would fare better
-HOPELESS_CODES = frozenset({"insufficient_quota", "invalid_api_key", "model_not_found"})
 OUTAGE_S = 300.0  # a server that has answered is waited for so long, from its last answer on
 OUTAGE_PAUSE_S = 5.0  # at most, while nobody is there
 CONNECT_S = 30.0
@@ -62,44 +65,14 @@ CHARACTERS_A_TOKEN = 4  # until a first answer tells
 SHOWN = 500  # characters of what went wrong
 
 
-class EndpointError(Exception):
-    """A request failed for good.
-
-    Attributes:
-        status: HTTP status of the last reply; None when there was none.
-        hopeless: the address, the key or the model's name is wrong, the quota or the run's time is
-            used up: every other request would fail, too.
-    """
-
-    def __init__(self, message: str, status: int | None = None, *, hopeless: bool = False) -> None:
-        super().__init__(message)
-        self.status = status
-        self.hopeless = hopeless or status in HOPELESS
-
-
-@dataclass(frozen=True, slots=True)
-class _Fault:
-    """A try that brought no answer."""
-
-    problem: str
-    status: int | None = None
-    is_final: bool = False
-    is_hopeless: bool = False
-    is_gone: bool = False  # nobody was there to take the request
-    pause_asked: bool = False  # the address is paused already
-
-    @property
-    def is_throttled(self) -> bool:
-        return self.status == 429
-
-
 class Endpoint:
     """One model at one address or several, for the time of an `async with` block.
 
     Requests are spread over the addresses by what each has in flight. One that fails is set aside
-    for a while and tried again with a single request; one that asks for a pause gets no request
-    before it is over. 429 uses up no try: a request may be put off for `request_timeout_s`. Nor
-    does an outage of a server that has answered before, for `OUTAGE_S`.
+    for a while and tried again with a single request, and what failed there goes elsewhere; one
+    that asks for a pause gets no request before it is over. 429 uses up no try: a request may be
+    put off for `request_timeout_s`. Nor does an outage of a server that has answered before, for
+    `OUTAGE_S`, nor an address that would refuse any request, while there are others.
 
     Args:
         base_url: up to and with `/v1`; several for a cluster.
@@ -112,6 +85,7 @@ class Endpoint:
         requests_per_s: tries in any second, over all addresses.
         tokens_per_s: tokens of prompts and answers; an answer's length is assumed to be the mean
             so far, and put right when it is there.
+        tell: takes a line about each address that would refuse any request, once.
 
     Raises:
         UserError: an address, the key or a number cannot be used.
@@ -131,6 +105,7 @@ class Endpoint:
         run_timeout_s: float = math.inf,
         requests_per_s: float | None = None,
         tokens_per_s: float | None = None,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
         if concurrency < 1 or tries < 1:
             raise UserError(f"concurrency is {concurrency} and tries {tries}; each wants 1 or more")
@@ -144,7 +119,8 @@ class Endpoint:
         self._requests = None if requests_per_s is None else Bucket(requests_per_s)
         self._tokens = None if tokens_per_s is None else Bucket(tokens_per_s)
         self._turn = asyncio.Semaphore(concurrency)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._tell = timeout_s, tell
+        self._told_of = set[Address]()
         self._session: aiohttp.ClientSession | None = None
         self._run_ends = math.inf
         self._answered_at = -math.inf
@@ -186,14 +162,13 @@ class Endpoint:
         *,
         n: int = 1,
         seed: int | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Reply]:
         """``n`` answers to a conversation.
 
         Raises:
             EndpointError: the request was refused, failed `tries` times, or took too long.
         """
-        return await self._ask(CHAT, chat_body(messages, sampling, tools), n, seed)
+        return await self._ask(CHAT, chat_body(messages, sampling), n, seed)
 
     async def complete(
         self,
@@ -232,48 +207,53 @@ class Endpoint:
             data = bytes(memoryview(orjson.dumps(body)))
         except TypeError as error:  # half of a surrogate pair, for one
             raise EndpointError(f"the request cannot be written as JSON: {error}") from None
+        cost = 0.0 if self._tokens is None else self._expected_tokens(data, body, n)
+        address, answer = await self._try(path, data, cost)
+        if self._tokens is not None and answer.tokens:
+            self._tokens.charge(answer.tokens - cost)
+        if len(answer.replies) != n:
+            problem = f"{len(answer.replies)} answers where n={n} were asked for"
+            raise self._failure(address, Fault(problem, 200, is_final=True), 1)
+        return answer
+
+    async def _try(self, path: str, data: bytes, cost: float) -> tuple[Address, Answer]:
+        """Who gave the first whole answer, and that."""
         began = asyncio.get_running_loop().time()
         deadline = min(began + self._request_timeout_s, self._run_ends)
-        cost = 0.0 if self._tokens is None else self._expected_tokens(data, body, n)
-        address, fault = self._addresses[0], _Fault("none has ended")
-        attempt = tries = 0
-        gone_since = math.inf
+        address, fault = self._addresses[0], Fault("none has ended")
+        failed = list[Address]()  # where, each time
+        tries, gone_since = 0, math.inf
         try:
             while True:
-                address = await self._take_turn(cost, deadline)
+                address = await self._take_turn(cost, deadline, failed)
                 answer = await self._send(address, path, data, deadline)
                 if isinstance(answer, Answer):
-                    break
-                fault, attempt = answer, attempt + 1
+                    return address, answer.after(len(failed))
+                fault = answer
                 if fault.is_throttled and self._tokens is not None:
                     self._tokens.charge(-cost)  # nothing was computed for it
                 now = asyncio.get_running_loop().time()
                 gone_since = min(gone_since, now) if fault.is_gone else math.inf
                 is_out = fault.is_gone and self._is_out(gone_since, now)
-                tries += not (fault.is_throttled or is_out)
+                is_news = fault.is_wrong and address not in failed
+                tries += not (fault.is_throttled or is_out or is_news)
                 if fault.is_final or tries == self._tries:
                     raise self._failure(address, fault, tries)
+                failed.append(address)
                 self.usage.retries += 1
                 if not fault.pause_asked:
                     longest = OUTAGE_PAUSE_S if fault.is_gone else math.inf
-                    await sleep(min(longest, backoff_s(attempt - 1)), deadline)
+                    await sleep(min(longest, backoff_s(len(failed) - 1)), deadline)
         except TooLate:
             raise self._late(address, fault, began, deadline) from None
-        if self._tokens is not None and answer.tokens:
-            self._tokens.charge(answer.tokens - cost)
-        if len(answer.replies) != n:
-            problem = f"{len(answer.replies)} answers where n={n} were asked for"
-            raise self._failure(address, _Fault(problem, 200, is_final=True), 1)
-        if attempt:
-            replies = [replace(reply, tries=attempt + 1) for reply in answer.replies]
-            answer = replace(answer, replies=replies)
-        return answer
 
     def _is_out(self, since: float, now: float) -> bool:
         """Has nobody been answered since then, but not long before?"""
         return self._answered_at < since and now < self._answered_at + OUTAGE_S
 
-    async def _take_turn(self, tokens: float, deadline: float) -> Address:
+    async def _take_turn(
+        self, tokens: float, deadline: float, failed: Sequence[Address]
+    ) -> Address:
         """Where to send now, once no pause and no rate stands against it."""
         loop = asyncio.get_running_loop()
         while True:
@@ -284,7 +264,7 @@ class Endpoint:
             now = loop.time()
             if now >= deadline:
                 raise TooLate
-            address = choose(self._addresses, now)
+            address = choose(self._addresses, now, failed)
             if address.paused_until <= now:
                 return address
             if self._tokens is not None:  # a pause came up meanwhile
@@ -299,7 +279,7 @@ class Endpoint:
 
     async def _send(
         self, address: Address, path: str, data: bytes, deadline: float
-    ) -> Answer | _Fault:
+    ) -> Answer | Fault:
         """One try."""
         if self._session is None:
             problem = "the endpoint is used outside its `async with` block"
@@ -319,7 +299,7 @@ class Endpoint:
                 self._answered_at = loop.time()
                 return answer
         except (aiohttp.InvalidURL, UnicodeError):  # no port, no name of a host
-            raise UserError(f"base URL {address.shown!r} is none") from None
+            raise UserError(f"base URL {address.shown!r} is not valid") from None
         except (aiohttp.ClientError, BrokenReply, TimeoutError, OSError) as error:
             now = loop.time()
             if now >= deadline:
@@ -327,47 +307,59 @@ class Endpoint:
             address.set_aside(now)
             problem = f"{type(error).__name__}: {error}" if str(error) else "timed out"
             nobody = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-            return _Fault(problem, is_gone=isinstance(error, nobody))
+            return Fault(problem, is_gone=isinstance(error, nobody))
         finally:
             address.in_flight -= 1
-        if reply.status in GONE:
-            address.set_aside(loop.time())
-        else:
-            address.answered()
         return self._refusal(address, reply, content)
 
-    def _refusal(self, address: Address, reply: aiohttp.ClientResponse, content: bytes) -> _Fault:
-        """What an error's status and headers mean; pauses the address where they ask for it."""
+    def _refusal(self, address: Address, reply: aiohttp.ClientResponse, content: bytes) -> Fault:
+        """What an error's status and headers mean, for the request and for the address."""
         said, code = read_refusal(content)
         if 300 <= reply.status < 400:
             said = f"moved to {reply.headers.get('Location')}; give that address"
-        is_hopeless = code in HOPELESS_CODES or reply.status < 400
-        is_final = is_hopeless or not (reply.status in RETRIED or reply.status >= 500)
+        problem, now = f"{reply.status}: {said}", asyncio.get_running_loop().time()
+        if code in HOPELESS_CODES or reply.status in HOPELESS or reply.status < 400:
+            return self._wrong(address, Fault(problem, reply.status, is_wrong=True), now)
+        if not (reply.status in RETRIED or reply.status >= 500):
+            address.answered()
+            return Fault(problem, reply.status, is_final=True)
         headers = reply.headers.copy()
         if reply.status != 429:  # when a quota will be full again is told in any reply
             for name in RESETS:
                 headers.popall(name, None)
-        pause = None if is_final else asked_pause_s(headers, time.time())
-        if pause is not None:
-            address.pause(asyncio.get_running_loop().time() + pause)
-        how = (reply.status, is_final, is_hopeless, reply.status in UNTAKEN, bool(pause))
-        return _Fault(f"{reply.status}: {said}", *how)
+        pause = asked_pause_s(headers, time.time())
+        if pause:
+            address.pause(now + pause)
+        if not pause or reply.status != 429:  # one that asks for patience is well
+            address.set_aside(now)
+        is_gone = reply.status in UNTAKEN
+        return Fault(problem, reply.status, is_gone=is_gone, pause_asked=bool(pause))
+
+    def _wrong(self, address: Address, fault: Fault, now: float) -> Fault:
+        """Leave out an address that would refuse any request; final once all of them would."""
+        address.is_wrong = True
+        address.set_aside(now)
+        if all(each.is_wrong for each in self._addresses):
+            return replace(fault, is_final=True)
+        if self._tell is not None and address not in self._told_of:
+            self._told_of.add(address)
+            self._tell(f"{self._clean(address, fault.problem)}; others are asked instead")
+        return fault
 
     def _expected_tokens(self, data: bytes, body: Mapping[str, Any], n: int) -> float:
         if self.usage.tokens:
             return self.usage.tokens / self.usage.requests
         return len(data) / CHARACTERS_A_TOKEN + n * (body.get("max_tokens") or 0)
 
-    def _failure(self, address: Address, fault: _Fault, tries: int) -> EndpointError:
+    def _failure(self, address: Address, fault: Fault, tries: int) -> EndpointError:
         problem = fault.problem
         if not fault.is_final:
             problem = f"failed {tries} times; the last time {problem}"
         message = self._clean(address, problem)
-        return EndpointError(message, fault.status, hopeless=fault.is_hopeless)
+        is_hopeless = fault.is_wrong and fault.is_final
+        return EndpointError(message, fault.status, hopeless=is_hopeless)
 
-    def _late(
-        self, address: Address, fault: _Fault, began: float, deadline: float
-    ) -> EndpointError:
+    def _late(self, address: Address, fault: Fault, began: float, deadline: float) -> EndpointError:
         """The failure of a request whose time is up.
 
         Hopeless when the run's is, and when a server that asks for patience answered nobody.
@@ -384,8 +376,5 @@ class Endpoint:
         return EndpointError(message, fault.status, hopeless=is_hopeless)
 
     def _clean(self, address: Address, problem: str) -> str:
-        """The problem with its address, and without the key should the server have echoed it."""
-        problem = problem.replace(address.url, address.shown)
-        if self._key:
-            problem = problem.replace(self._key, "***")
-        return f"{address.shown} (model {self.model}): {problem[:SHOWN]}"
+        """The problem with its address, and without what is secret."""
+        return f"{address.shown} (model {self.model}): {address.clean(problem)[:SHOWN]}"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import os
 import random
 import re
 import resource
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from hermes_pipeline.errors import UserError
 
@@ -98,10 +100,12 @@ class Address:
 
     url: str
     shown: str  # without a login
+    secrets: tuple[str, ...] = ()  # every form of the key and the login, long ones first
     in_flight: int = 0
     paused_until: float = 0.0  # nothing is sent before: the server asked for it
     aside_until: float = 0.0  # others are preferred before: it failed
     faults: int = 0  # times it was set aside since it last answered
+    is_wrong: bool = False  # it refuses whatever it is asked: no such model there, for one
 
     def pause(self, until: float) -> None:
         self.paused_until = max(self.paused_until, until)
@@ -113,28 +117,57 @@ class Address:
             self.faults += 1
 
     def answered(self) -> None:
-        self.aside_until, self.faults = 0.0, 0
+        self.aside_until, self.faults, self.is_wrong = 0.0, 0, False
+
+    def clean(self, text: str) -> str:
+        """The text without the key and the login, should a server have echoed them."""
+        text = text.replace(self.url, self.shown)
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text
 
 
 def read_address(url: str, key: str) -> Address:
     """The address of a base URL, which goes up to and with `/v1`.
 
     Raises:
-        UserError: it is none, or its login would stand in the way of a key.
+        UserError: it is none, says more, or its login would stand in the way of a key.
     """
+    if "?" in url or "#" in url:  # often a key: nothing of it is shown
+        raise UserError(
+            "a base URL holds a ? or #, behind which no path can stand; end it with /v1, and give "
+            "a key as OPENAI_API_KEY"
+        )
     try:
         parts = urlsplit(url)
     except ValueError as error:  # brackets that do not close; the URL may hold a login
-        raise UserError(f"a base URL is none: {error}") from None
+        raise UserError(f"a base URL is invalid: {error}") from None
     login, _, host = parts.netloc.rpartition("@")
     shown = urlunsplit(parts._replace(netloc=host)).rstrip("/")
     if parts.scheme not in ("http", "https") or not host:
         raise UserError(f"base URL {shown!r} wants the form http://host:port/v1")
     if login and key:
         raise UserError(
-            f"base URL {shown} carries a login and OPENAI_API_KEY is set: one header holds one"
+            f"base URL {shown} carries a login and OPENAI_API_KEY is set; only one can be sent, "
+            f"so remove one"
         )
-    return Address(url.rstrip("/"), shown)
+    return Address(url.rstrip("/"), shown, _forms((key, *_of_login(login))))
+
+
+def _of_login(login: str) -> tuple[str, ...]:
+    """What no message may hold of a login: itself, its password, and what a header makes of it."""
+    if not login:
+        return ()
+    user, _, password = map(unquote, login.partition(":"))
+    header = base64.b64encode(f"{user}:{password}".encode("latin-1", "replace")).decode()
+    return login, f"{user}:{password}", password or user, header.rstrip("=")
+
+
+def _forms(secrets: Iterable[str]) -> tuple[str, ...]:
+    """The secrets as they stand and as JSON writes them, long ones first."""
+    forms = {form for secret in secrets for form in (secret, json.dumps(secret)[1:-1])}
+    forms |= {form.replace("/", "\\/") for form in forms}
+    return tuple(sorted(forms - {""}, key=len, reverse=True))
 
 
 def read_key(name: str) -> str:
@@ -149,23 +182,28 @@ def read_key(name: str) -> str:
     return key
 
 
-def choose(addresses: Sequence[Address], now: float) -> Address:
+def choose(addresses: Sequence[Address], now: float, failed: Sequence[Address] = ()) -> Address:
     """The address for the next request; one that is paused only when all are.
 
     An address that was set aside gets one request when its time is over, and the next only after
     an answer or another while.
+
+    Args:
+        failed: where the request has failed so far, each time; it goes where it did so least.
     """
     if len(addresses) == 1:
         return addresses[0]
 
-    def rank(address: Address) -> tuple[float, bool, int]:
+    def rank(address: Address) -> tuple[float, bool, int, int]:
         pause = max(0.0, address.paused_until - now)
-        return pause, address.aside_until > now, address.in_flight
+        return pause, address.aside_until > now, failed.count(address), address.in_flight
 
-    best = min(addresses, key=rank)
-    returning = [a for a in addresses if a.faults and max(a.aside_until, a.paused_until) <= now]
-    if returning:
-        best = returning[0]
+    def returns(address: Address) -> bool:
+        return address.faults > 0 and max(address.aside_until, address.paused_until) <= now
+
+    returning = (a for a in addresses if returns(a) and a not in failed)
+    best = next(returning, None) or min(addresses, key=rank)
+    if returns(best):
         best.set_aside(now)  # from the others' point of view, until this one is answered
     return best
 
@@ -198,9 +236,9 @@ def asked_pause_s(headers: Mapping[str, str], now: float) -> float | None:
         headers: of its reply; names in any case where the mapping allows it.
         now: seconds since 1970, where the server does not send its own date.
     """
-    for name, unit_s in (("retry-after-ms", 0.001), ("x-ms-retry-after-ms", 0.001)):
+    for name in ("retry-after-ms", "x-ms-retry-after-ms"):
         if (pause := _number(headers.get(name))) is not None:
-            return _within(pause * unit_s)
+            return _within(pause / 1000)
     if (after := headers.get("retry-after")) is not None:
         if (pause := _number(after)) is not None:
             return _within(pause)
@@ -224,7 +262,7 @@ def _number(text: str | None) -> float | None:
 def _date(text: str | None) -> float | None:
     try:
         return parsedate_to_datetime(text or "").timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):  # no date, one with an offset of millennia
         return None
 
 

@@ -145,13 +145,13 @@ def answerer(
 
     Args:
         log: of a server that is started here.
-        tell: takes what happens to workers, in a line.
+        tell: takes what happens to workers and addresses, in a line.
     """
     if cluster.address is not None:
         yield Answerer(_on_ray(model, requests, cluster, tell), lambda: None)
         return
     with at_address(model, log) as address:
-        yield Answerer(answering(address, requests), address.check)
+        yield Answerer(answering(address, requests, tell), address.check)
 
 
 @contextmanager
@@ -185,9 +185,12 @@ def running(program: Guarded) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def answering(address: Address, requests: Requests) -> AsyncIterator[Answering]:
-    """Has requests answered at an address, for the time of a block."""
+async def answering(
+    address: Address, requests: Requests, tell: Callable[[str], object] | None = None
+) -> AsyncIterator[Answering]:
+    """Has requests answered at an address, for the time of a block; `tell` as in `Endpoint`."""
     options = asdict(requests) | {"run_timeout_s": requests.run_timeout_s or math.inf}
+    options["tell"] = tell
     async with Endpoint(address.base_urls, address.model, **options) as endpoint:
 
         async def answer(request: Request) -> Reply:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import orjson
@@ -16,6 +16,17 @@ CHAT, COMPLETIONS = "/chat/completions", "/completions"
 # A server that is stopped says "abort", with status 200 and half of an answer: vLLM at SIGTERM.
 CUT = frozenset({"abort", "error"})
 READ = 4_000  # characters of a server's message; fewer are shown, once the key is out of them
+# Fields of a request that are not for `Sampling.extra`, and why.
+_OWN = ("temperature", "top_p", "max_tokens", "top_k", "min_p", "stop", "logprobs")
+NOT_EXTRA = {name: f"give sampling.{name}" for name in _OWN} | {
+    "top_logprobs": "give sampling.logprobs",
+    "model": "give model.name",
+    "n": "give run.draws, or benchmark.draws",
+    "seed": "give run.seed",
+    "messages": "the data has them",
+    "prompt": "the data has it",
+    "stream": "answers are read whole",
+}
 
 
 class BrokenReply(Exception):
@@ -41,6 +52,9 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)  # sent as it stands
 
     def __post_init__(self) -> None:
+        for name in self.extra:
+            if name in NOT_EXTRA:
+                raise ValueError(f"extra must not hold {name!r}: {NOT_EXTRA[name]}")
         try:
             orjson.dumps(dict(self.extra), option=orjson.OPT_PASSTHROUGH_DATETIME)
         except TypeError as error:
@@ -81,14 +95,17 @@ class Answer:
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
+    def after(self, failures: int) -> Answer:
+        """The answer, had by as many tries more."""
+        if not failures:
+            return self
+        replies = [replace(reply, tries=failures + 1) for reply in self.replies]
+        return replace(self, replies=replies)
 
-def chat_body(
-    messages: Sequence[Message], sampling: Sampling, tools: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The fields of a chat request that its messages, sampling and tools decide."""
+
+def chat_body(messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
+    """The fields of a chat request that its messages and sampling decide."""
     body: dict[str, Any] = {"messages": [_message(message) for message in messages]}
-    if tools:
-        body["tools"] = list(tools)
     if sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     return body | _sampling_fields(sampling)
@@ -112,16 +129,16 @@ def read_answer(content: bytes) -> Answer:
         reply = orjson.loads(content)
         choices = reply["choices"]
         usage = reply.get("usage") or {}
-        prompt, tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        prompt, tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
         if len(choices) > 1:
             choices = sorted(choices, key=lambda choice: choice.get("index") or 0)
         each = tokens if len(choices) == 1 else None
         replies = [_reply(choice, prompt, each) for choice in choices]
         if replies and not any(reply.finish_reason in CUT for reply in replies):
-            return Answer(replies, int(prompt or 0), int(tokens or 0))
+            return Answer(replies, prompt or 0, tokens or 0)
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
-    raise BrokenReply(f"a reply that is not whole: {content[:READ]!r}")
+    raise BrokenReply(f"a reply that is not whole: {_read(content)}")
 
 
 def read_refusal(content: bytes) -> tuple[str, str]:
@@ -134,7 +151,7 @@ def read_refusal(content: bytes) -> tuple[str, str]:
         said = error.get("message") or error.get("detail") or reply
         return _line(str(said)), str(error.get("code") or error.get("type") or "")
     except (ValueError, AttributeError):
-        return _line(content[:READ].decode(errors="replace")) or "no message", ""
+        return _read(content) or "no message", ""
 
 
 def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
@@ -172,24 +189,42 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reply(choice: Mapping[str, Any], prompt_tokens: int | None, tokens: int | None) -> Reply:
     message = choice.get("message")
-    logprobs = choice.get("logprobs")
+    logprobs, reason = choice.get("logprobs"), choice.get("finish_reason")
     return Reply(
-        text=choice["text"] if message is None else _text(message),
-        finish_reason=choice.get("finish_reason") or "unknown",
+        text=_content(choice["text"])[0] if message is None else _text(message),
+        finish_reason=reason if isinstance(reason, str) and reason else "unknown",
         completion_tokens=tokens,
         prompt_tokens=prompt_tokens,
-        tool_calls=() if message is None else tuple(message.get("tool_calls") or ()),
+        tool_calls=() if message is None else _calls(message),
         logprobs=None if logprobs is None else _logprobs(logprobs),
     )
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    """All a model wrote, also where a server has put its thinking apart."""
-    content, apart = _content(message.get("content") or "")
+    """All a model wrote, also where a server has put its thinking or its refusal apart."""
+    content, apart = _content(message.get("content") or message.get("refusal") or "")
     thinking = message.get("reasoning_content") or message.get("reasoning") or apart
     if not thinking:
         return content
     return f"<think>{thinking}" + (f"</think>{content}" if content else "")
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens, in whatever type a server writes it; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        count = int(value)
+    except (ValueError, OverflowError):
+        return None
+    return count if 0 <= count < 2**63 else None
+
+
+def _calls(message: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    calls = tuple(message.get("tool_calls") or ())
+    if not all(isinstance(call, dict) for call in calls):
+        raise TypeError("a tool call is no object")
+    return calls
 
 
 def _content(content: object) -> tuple[str, str]:
@@ -225,6 +260,10 @@ def _logprobs(logprobs: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(token, logprob, tuple((top or {}).items())) for token, logprob, top in columns
     )
+
+
+def _read(content: bytes) -> str:
+    return _line(content[:READ].decode(errors="replace"))
 
 
 def _line(text: str) -> str:

@@ -53,7 +53,7 @@ from hermes_pipeline.services.store_reader import (
 )
 
 FEW, FEW_LOOKS = 2, 1000  # draws that tell what one costs; and of records that may be none
-# Calls of tools are wanted as the model wrote them; taken out by the server, they would be lost.
+# Calls of tools are wanted as the model wrote them, not taken out of its text by the server.
 AS_WRITTEN = {"tool_choice": "none"}
 
 
@@ -191,9 +191,10 @@ async def _answer(
             tools = [dict(tool) for tool in draw.conversation.tools]
             how = recipe.sampling
             if tools:
-                how = replace(how, extra={**how.extra, "tools": tools, **AS_WRITTEN})
+                how = replace(how, extra={**AS_WRITTEN, **how.extra, "tools": tools})
             reply = await answer(Request(draw.conversation.messages, how, draw.seed))
-            if recipe.prices.are_given and reply.completion_tokens is None:
+            counts = reply.prompt_tokens, reply.completion_tokens
+            if recipe.prices.are_given and None in counts:
                 raise UserError("the server sends no counts of tokens; prices want them")
             return reply
 

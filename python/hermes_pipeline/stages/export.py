@@ -128,6 +128,7 @@ def _schema(pa: Any) -> Any:
         "finish_reason": text,
         "prompt_tokens": number,
         "tokens": number,
+        "tool_calls": text,
     }
     return pa.schema(
         {
@@ -149,7 +150,8 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
         return {**values, key: None if given is None else orjson.dumps(given).decode()}
 
     messages = [as_text(message, "tool_calls") for message in record["messages"]]
-    return as_text({**record, "messages": messages}, "tools")
+    answers = [as_text(answer, "tool_calls") for answer in record["answers"]]
+    return as_text({**record, "messages": messages, "answers": answers}, "tools")
 
 
 def _write_data_set(folder: Path, out: Path, licence: str) -> None:

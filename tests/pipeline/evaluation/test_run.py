@@ -75,7 +75,7 @@ def test_a_hopeless_request_stops_everything() -> None:
     async def ask(messages: Sequence[Message], *, seed: int) -> Reply:
         nonlocal asked
         asked += 1
-        raise EndpointError("401: wrong key", 401)
+        raise EndpointError("401: wrong key", 401, hopeless=True)
 
     with pytest.raises(BaseExceptionGroup) as caught:
         scores(ask, concurrency=2)

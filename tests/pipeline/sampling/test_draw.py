@@ -86,6 +86,18 @@ def test_every_draw_is_kept_with_its_seed_and_counted() -> None:
     assert (tally.usage.completion_tokens, tally.in_flight, tally.set_aside) == (30, 0, 0)
 
 
+def test_calls_of_tools_are_kept_where_there_are_any() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+    async def ask(draw: Draw) -> Reply:
+        return Reply("", "tool_calls", 3, tool_calls=(call,) if draw.number else ())
+
+    kept = Kept()
+    drawn(planned(1), ask, kept)
+    assert kept.records[1, 1, 0]["tool_calls"] == [call]
+    assert "tool_calls" not in kept.records[1, 0, 0]
+
+
 def test_no_more_is_read_than_there_are_turns_for() -> None:
     taken, most = 0, 0
     tally = Tally()
@@ -110,15 +122,15 @@ def test_a_record_that_cannot_be_kept_is_set_aside_and_the_run_goes_on() -> None
     assert (tally.kept, tally.set_aside, tally.inputs_set_aside) == (6, 2, {2})
 
 
-def failing(status: int | None) -> Any:
+def failing(status: int | None, *, hopeless: bool = False) -> Any:
     async def ask(draw: Draw) -> Reply:
         await asyncio.sleep(0)
-        raise EndpointError("no", status)
+        raise EndpointError("no", status, hopeless=hopeless)
 
     return ask
 
 
-@pytest.mark.parametrize("status", [None, 429, 500, 503])
+@pytest.mark.parametrize("status", [None, 403, 404, 429, 500, 503])
 def test_a_server_that_never_answers_ends_the_run(status: int | None) -> None:
     kept = Kept()
     with pytest.raises(ExceptionGroup) as group:
@@ -135,6 +147,6 @@ def test_refusals_do_not_end_the_run() -> None:
 def test_a_wrong_key_ends_the_run_at_once() -> None:
     kept = Kept()
     with pytest.raises(ExceptionGroup) as group:
-        drawn(planned(100), failing(401), kept)
+        drawn(planned(100), failing(401, hopeless=True), kept)
     assert group.group_contains(EndpointError)
     assert kept.errors == {}
