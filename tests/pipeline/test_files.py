@@ -260,6 +260,29 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, data: bytes, words: 
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("read_me", [False, True])
+def test_a_value_that_python_cannot_hold_is_its_records_own_fault(
+    tmp_path: Path, read_me: bool, cache: None
+) -> None:
+    chats = [chat["messages"] for chat in CHATS[:3]]
+    for number, column in enumerate(
+        [
+            pa.array([1, 10**8, None], pa.date32()),
+            pa.array([1, 1 << 62, None], pa.duration("s")),
+            pa.array([None, 1, None], pa.timestamp("us", tz="Mars/Phobos")),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pq.write_table(pa.table({"messages": chats, "day": column}), folder / "x.parquet")
+        if read_me:
+            (folder / "README.md").write_text("Read by `datasets`.")
+        first, (line, reason), last = read(folder)
+        assert [first[1]["messages"], last[1]] == [chats[0], {"messages": chats[2]}]
+        wanted = "it" if read_me else "column 'day'"
+        assert (line, reason.partition(" cannot be read: ")[0]) == (2, wanted)
+
+
 def test_parquet_with_any_byte_changed_is_read_or_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet")
     whole = (tmp_path / "x.parquet").read_bytes()

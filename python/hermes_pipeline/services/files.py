@@ -19,6 +19,8 @@ from hermes_pipeline.errors import UserError
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SMALL_RECORD = 4_096  # bytes; a smaller one is kept in the quarantine as it is
+# What Arrow raises of a value that Python cannot hold: a date after the year 9999, for one.
+UNREADABLE = (ArithmeticError, ValueError)
 _CHUNK = 1 << 20
 _ROWS = 128  # of a Parquet batch
 DEFAULT_SPLIT = "train"  # where nobody has chosen one
@@ -212,10 +214,15 @@ def _read_parquet(path: Path, skip: int, cursor: Cursor) -> Iterator[Record]:
 
 
 def _row(source: str, number: int, batch: Any, index: int) -> Record:
-    try:
-        return Record(source, number, without_nulls(batch.slice(index, 1).to_pylist()[0]))
-    except UnicodeDecodeError as error:
-        return Record(source, number, None, f"invalid UTF-8 at byte {error.start} of a text")
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return Record(source, number, None, f"invalid UTF-8 at byte {error.start} of a text")
+        except UNREADABLE as error:
+            return Record(source, number, None, f"column {name!r} cannot be read: {error}")
+    return Record(source, number, without_nulls(values))
 
 
 def quarantine_entry(record: Record, reason: str) -> dict[str, Any]:

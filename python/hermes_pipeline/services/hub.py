@@ -18,6 +18,7 @@ from hermes_pipeline.services.connection import reach_hub
 from hermes_pipeline.services.files import (
     DEFAULT_SPLIT,
     EXTENSIONS,
+    UNREADABLE,
     Cursor,
     Record,
     check_file,
@@ -133,7 +134,7 @@ class DataSource:
         if self._files is None:
             data = self._load()
             for row in range(start, len(data)):
-                yield Record(source_of(self.name, row + 1), row + 1, without_nulls(data[row]))
+                yield _row(source_of(self.name, row + 1), row + 1, data)
             return
         self._cursor = Cursor(total=sum(path.stat().st_size for path in self._files))
         for path in self._files:
@@ -300,6 +301,13 @@ def _load_data_set(name: str, revision: str | None, split: str, subset: str | No
             if value is not None
         )
         raise UserError(f"data set {name!r} ({asked}) cannot be loaded: {_line(error)}") from None
+
+
+def _row(source: str, number: int, data: Any) -> Record:
+    try:
+        return Record(source, number, without_nulls(data[number - 1]))
+    except UNREADABLE as error:
+        return Record(source, number, None, f"it cannot be read: {error}")
 
 
 def _check_whole(file: Path, split: str, subset: str | None) -> None:
