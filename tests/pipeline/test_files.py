@@ -218,7 +218,7 @@ def test_a_file_that_is_missing_is_named(
 @pytest.mark.parametrize("name", ["x.txt", "x.csv", "x", "x.jsonl.zip", "jsonl"])
 def test_a_file_of_another_kind_names_the_known_ones(tmp_path: Path, name: str) -> None:
     write_lines(tmp_path / name)
-    with pytest.raises(UserError, match=rf"{name} is of no known kind; {KNOWN}$"):
+    with pytest.raises(UserError, match=rf"{name} has an unknown file type; {KNOWN}$"):
         DataSource(str(tmp_path / name))
 
 

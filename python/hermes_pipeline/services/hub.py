@@ -93,6 +93,19 @@ class DataSource:
                 f"set on the Hub"
             )
 
+    def check_apart(self, out: Path) -> None:
+        """Refuse a folder for results inside this data: they would be read as more of it.
+
+        Raises:
+            UserError: it lies there.
+        """
+        folder = _path(self.name)
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--out {out} lies in --data {self.name}, so results would be read as data; choose "
+                f"another --out, or give a data file by name"
+            )
+
     def identity(self) -> dict[str, Any]:
         """Return what tells this data from other data, as JSON values; see `changed`."""
         if self._files is None:

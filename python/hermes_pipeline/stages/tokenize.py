@@ -90,6 +90,7 @@ def run(
     for option, given in (("--limit", limit), ("--max-chars", max_chars)):
         if given is not None and given > MOST:
             raise UserError(f"{option} is {given}; it may be {MOST} at most")
+    source.check_apart(out)
     check_folder(out, "store.json", "writing")
     loaded = load_tokenizer(tokenizer, tokenizer_revision)
     template_name, text = load_template(template, loaded)
