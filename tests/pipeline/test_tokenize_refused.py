@@ -90,9 +90,7 @@ def test_a_folder_that_holds_something_else_keeps_it(
     assert contents(tmp_path) == {"tokenizer/notes.txt": b"mine"}
 
 
-def test_a_store_inside_the_data_is_refused(
-    tokenize: Tokenize, few: Path, tmp_path: Path
-) -> None:
+def test_a_store_inside_the_data_is_refused(tokenize: Tokenize, few: Path, tmp_path: Path) -> None:
     out = few.parent / "store"
     assert f"--out {out} lies in --data {few.parent}" in refused(tokenize(few.parent, out))
     assert not out.exists()

@@ -58,7 +58,7 @@ class DataSource:
         subset: configuration of the data set.
 
     Raises:
-        UserError: there is nothing of that name, it is of no known kind, or a revision, split or
+        UserError: there is nothing of that name, its file type is unknown, or a revision, split or
             subset is asked of what has none.
     """
 

@@ -112,9 +112,7 @@ class Encoder:
         starts = np.minimum(joined[:, 0], before)
         return _Tokens(np.concatenate(ids), starts, joined[:, 0], stops)
 
-    def _is_crossed(
-        self, edge: int, tokens: _Tokens, text: str, ending: Mapping[int, str]
-    ) -> bool:
+    def _is_crossed(self, edge: int, tokens: _Tokens, text: str, ending: Mapping[int, str]) -> bool:
         token = int(np.searchsorted(tokens.stops, edge, side="right"))
         if edge in ending:
             if token == len(tokens.ids) or tokens.ids[token] == self.token_id(ending[edge]):
