@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,8 +15,15 @@ from typing import BinaryIO
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes ``path``'s place, durably, when the block ends without an error.
 
-    Of several writers, in other threads or on other machines, the last to end wins.
+    Of several writers, in other threads or on other machines, the last to end wins. Where ``path``
+    is a link, the file that it leads to is replaced.
+
+    Raises:
+        FileExistsError: a folder, a pipe, a device or the like stands there.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "no regular file stands there", str(path))
+    path = Path(os.path.realpath(path))
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
     try:
         with open(unfinished, "xb") as file:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from dialects import CHATML, LLAMA3, Dialect
 from hermes_pipeline.chat import parse
@@ -75,12 +83,15 @@ def make(backend: Tokenizer) -> Make:
         eos: str = "<|im_end|>",
         bos: str = "<s>",
         plain: Sequence[AddedToken] = (),
+        normalizer: normalizers.Normalizer | None = None,
     ) -> Tokenization:
         tokenizer = Tokenizer.from_str(backend.to_str())
         tokenizer.add_special_tokens(
             [AddedToken(token, special=True, normalized=False) for token in special]
         )
         tokenizer.add_tokens(list(plain))
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
         added = tokenizer.get_added_tokens_decoder().values()
         state = TokenizerState(
             backend=tokenizer.to_str(),

@@ -298,6 +298,16 @@ def test_one_model_must_be_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_for_answers_inside_the_data_is_refused(
+    server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in (tmp_path / "a" / "out", tmp_path / "link" / "out"):
+        said = refused(hermes4(*words(server, tmp_path, out)))
+        assert f"--out {out} lies in --data {tmp_path}, so results would be read" in said
+    assert (server.bodies, sorted(tmp_path.iterdir())) == ([], [data, tmp_path / "link"])
+
+
 def test_other_settings_in_the_folder_are_refused(
     server: CountingServer, data: Path, tmp_path: Path, hermes4: Hermes4
 ) -> None:

@@ -163,9 +163,41 @@ def test_options_of_the_other_kind_are_refused(hermes4: Hermes4, run: Path, tmp_
     assert "--format and --licence are for answers" in said
     assert "--licence is for the card" in refused(hermes4, run, "--licence", "mit")
     assert "'csv' is not known; known: jsonl" in refused(hermes4, run, "--format", "csv")
-    assert "a checkpoint wants --out" in refused(hermes4, tmp_path)
-    assert "is no run folder" in refused(hermes4, tmp_path, "--out", tmp_path / "x")
     assert "is a folder; --format jsonl writes a file" in refused(hermes4, run, "--out", tmp_path)
+
+
+def test_a_folder_that_holds_nothing_to_export_is_refused(hermes4: Hermes4, tmp_path: Path) -> None:
+    for words in ((), ("--out", tmp_path / "x")):
+        assert "holds neither answers" in refused(hermes4, tmp_path, *words)
+        assert f"no such folder: {tmp_path}/no\n" in refused(hermes4, tmp_path / "no", *words)
+    (tmp_path / "run.json").write_text("{}")
+    assert "a checkpoint wants --out" in refused(hermes4, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
+def test_what_a_link_leads_to_is_written(
+    hermes4: Hermes4, run: Path, tmp_path: Path, form: str
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        assert hermes4("export", run, "--format", form, "--out", tmp_path / "link").code == 0
+        assert (tmp_path / "link").is_symlink()
+        assert sorted(tmp_path.iterdir()) == [tmp_path / "link", tmp_path / "real", run]
+
+
+def test_a_pipe_or_a_file_of_the_run_is_not_replaced(
+    hermes4: Hermes4, run: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    said = refused(hermes4, run, "--out", tmp_path / "pipe")
+    assert f"--out {tmp_path / 'pipe'} cannot be written: no regular file stands there" in said
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link").symlink_to(run / "records.sqlite")
+    before = contents(run)
+    for out in (run / "records.sqlite", run / "stage.json", run / "set_aside.jsonl", "link"):
+        said = refused(hermes4, run, "--out", tmp_path / out)
+        assert f"--out {tmp_path / out} is a file of the run itself" in said
+    assert contents(run) == before
 
 
 def test_a_folder_without_records_is_refused(hermes4: Hermes4, run: Path) -> None:

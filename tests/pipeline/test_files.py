@@ -218,7 +218,7 @@ def test_a_file_that_is_missing_is_named(
 @pytest.mark.parametrize("name", ["x.txt", "x.csv", "x", "x.jsonl.zip", "jsonl"])
 def test_a_file_of_another_kind_names_the_known_ones(tmp_path: Path, name: str) -> None:
     write_lines(tmp_path / name)
-    with pytest.raises(UserError, match=rf"{name} is of no known kind; {KNOWN}$"):
+    with pytest.raises(UserError, match=rf"{name} has an unknown file type; {KNOWN}$"):
         DataSource(str(tmp_path / name))
 
 
@@ -258,6 +258,29 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, data: bytes, words: 
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name} {words}"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read_me", [False, True])
+def test_a_value_that_python_cannot_hold_is_its_records_own_fault(
+    tmp_path: Path, read_me: bool, cache: None
+) -> None:
+    chats = [chat["messages"] for chat in CHATS[:3]]
+    for number, column in enumerate(
+        [
+            pa.array([1, 10**8, None], pa.date32()),
+            pa.array([1, 1 << 62, None], pa.duration("s")),
+            pa.array([None, 1, None], pa.timestamp("us", tz="Mars/Phobos")),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pq.write_table(pa.table({"messages": chats, "day": column}), folder / "x.parquet")
+        if read_me:
+            (folder / "README.md").write_text("Read by `datasets`.")
+        first, (line, reason), last = read(folder)
+        assert [first[1]["messages"], last[1]] == [chats[0], {"messages": chats[2]}]
+        wanted = "it" if read_me else "column 'day'"
+        assert (line, reason.partition(" cannot be read: ")[0]) == (2, wanted)
 
 
 def test_parquet_with_any_byte_changed_is_read_or_named(tmp_path: Path) -> None:

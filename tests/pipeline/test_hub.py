@@ -149,6 +149,17 @@ def test_a_split_of_files_that_name_none_is_refused(tmp_path: Path) -> None:
         DataSource(str(tmp_path), split="test")
 
 
+@pytest.mark.parametrize("mark", ["stage.json", "store.json", "writing/progress.json"])
+def test_results_of_ours_are_no_data(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    (tmp_path / "runs" / mark).parent.mkdir(parents=True)
+    (tmp_path / "runs" / mark).write_text("{}")
+    for folder in (tmp_path, tmp_path / "runs"):
+        with pytest.raises(UserError, match=rf"runs/{mark} belongs to results .* file by name"):
+            DataSource(str(folder))
+    assert len(list(DataSource(str(tmp_path / "chats.jsonl")).records())) == 1
+
+
 def test_files_on_this_machine_have_no_revision(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     file.write_text("{}")

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from hermes_pipeline.chat import Refused, parse
+from hermes_pipeline.records import Conversation
 from hermes_pipeline.services.hub import load_tokenizer
-from hermes_pipeline.tokenization import Tokenization, TokenizerState
+from hermes_pipeline.tokenization import Rendering, Tokenization, TokenizerState
+from hermes_pipeline.tokenization.turns import Reader
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(900)]
 
@@ -108,3 +111,32 @@ def test_every_template_is_exact_or_refuses(shared_data: Path) -> None:
     assert {name: faults[:3] for name, _, faults in results if faults} == {}
     assert {name: counts for name, counts, _ in results} == EXACT
     assert Counter(any(counts) for counts in EXACT.values())[True] >= 25
+
+
+def rendering(ours: Tokenization, conversation: Conversation) -> Rendering | str:
+    """What is read, or why it is refused."""
+    try:
+        return ours.render(conversation)
+    except Refused as error:
+        return str(error)
+
+
+def test_turns_that_are_trusted_are_those_of_the_slow_twin(
+    shared_data: Path, backend: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [
+        [parse(record) for record in some[:12]]
+        for some in records(shared_data / "conversations").values()
+    ]
+    # Several one after another, too: what stands in the same surroundings is what is trusted.
+    conversations = [each for some in given for each in some] + [
+        Conversation(tuple(m for each in some[at : at + 4] for m in each.messages), some[at].tools)
+        for some in given
+        for at in range(0, len(some), 4)
+    ]
+    for path in sorted((shared_data / "chat_templates").rglob("*.jinja")):
+        ours = tokenization(path.read_text(), backend.to_str())
+        trusted = [rendering(ours, each) for each in conversations]
+        with monkeypatch.context() as patch:
+            patch.setattr("hermes_pipeline.tokenization.Reader", partial(Reader, trust=False))
+            assert trusted == [rendering(ours, each) for each in conversations], path

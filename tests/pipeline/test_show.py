@@ -260,7 +260,10 @@ def test_a_refused_record_says_why_in_one_line_and_the_next_is_shown(
 ) -> None:
     assert show(chats, "--index", "2", "--count", "2") == 2
     out, err = capsys.readouterr()
-    assert err == "hermes4: error: 1 of 2 conversations shown cannot be used; see there\n"
+    assert err == (
+        "hermes4: error: 1 of 2 conversations shown cannot be used; the reasons are printed with "
+        "them\n"
+    )
     refused, record, title, *_ = out.splitlines()
     assert refused.startswith(
         f"conversation 2 ({chats}:3): refused: message 1: role 'assistnt' is not known; known: "

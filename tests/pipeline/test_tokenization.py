@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import NFC, Replace
 
 from hermes_pipeline.chat import Refused, parse
 from hermes_pipeline.tokenization import Tokenization
@@ -154,6 +157,40 @@ def test_spans_keep_their_characters_and_the_end_when_they_reach_it(make: Make) 
     assert kept(tokenization, user("x"), inner) == ["cd"]
     whole = answer(content, train_spans=[[0, 2], [6, 8]])
     assert kept(tokenization, user("x"), whole) == ["ab", f"ef{END}"]
+
+
+ACUTE = "\u0301"
+PIECES = st.text(st.sampled_from(["a", "e", " ", ACUTE, "\u1112", "\u1161", "\u11ab"]), max_size=4)
+
+
+@pytest.mark.parametrize(
+    ("before", "part", "after"),
+    [(f"le cafe{ACUTE}", " answer", ""), (f"e{ACUTE}", "abc", f"e{ACUTE}"), ("e", ACUTE, "bc")],
+)
+def test_spans_beside_a_decomposed_character_keep_their_characters(
+    make: Make, before: str, part: str, after: str
+) -> None:
+    span = [len(before), len(before + part)]
+    told = answer(before + part + after, train_spans=[span])
+    (text,) = kept(make(PLAIN, normalizer=NFC()), user("x"), told)
+    assert text == part + END * (not after)
+
+
+@given(st.lists(PIECES.filter(bool), min_size=2, max_size=6))
+@settings(max_examples=100)
+def test_any_span_of_composed_text_keeps_its_characters(make: Make, pieces: list[str]) -> None:
+    pieces = [".", *pieces, "."]
+    edges = [0, *accumulate(map(len, pieces))]
+    spans = list(pairwise(edges))[1:-1:2]
+    told = answer("".join(pieces), train_spans=spans)
+    texts = kept(make(PLAIN, normalizer=NFC()), user("x"), told)
+    assert texts == [normalize("NFC", piece) for piece in pieces[1:-1:2]]
+
+
+def test_spans_of_characters_that_the_tokenizer_drops_are_refused(make: Make) -> None:
+    tokenization = make(PLAIN, normalizer=Replace("\u200b", ""))
+    with pytest.raises(Refused, match="nothing to train"):
+        kept(tokenization, user("x"), answer("ab\u200bc", train_spans=[[2, 3]]))
 
 
 def test_spans_of_rewritten_content_are_refused(make: Make) -> None:

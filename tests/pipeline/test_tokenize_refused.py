@@ -48,7 +48,7 @@ def test_data_without_records_is_refused_and_leaves_nothing(
         ("--data", "nowhere.jsonl", "no such data file: .*nowhere.jsonl"),
         ("--data", "nowhere", "no such data file: .*nowhere"),
         ("--data", "empty", "empty holds no data file"),
-        ("--data", "file", "file is of no known kind"),
+        ("--data", "file", "file has an unknown file type"),
         ("--tokenizer", "nowhere", "no such tokenizer: .*nowhere"),
         ("--tokenizer", "empty", "empty holds no tokenizer"),
         ("--tokenizer", "file", "file is not a tokenizer.json"),
@@ -88,6 +88,12 @@ def test_a_folder_that_holds_something_else_keeps_it(
     said = refused(tokenize(few, tmp_path))
     assert f"--out {tmp_path} holds tokenizer and no store.json, so it is no folder" in said
     assert contents(tmp_path) == {"tokenizer/notes.txt": b"mine"}
+
+
+def test_a_store_inside_the_data_is_refused(tokenize: Tokenize, few: Path, tmp_path: Path) -> None:
+    out = few.parent / "store"
+    assert f"--out {out} lies in --data {few.parent}" in refused(tokenize(few.parent, out))
+    assert not out.exists()
 
 
 def test_a_cut_off_file_is_refused_by_name(tokenize: Tokenize, few: Path, tmp_path: Path) -> None:

@@ -19,9 +19,13 @@ from hermes_pipeline.errors import UserError
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SMALL_RECORD = 4_096  # bytes; a smaller one is kept in the quarantine as it is
+# What Arrow raises of a value that Python cannot hold: a date after the year 9999, for one.
+UNREADABLE = (ArithmeticError, ValueError)
 _CHUNK = 1 << 20
 _ROWS = 128  # of a Parquet batch
 DEFAULT_SPLIT = "train"  # where nobody has chosen one
+# Marks of folders that are written here: answers and scores, a token store, one in the making.
+RESULTS, UNFINISHED = ("stage.json", "store.json"), ("writing", "progress.json")
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -63,12 +67,19 @@ def find_files(folder: Path, split: str) -> list[Path]:
     """Return the data files under ``folder`` in order, those of ``split`` where names tell.
 
     Raises:
-        UserError: there are none, or names tell no splits and one was chosen.
+        UserError: there are none, some are results of ours, or names tell no splits and one was
+            chosen.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and _extension(p) is not None)
     files = [p for p in files if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
     if not files:
         raise UserError(f"{folder} holds no data file; known: {', '.join(EXTENSIONS)}")
+    for path in files:
+        if path.name in RESULTS or path.parts[-2:] == UNFINISHED:
+            raise UserError(
+                f"{path} belongs to results of hermes4, which would be read as data; give a data "
+                f"file by name, or a folder without such results"
+            )
     named = {path: _split_of(path.relative_to(folder)) for path in files}
     if not any(named.values()):
         if split != DEFAULT_SPLIT:
@@ -94,7 +105,7 @@ def check_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"no such data file: {path}")
     if _extension(path) is None:
-        raise UserError(f"{path} is of no known kind; known: {', '.join(EXTENSIONS)}")
+        raise UserError(f"{path} has an unknown file type; known: {', '.join(EXTENSIONS)}")
     return path
 
 
@@ -212,10 +223,15 @@ def _read_parquet(path: Path, skip: int, cursor: Cursor) -> Iterator[Record]:
 
 
 def _row(source: str, number: int, batch: Any, index: int) -> Record:
-    try:
-        return Record(source, number, without_nulls(batch.slice(index, 1).to_pylist()[0]))
-    except UnicodeDecodeError as error:
-        return Record(source, number, None, f"invalid UTF-8 at byte {error.start} of a text")
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return Record(source, number, None, f"invalid UTF-8 at byte {error.start} of a text")
+        except UNREADABLE as error:
+            return Record(source, number, None, f"column {name!r} cannot be read: {error}")
+    return Record(source, number, without_nulls(values))
 
 
 def quarantine_entry(record: Record, reason: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hermes_pipeline.services.connection import reach_hub
 from hermes_pipeline.services.files import (
     DEFAULT_SPLIT,
     EXTENSIONS,
+    UNREADABLE,
     Cursor,
     Record,
     check_file,
@@ -57,7 +58,7 @@ class DataSource:
         subset: configuration of the data set.
 
     Raises:
-        UserError: there is nothing of that name, it is of no known kind, or a revision, split or
+        UserError: there is nothing of that name, its file type is unknown, or a revision, split or
             subset is asked of what has none.
     """
 
@@ -90,6 +91,19 @@ class DataSource:
             raise UserError(
                 f"{data} lies on this machine and has no revision {revision!r}: that is for a data "
                 f"set on the Hub"
+            )
+
+    def check_apart(self, out: Path) -> None:
+        """Refuse a folder for results inside this data: they would be read as more of it.
+
+        Raises:
+            UserError: it lies there.
+        """
+        folder = _path(self.name)
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--out {out} lies in --data {self.name}, so results would be read as data; choose "
+                f"another --out, or give a data file by name"
             )
 
     def identity(self) -> dict[str, Any]:
@@ -133,7 +147,7 @@ class DataSource:
         if self._files is None:
             data = self._load()
             for row in range(start, len(data)):
-                yield Record(source_of(self.name, row + 1), row + 1, without_nulls(data[row]))
+                yield _row(source_of(self.name, row + 1), row + 1, data)
             return
         self._cursor = Cursor(total=sum(path.stat().st_size for path in self._files))
         for path in self._files:
@@ -300,6 +314,13 @@ def _load_data_set(name: str, revision: str | None, split: str, subset: str | No
             if value is not None
         )
         raise UserError(f"data set {name!r} ({asked}) cannot be loaded: {_line(error)}") from None
+
+
+def _row(source: str, number: int, data: Any) -> Record:
+    try:
+        return Record(source, number, without_nulls(data[number - 1]))
+    except UNREADABLE as error:
+        return Record(source, number, None, f"it cannot be read: {error}")
 
 
 def _check_whole(file: Path, split: str, subset: str | None) -> None:

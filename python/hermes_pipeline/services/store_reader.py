@@ -63,6 +63,12 @@ class Counts(NamedTuple):
     records: int
 
 
+def is_own(name: str) -> bool:
+    """Is this the name of a file that a stage keeps in its folder?"""
+    kept = ("stage.json", "counts.json", "set_aside.jsonl", "quarantine.jsonl", "server.log")
+    return name in (*kept, ".lock") or name.startswith("records.sqlite")
+
+
 def is_stage(folder: Path) -> bool:
     """Does the folder hold the results of a stage?"""
     return (folder / "stage.json").is_file()

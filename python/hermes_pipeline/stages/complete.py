@@ -75,6 +75,7 @@ def run(recipe: Recipe, *, pilot: int | None = None, as_json: bool = False) -> N
         raise UserError("where shall the answers go? give --out, or run.out in a recipe")
     name, data, out, seed = recipe.data.name, recipe.data, Path(recipe.run.out), recipe.run.seed
     source = DataSource(name, revision=data.revision, split=data.split, subset=data.subset)
+    source.check_apart(out)
     # A conversation decides, too: the store knows each by what it says.
     settings = what_decides(recipe.model, recipe.sampling) | {"system": data.system}
     told = flatten(recipe) | {"model.endpoint": recipe.model.shown()}

@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hermes_core.files import write_atomically, write_text
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.recipe import Questions, Recipe, Run
 from hermes_pipeline.exits import INTERRUPTED, STOPPED, say
@@ -222,24 +223,20 @@ class Journal:
         return float(self._entries[step.name]["seconds"])
 
     def _write(self) -> None:
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._entries, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._path)
+        write_text(self._path, json.dumps(self._entries, indent=2) + "\n")
 
 
 def write_data(data: Path, tokenizer: Path, *, seed: int) -> None:
     """Write the conversations as JSON Lines, and the tokenizer as a folder of transformers."""
     write_tokenizer(tokenizer, seed=seed)
-    partial = data.with_name(f".{data.name}.partial")
     with (
-        partial.open("w", encoding="utf-8") as file,
+        write_atomically(data) as file,
         progress("make conversations", total=CONVERSATIONS, unit="conversations") as bar,
     ):
         for conversation in conversations(seed, CONVERSATIONS):
             messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
-            file.write(json.dumps({"messages": messages}) + "\n")
+            file.write(json.dumps({"messages": messages}).encode() + b"\n")
             bar.advance()
-    partial.replace(data)
 
 
 def write_tokenizer(folder: Path, *, seed: int) -> None:

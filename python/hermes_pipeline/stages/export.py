@@ -24,6 +24,7 @@ from hermes_pipeline.services.folders import writing
 from hermes_pipeline.services.store_reader import (
     Recorded,
     count,
+    is_own,
     is_stage,
     read_about,
     read_counts,
@@ -53,13 +54,19 @@ def run(
         step, dtype: of a checkpoint; see `train.export`.
 
     Raises:
-        UserError: neither is there, or an option is for the other.
+        UserError: neither is there, an option is for the other, or ``out`` cannot be written.
     """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
     if not is_stage(folder):
         if form is not None or licence is not None:
             raise UserError(
                 f"--format and --licence are for answers, and {folder} holds none: it has no "
                 f"stage.json"
+            )
+        if not (folder / "run.json").is_file():
+            raise UserError(
+                f"{folder} holds neither answers (stage.json) nor a training run (run.json)"
             )
         if out is None:
             raise UserError("a checkpoint wants --out, a folder for the Hugging Face model")
@@ -75,7 +82,11 @@ def run(
 def export(
     folder: Path, out: Path | None = None, *, form: str = "jsonl", licence: str | None = None
 ) -> None:
-    """Write answers as JSON Lines, as Parquet, or as a folder for `datasets` with its card."""
+    """Write answers as JSON Lines, as Parquet, or as a folder for `datasets` with its card.
+
+    Raises:
+        UserError: there are none, an option is unknown, or ``out`` cannot be written.
+    """
     if form not in FORMS:
         raise UserError(f"--format {form!r} is not known; known: {', '.join(FORMS)}")
     if licence is not None and form != "datasets":
@@ -87,6 +98,8 @@ def export(
         _write_data_set(folder, to, licence or "unknown")
     elif to.is_dir():
         raise UserError(f"--out {to} is a folder; --format {form} writes a file")
+    elif to.resolve().parent == folder.resolve() and is_own(to.resolve().name):
+        raise UserError(f"--out {to} is a file of the run itself; choose another name")
     else:
         with writing(to, goes_on="run the same command again"):
             to.parent.mkdir(parents=True, exist_ok=True)

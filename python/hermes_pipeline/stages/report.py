@@ -18,6 +18,7 @@ from markupsafe import Markup
 from tokenizers import Tokenizer
 
 from hermes_core import IGNORE_INDEX, Packing, Rows, Samples, Store, build_rows, open_store
+from hermes_core.files import write_text
 from hermes_pipeline.evaluation.table import Graded, summarize
 from hermes_pipeline.stages import figures
 
@@ -52,9 +53,7 @@ class Material:
 
 def run(material: Material, out: Path) -> None:
     """Write the report, whole or not at all."""
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(render(collect(material)), encoding="utf-8")
-    partial.replace(out)
+    write_text(out, render(collect(material)))
 
 
 def render(context: Mapping[str, Any]) -> str:

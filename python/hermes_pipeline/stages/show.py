@@ -64,7 +64,10 @@ def run(
     if shown == 0:
         raise UserError(f"--index {index}: {source.name} has no conversation of that number")
     if refused:
-        raise UserError(f"{refused:,} of {shown:,} conversations shown cannot be used; see there")
+        raise UserError(
+            f"{refused:,} of {shown:,} conversations shown cannot be used; the reasons are printed "
+            f"with them"
+        )
 
 
 def describe(number: int, record: Record, tokenization: Tokenization, *, marked: bool) -> Text:

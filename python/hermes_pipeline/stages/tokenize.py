@@ -36,7 +36,7 @@ from hermes_pipeline.services.progress import progress
 from hermes_pipeline.services.workers import WorkerDied, map_in_order
 from hermes_pipeline.tokenization import Tokenization, TokenizerState, template_fingerprint
 
-RULES = 1  # raised when the same data and settings give other bytes
+RULES = 2  # raised when the same data and settings give other bytes
 BATCH_RECORDS, BATCH_BYTES = 64, 1 << 20
 BYTES_A_CHAR = 12  # of JSON at most: \ud83d\ude00
 MOST = 1 << 59  # of what --limit and --max-chars count; so many bytes still fit in 64 bits
@@ -90,6 +90,7 @@ def run(
     for option, given in (("--limit", limit), ("--max-chars", max_chars)):
         if given is not None and given > MOST:
             raise UserError(f"{option} is {given}; it may be {MOST} at most")
+    source.check_apart(out)
     check_folder(out, "store.json", "writing")
     loaded = load_tokenizer(tokenizer, tokenizer_revision)
     template_name, text = load_template(template, loaded)

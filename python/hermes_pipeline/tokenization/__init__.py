@@ -20,6 +20,7 @@ from hermes_pipeline.tokenization.turns import Reader
 __all__ = ["Rendering", "Tokenization", "TokenizerState", "template_fingerprint"]
 
 
+_NOTHING = "nothing to train: no character is kept"
 _USER = Message("user", "Why?")
 _ANSWER = Message("assistant", "Because.", train=True)
 
@@ -118,7 +119,7 @@ class Tokenization:
                 if spans and spans[-1][1] == turn.end:
                     ends.append((turn.end, turn.end_token))
             if not kept:
-                raise Refused("nothing to train: no character is kept")
+                raise Refused(_NOTHING)
             return Rendering(reader.text, tuple(kept), tuple(ends))
         raise first or Refused("nothing to render")
 
@@ -126,13 +127,19 @@ class Tokenization:
         """Return the tokens of ``conversation`` and the spans of those to learn.
 
         Raises:
-            Refused: as `render`, or a token cannot be cut at the edge of a turn.
+            Refused: as `render` and `tokens`.
         """
         return self.tokens(self.render(conversation))
 
     def tokens(self, rendering: Rendering) -> Sample:
-        """Return the sample of a rendering."""
+        """Return the sample of a rendering.
+
+        Raises:
+            Refused: a token cannot be cut at the edge of a turn, or none is kept.
+        """
         ids, spans = self.encoder.encode(rendering.text, rendering.kept, rendering.ends)
+        if not len(spans):
+            raise Refused(_NOTHING)
         return Sample(token_ids=ids, kept_spans=spans)
 
 

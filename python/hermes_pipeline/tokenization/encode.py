@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,16 @@ from tokenizers import Tokenizer
 
 from hermes_pipeline.chat import Refused
 from hermes_pipeline.records import Span
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """The tokens of a text and the characters [start, stop) of each, all [T]."""
+
+    ids: NDArray[np.uint32]
+    starts: NDArray[np.int64]  # with the characters before it that no token covers
+    covered: NDArray[np.int64]  # the first character that it covers itself
+    stops: NDArray[np.int64]
 
 
 class Encoder:
@@ -44,8 +55,9 @@ class Encoder:
         """Return token ids [T] and kept spans [M, 2] of tokens.
 
         Where a token would lie across an edge of ``kept`` the text is cut there, as it is at
-        inference, where the prompt is tokenized on its own. An end-of-turn token that swallows
-        the white space after it stays whole.
+        inference, where the prompt is tokenized on its own. So it is before a character that no
+        token covers, since a normalizer may have drawn it into the token before. An end-of-turn
+        token that swallows the white space after it stays whole.
 
         Args:
             kept: characters to keep; disjoint and rising.
@@ -58,8 +70,9 @@ class Encoder:
         edges = sorted({edge for span in kept for edge in span})
         cuts: set[int] = set()
         while True:
-            ids, starts, stops = self._encode_pieces(text, sorted(cuts))
-            crossed = self._crossed(edges, ids, starts, stops, ending)
+            tokens = self._encode_pieces(text, sorted(cuts))
+            ids = tokens.ids
+            crossed = {edge for edge in edges if self._is_crossed(edge, tokens, text, ending)}
             if not crossed - cuts:
                 break
             if not self._splits_cleanly:
@@ -70,11 +83,11 @@ class Encoder:
             cuts |= crossed
         spans = np.empty((len(kept), 2), dtype=np.uint32)
         for row, (start, end) in enumerate(kept):
-            low = int(np.searchsorted(starts, start, side="left"))
-            high = int(np.searchsorted(stops, end, side="right"))
+            low = int(np.searchsorted(tokens.starts, start, side="left"))
+            high = int(np.searchsorted(tokens.stops, end, side="right"))
             if end in ending:
                 # Across the edge only when it swallows white space.
-                high += high < len(ids) and starts[high] < end
+                high += high < len(ids) and tokens.starts[high] < end
                 if high == 0 or ids[high - 1] != self.token_id(ending[end]):
                     raise Refused(
                         f"the end-of-turn token {ending[end]!r} does not become one token"
@@ -82,38 +95,32 @@ class Encoder:
             spans[row] = low, high
         return ids, _merged(spans)
 
-    def _encode_pieces(
-        self, text: str, cuts: Sequence[int]
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+    def _encode_pieces(self, text: str, cuts: Sequence[int]) -> _Tokens:
         ids: list[NDArray[np.uint32]] = []
         offsets: list[NDArray[np.int64]] = []
+        pieces: list[NDArray[np.int64]] = []  # where the piece of each token begins
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             encoding = self._backend.encode(text[start:end], add_special_tokens=False)
             ids.append(np.asarray(encoding.ids, dtype=np.uint32))
             offsets.append(np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + start)
+            pieces.append(np.full(len(encoding.ids), start))
         joined = np.concatenate(offsets)
         stops = np.maximum.accumulate(joined[:, 1]) if len(joined) else joined[:, 1]
-        # Characters that no token covers belong to the token after them.
+        # Characters that no token covers belong to the token after them, but not across a cut.
         before = np.concatenate([[0], stops[:-1]]) if len(stops) else stops
-        return np.concatenate(ids), np.minimum(joined[:, 0], before), stops
+        before = np.maximum(before, np.concatenate(pieces))
+        starts = np.minimum(joined[:, 0], before)
+        return _Tokens(np.concatenate(ids), starts, joined[:, 0], stops)
 
-    def _crossed(
-        self,
-        edges: Sequence[int],
-        ids: NDArray[np.uint32],
-        starts: NDArray[np.int64],
-        stops: NDArray[np.int64],
-        ending: dict[int, str],
-    ) -> set[int]:
-        crossed = set()
-        for edge in edges:
-            token = int(np.searchsorted(stops, edge, side="right"))
-            if token == len(ids) or starts[token] >= edge:
-                continue
-            if edge in ending and ids[token] == self.token_id(ending[edge]):
-                continue
-            crossed.add(edge)
-        return crossed
+    def _is_crossed(self, edge: int, tokens: _Tokens, text: str, ending: Mapping[int, str]) -> bool:
+        token = int(np.searchsorted(tokens.stops, edge, side="right"))
+        if edge in ending:
+            if token == len(tokens.ids) or tokens.ids[token] == self.token_id(ending[edge]):
+                return False
+            return bool(tokens.starts[token] < edge)
+        if token == len(tokens.ids):
+            return edge < len(text)
+        return bool(tokens.starts[token] < edge or tokens.covered[token] > edge)
 
     def _pieces_join(self) -> bool:
         """Does the text of two encodings in a row equal the two texts in a row?"""

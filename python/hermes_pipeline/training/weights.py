@@ -117,6 +117,7 @@ def written_whole(
     check_folder(out, MARKER)
     _refuse_other(out, marker, may_differ)
     with writing(out, goes_on="run the same command again"):
+        out = Path(os.path.realpath(out))  # of a link, what it leads to
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
