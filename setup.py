@@ -33,7 +33,7 @@ compile_args += ["-pthread", "-fvisibility=hidden", "-ffp-contract=off"]
 compile_args += ["-isystem", pybind11.get_include()]
 link_args = ["-pthread"]
 if DEBUG:
-    compile_args += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
+    compile_args += ["-O1", "-g1", "-UNDEBUG", "-fno-omit-frame-pointer"]
     compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     compile_args += ["-D_GLIBCXX_ASSERTIONS"]
     link_args += ["-fsanitize=address,undefined"]
