@@ -46,6 +46,9 @@ class Range:
         return " and ".join(parts)
 
 
+Count = Annotated[int, Range(low=1)]
+
+
 def find_recipe(name: str) -> Path:
     """The file of a recipe: a path that ends in .toml, or the name of one of the project's.
 

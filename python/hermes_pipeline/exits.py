@@ -39,6 +39,13 @@ def say(line: str) -> None:
         sys.stderr.flush()
 
 
+def tell(line: str) -> None:
+    """Print it on standard output at once; what its encoding lacks is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
 def unread() -> int:
     """End in silence: the reader has seen enough, as `head` has."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
 
-from hermes_pipeline.config import Range
+from hermes_pipeline.config import Count
 from hermes_pipeline.services.account import Prices
 from hermes_pipeline.services.cluster import Cluster
 from hermes_pipeline.services.endpoint import Sampling
 from hermes_pipeline.services.serving import Model, Requests
-
-Count = Annotated[int, Range(low=1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
 
-from hermes_pipeline.config import Range
+from hermes_pipeline.config import Count, Range
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import STOPPING
 from hermes_pipeline.records import Message
@@ -32,7 +32,6 @@ WATCH_S = 0.5
 SLACK_S = 60.0  # a node that is silent for so long after a request's time is up is given up
 KEYS = ("OPENAI_API_KEY",)
 
-Count = Annotated[int, Range(low=1)]
 Positive = Annotated[float, Range(above=0)]
 
 

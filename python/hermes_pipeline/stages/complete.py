@@ -24,7 +24,7 @@ from typing import Any
 
 from hermes_pipeline.config import flatten
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.exits import INTERRUPTED, say
+from hermes_pipeline.exits import INTERRUPTED, say, tell
 from hermes_pipeline.sampling.draw import Draw, NobodyAnswers, Tally, plan, take
 from hermes_pipeline.sampling.draw import run as run_draws
 from hermes_pipeline.sampling.reading import Reading
@@ -284,7 +284,7 @@ def _tell_forecast(spending: Spending, left: int, as_json: bool) -> None:
         _warn(f"{left:,} draws to go; the server counts no tokens, so nobody knows what they cost")
         return
     if as_json:
-        _say(json.dumps({"stage": "complete", "forecast": asdict(told)}))
+        tell(json.dumps({"stage": "complete", "forecast": asdict(told)}))
     else:
         _warn(f"{left:,} draws to go: {told}")
 
@@ -347,20 +347,20 @@ def _check_useful(
 
 def _summarize(out: Path, counts: Mapping[str, int], errors: Counter[str], as_json: bool) -> None:
     if as_json:
-        _say(json.dumps({"stage": "complete", "finished": True, **counts}))
+        tell(json.dumps({"stage": "complete", "finished": True, **counts}))
         return
-    _say(
+    tell(
         f"{counts['read']:,} read = {counts['done']:,} done + {counts['set_aside']:,} set aside + "
         f"{counts['quarantined']:,} quarantined"
     )
     if errors:
-        _say(f"{errors.total():,} draws set aside: {out / 'set_aside.jsonl'}; most often:")
+        tell(f"{errors.total():,} draws set aside: {out / 'set_aside.jsonl'}; most often:")
         for error, times in errors.most_common(5):
-            _say(f"{times:>9,}  {error}")
-        _say("run the same command again to ask for them again")
+            tell(f"{times:>9,}  {error}")
+        tell("run the same command again to ask for them again")
     all_of_them = count(out).records
     more = "" if all_of_them == counts["answers"] else f" of {all_of_them:,} in the folder"
-    _say(f"{counts['answers']:,} answers{more}: hermes4 export {out}")
+    tell(f"{counts['answers']:,} answers{more}: hermes4 export {out}")
 
 
 def _safe(out: Path) -> str:
@@ -370,9 +370,3 @@ def _safe(out: Path) -> str:
 def _warn(line: str) -> None:
     sys.stderr.write(f"complete: {line}\n")
     sys.stderr.flush()
-
-
-def _say(line: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    sys.stdout.flush()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 from hermes_core import StoreError, StoreWriter, open_store
 from hermes_pipeline.chat import Refused, count_chars, parse, parse_json
 from hermes_pipeline.errors import UserError
-from hermes_pipeline.exits import INTERRUPTED
+from hermes_pipeline.exits import INTERRUPTED, say, tell
 from hermes_pipeline.records import Sample
 from hermes_pipeline.services.files import Record, quarantine_entry, without_numbers
 from hermes_pipeline.services.folders import check_folder, writing
@@ -59,7 +58,7 @@ def _telling_the_way_on() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _say("hermes4: interrupted; run the same command again to go on", sys.stderr)
+        say("hermes4: interrupted; run the same command again to go on")
         raise SystemExit(INTERRUPTED) from None
 
 
@@ -127,7 +126,7 @@ def run(
             StoreWriter(out, meta=meta, vocab_size=tokenization.encoder.vocab_size) as writer,
         ):
             if writer.finished:
-                _say(f"{out} is finished already, from the same data and settings")
+                tell(f"{out} is finished already, from the same data and settings")
             else:
                 loaded.eos_token = ends[0] if ends else loaded.eos_token
                 loaded.chat_template = text
@@ -151,7 +150,7 @@ def _write(
 ) -> None:
     before = writer.records_done
     if before:
-        _say(f"going on after {before:,} records")
+        tell(f"going on after {before:,} records")
     total = source.count() if limit is None else limit
     done = map_in_order(_tokenize, _batches(records), setup=_set_up, given=work, workers=workers)
     # Whatever ends this early costs what came after the last commit, as kill -9 does: where
@@ -176,7 +175,7 @@ def _write(
             "--workers, or begin another --out with a smaller --max-chars"
         ) from None
     except KeyboardInterrupt:
-        _say(f"hermes4: interrupted; {_safe(writer)} to go on", sys.stderr)
+        say(f"hermes4: interrupted; {_safe(writer)} to go on")
         raise SystemExit(INTERRUPTED) from None
 
 
@@ -278,7 +277,7 @@ def _short_name(tokenizer: str) -> str:
 
 def _summarize(out: Path) -> None:
     store = open_store(out)
-    _say(f"{store.read:,} read = {store.stored:,} stored + {store.quarantined:,} quarantined")
+    tell(f"{store.read:,} read = {store.stored:,} stored + {store.quarantined:,} quarantined")
     reasons = Counter(_reasons(out)).most_common(5) if store.quarantined else []
     if store.stored == 0:
         raise UserError(
@@ -286,15 +285,15 @@ def _summarize(out: Path) -> None:
             f"{out / 'quarantine.jsonl'}"
         )
     tokens, kept = store.token_count, store.kept_count
-    _say(
+    tell(
         f"{tokens:,} tokens, {tokens / store.stored:,.0f} a conversation; {kept:,} of them kept "
         f"({kept / tokens:.1%})"
     )
     if reasons:
-        _say(f"quarantine: {out / 'quarantine.jsonl'}; most often:")
+        tell(f"quarantine: {out / 'quarantine.jsonl'}; most often:")
         for reason, count in reasons:
-            _say(f"{count:>9,}  {reason}")
-    _say(f"store: {out}")
+            tell(f"{count:>9,}  {reason}")
+    tell(f"store: {out}")
 
 
 def _reasons(out: Path) -> Iterator[str]:
@@ -302,10 +301,3 @@ def _reasons(out: Path) -> Iterator[str]:
     with (out / "quarantine.jsonl").open("rb") as file:
         for line in file:
             yield without_numbers(json.loads(line)["reason"])
-
-
-def _say(line: str, stream: Any = None) -> None:
-    stream = stream or sys.stdout
-    encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()

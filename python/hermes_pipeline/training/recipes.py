@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from hermes_pipeline import config
-from hermes_pipeline.config import Range
+from hermes_pipeline.config import Count, Range
 from hermes_pipeline.errors import UserError
 
-Count = Annotated[int, Range(low=1)]
 Fraction = Annotated[float, Range(low=0, high=1)]
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of float32's normal numbers, in which steps are computed
 Positive = Annotated[float, Range(above=0, high=LARGEST)]
