@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hermes_pipeline.services.folders import check_folder, writing
 from hermes_pipeline.training.shape import Shape, read_json
 
 MARKER = "hermes4.json"  # who wrote a folder, and of what, so that it may be replaced
+LOCK = "hermes4.lock"  # of a work folder, which is ours by it
 FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -106,30 +108,67 @@ def written_whole(
 ) -> Iterator[Path]:
     """A temporary folder that becomes ``out`` at the end, and leaves nothing after an error.
 
-    A folder that an earlier call wrote with the same marker is replaced.
+    A folder that an earlier call wrote with the same marker is replaced, where a link leads to it
+    too. What killed calls have left is removed.
 
     Args:
         may_differ: keys of the marker that may have other values there.
 
     Raises:
-        UserError: ``out`` holds something else, or cannot be written.
+        UserError: ``out`` holds something else, or cannot be written or replaced.
     """
     check_folder(out, MARKER)
-    _refuse_other(out, marker, may_differ)
+    place = out.resolve()
+    if place.is_dir() and (place.samefile(".") or place.is_mount()):
+        raise UserError(
+            f"--out {out} is replaced as a whole, which the current folder and mount points cannot "
+            f"be; give a folder inside it"
+        )
     with writing(out, goes_on="run the same command again"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            yield temporary
-            write_json(temporary / MARKER, dict(marker))
-            _readable(temporary)
-            old = temporary.with_name(f"{temporary.name}.old")
-            if out.exists():
-                os.replace(out, old)
-            os.replace(temporary, out)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(place)
+        _refuse_other(out, marker, may_differ)
+        with _work_folder(place) as work:
+            new = work / "new"
+            new.mkdir()
+            yield new
+            write_json(new / MARKER, dict(marker))
+            _readable(new)
+            if place.exists():
+                os.replace(place, work / "old")
+            os.replace(new, place)
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` for what replaces it and for what it replaces."""
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        with open(work / f"{LOCK}.new", "wb") as lock:
+            with suppress(OSError):  # a disk without locks: nobody else gets one, either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            os.replace(lock.name, work / LOCK)  # so that it is never there and free
+            yield work
+    finally:
+        _put_away(work, out)
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove work folders of calls that were killed; whose lock is held, those are at work."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp makes them
+    for path in out.parent.iterdir():
+        if name.fullmatch(path.name):
+            with suppress(OSError), open(path / LOCK, "r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _put_away(path, out)
+
+
+def _put_away(work: Path, out: Path) -> None:
+    """Remove a work folder, the lock last; what it took away and did not replace goes back."""
+    if (work / "old").exists() and not out.exists():
+        os.replace(work / "old", out)
+    for path in (work / "old", work / "new", work):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_other(out: Path, marker: Mapping[str, Any], may_differ: Container[str]) -> None:
