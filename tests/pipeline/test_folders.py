@@ -32,6 +32,17 @@ def test_a_folder_of_somebody_else_is_refused_with_what_it_holds(tmp_path: Path)
         check_folder(tmp_path / "notes.txt" / "a", "mark")
 
 
+def test_a_link_that_leads_nowhere_is_refused_as_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for out in (tmp_path / "link", tmp_path / "link/below"):
+        words = rf"^--out {out}: .*/link is a link to {tmp_path}/nowhere, which is not there; make"
+        with pytest.raises(UserError, match=words):
+            check_folder(out, "mark")
+    with pytest.raises(UserError, match="which is not there"):
+        check_folder(tmp_path / "loop", "mark")
+
+
 def test_a_full_disk_names_the_folder_what_is_free_and_the_way_out(tmp_path: Path) -> None:
     out = tmp_path / "store"
     words = rf"^--out {out} cannot be written: No space left on device; [\d.,]+ .B are free there. "
@@ -42,11 +53,14 @@ def test_a_full_disk_names_the_folder_what_is_free_and_the_way_out(tmp_path: Pat
 
 def test_a_temporary_name_is_not_shown(tmp_path: Path) -> None:
     out = tmp_path / "start"
-    error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".start.a8f3"))
-    assert explain(error, out) == (
-        f"--out {out} cannot be written: Permission denied; choose another --out, or give the "
-        f"right to write"
-    )
+    (tmp_path / "link").symlink_to(out)
+    for name in (".start.a8f3", ".start.a8f3/new/config.json"):
+        error = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / name))
+        for given in (out, tmp_path / "link"):
+            assert explain(error, given) == (
+                f"--out {given} cannot be written: Permission denied; choose another --out, or "
+                f"give the right to write"
+            )
 
 
 def test_a_copy_is_of_the_folder_that_it_fills(tmp_path: Path) -> None:

@@ -25,9 +25,14 @@ def check_folder(
         may_hold: names that say nothing; hidden ones do not, either.
 
     Raises:
-        UserError: a file stands in its place, or it holds something else.
+        UserError: a file or a dangling link stands in its place, or it holds something else.
     """
-    taken = next(path for path in (out, *out.parents) if path.exists())
+    taken = next(path for path in (out, *out.parents) if path.exists() or path.is_symlink())
+    if not taken.exists():
+        raise UserError(
+            f"--out {out}: {taken} is a link to {os.path.realpath(taken)}, which is not there; "
+            f"make that folder, or choose another"
+        )
     if not taken.is_dir():
         raise UserError(f"--out {out}: {taken} is a file; choose another folder")
     if taken != out or any((out / mark).exists() for mark in marks):
@@ -126,8 +131,10 @@ def _is_of(error: OSError, out: Path) -> bool:
 
 
 def _is_part(path: Path, out: Path) -> bool:
-    """Is it the result, above it, in it, or a temporary one beside it?"""
-    path, out = path.absolute(), out.absolute()
+    """Is it the result, above it, in it, or in a temporary one beside it?"""
+    path, out = (Path(os.path.realpath(each)) for each in (path, out))
     if path.is_relative_to(out) or out.is_relative_to(path):
         return True
-    return path.parent == out.parent and path.name.startswith(f".{out.name}.")
+    if not path.is_relative_to(out.parent):
+        return False
+    return path.relative_to(out.parent).parts[0].startswith(f".{out.name}.")

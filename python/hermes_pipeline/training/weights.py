@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from hermes_pipeline.services.folders import check_folder, writing
 from hermes_pipeline.training.shape import Shape, read_json
 
 MARKER = "hermes4.json"  # who wrote a folder, and of what, so that it may be replaced
-FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
+LOCK = "hermes4.lock"  # of a work folder, which is ours by it
+# What training takes, as what it is written back.
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float32"}
+COMPUTED = ".rotary_emb.inv_freq"  # old folders hold it; models compute it
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,7 +52,7 @@ def check_weights(folder: Path, shape: Shape) -> None:
         raise UserError(f"model {folder} holds no .safetensors file")
     found: dict[str, tuple[int, ...]] = {}
     for path in files:
-        found |= _header(path)
+        found |= {name: size for name, (_, size) in _header(path).items()}
     wanted = shape.tensors()
     spare = {"lm_head.weight"} if shape.tied else set()
     for name, size in wanted.items():
@@ -62,13 +66,13 @@ def check_weights(folder: Path, shape: Shape) -> None:
                 f"{list(size)}"
             )
     for name in found:
-        if name not in wanted and name not in spare and not name.endswith(".rotary_emb.inv_freq"):
+        if name not in wanted and name not in spare and not name.endswith(COMPUTED):
             raise UserError(f"model {folder} holds {name}, which its config.json does not imply")
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a file."""
-    shapes = {}
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a file, by its name."""
+    found = {}
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -77,18 +81,32 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                     raise UserError(
                         f"{path}: {name} is {tensor.get_dtype()}; quantised models are not trained"
                     )
-                shapes[name] = tuple(tensor.get_shape())
+                found[name] = tensor.get_dtype(), tuple(tensor.get_shape())
     except UserError:
         raise
     except Exception as error:  # safetensors raises its own, untyped
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    return shapes
+    return found
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype a model folder's config.json names; float32 if it names none."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    """The dtype that a model folder's config.json names, or else that of all its weights.
+
+    float32 where weights differ, as no other holds them all.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    if named := config.get("dtype") or config.get("torch_dtype"):
+        return str(named)
+    dtypes = {
+        dtype
+        for path in folder.glob("*.safetensors")
+        for name, (dtype, _) in _header(path).items()
+        if not name.endswith(COMPUTED)
+    }
+    return FLOATS[dtypes.pop()] if len(dtypes) == 1 else "float32"
 
 
 def tokenizer_fingerprint_of(folder: Path) -> str | None:
@@ -106,31 +124,67 @@ def written_whole(
 ) -> Iterator[Path]:
     """A temporary folder that becomes ``out`` at the end, and leaves nothing after an error.
 
-    A folder that an earlier call wrote with the same marker is replaced.
+    A folder that an earlier call wrote with the same marker is replaced, where a link leads to it
+    too. What killed calls have left is removed.
 
     Args:
         may_differ: keys of the marker that may have other values there.
 
     Raises:
-        UserError: ``out`` holds something else, or cannot be written.
+        UserError: ``out`` holds something else, or cannot be written or replaced.
     """
     check_folder(out, MARKER)
-    _refuse_other(out, marker, may_differ)
+    place = out.resolve()
+    if place.is_dir() and (place.samefile(".") or place.is_mount()):
+        raise UserError(
+            f"--out {out} is replaced as a whole, which the current folder and mount points cannot "
+            f"be; give a folder inside it"
+        )
     with writing(out, goes_on="run the same command again"):
-        out = Path(os.path.realpath(out))  # of a link, what it leads to
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            yield temporary
-            write_json(temporary / MARKER, dict(marker))
-            _readable(temporary)
-            old = temporary.with_name(f"{temporary.name}.old")
-            if out.exists():
-                os.replace(out, old)
-            os.replace(temporary, out)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(place)
+        _refuse_other(out, marker, may_differ)
+        with _work_folder(place) as work:
+            new = work / "new"
+            new.mkdir()
+            yield new
+            write_json(new / MARKER, dict(marker))
+            _readable(new)
+            if place.exists():
+                os.replace(place, work / "old")
+            os.replace(new, place)
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` for what replaces it and for what it replaces."""
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        with open(work / f"{LOCK}.new", "wb") as lock:
+            with suppress(OSError):  # a disk without locks: nobody else gets one, either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            os.replace(lock.name, work / LOCK)  # so that it is never there and free
+            yield work
+    finally:
+        _put_away(work, out)
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove work folders of calls that were killed; whose lock is held, those are at work."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp makes them
+    for path in out.parent.iterdir():
+        if name.fullmatch(path.name):
+            with suppress(OSError), open(path / LOCK, "r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _put_away(path, out)
+
+
+def _put_away(work: Path, out: Path) -> None:
+    """Remove a work folder, the lock last; what it took away and did not replace goes back."""
+    if (work / "old").exists() and not out.exists():
+        os.replace(work / "old", out)
+    for path in (work / "old", work / "new", work):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _refuse_other(out: Path, marker: Mapping[str, Any], may_differ: Container[str]) -> None:
