@@ -179,6 +179,11 @@ def test_what_a_link_leads_to_is_written(
     hermes4: Hermes4, run: Path, tmp_path: Path, form: str
 ) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
+    if form == "datasets":  # no folder is made where a link leads nowhere
+        assert "make that folder" in refused(
+            hermes4, run, "--format", form, "--out", tmp_path / "link"
+        )
+        (tmp_path / "real").mkdir()
     for _ in range(2):
         assert hermes4("export", run, "--format", form, "--out", tmp_path / "link").code == 0
         assert (tmp_path / "link").is_symlink()
