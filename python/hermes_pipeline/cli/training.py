@@ -25,7 +25,8 @@ def init(
     tokenizer: Tokenizer,
     out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
     seed: Annotated[
-        int, typer.Option(min=0, help="Random seed; the same seed gives the same bytes.")
+        int,
+        typer.Option(min=0, max=2**31 - 1, help="Random seed; the same seed gives the same bytes."),
     ] = 0,
     set_: Settings = None,
 ) -> None:

@@ -42,7 +42,10 @@ def init(
     Args:
         tokenizer: a folder, a file or a name; its vocabulary, rounded up, is the model's where
             the recipe gives none.
+        seed: from 0 to 2**31 - 1.
     """
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed is {seed}, outside [0, {2**31 - 1}]")
     from hermes_pipeline.services.hub import load_tokenizer, tokenizer_fingerprint
 
     model = load_recipe(recipe, settings).model

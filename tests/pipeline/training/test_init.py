@@ -61,6 +61,20 @@ def test_another_seed_or_shape_does_not_take_its_place(
     assert contents(start) == before
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31, 99_999_999_999_999_999_999])
+def test_a_seed_that_training_would_refuse_is_refused(
+    hermes4: Hermes4, tokenizer_folder: Path, tmp_path: Path, seed: int
+) -> None:
+    out = tmp_path / "start"
+    words = ("--recipe", "tiny", "--tokenizer", tokenizer_folder, "--out", out)
+    ended = hermes4("init", *words, f"--seed={seed}")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "Invalid value for '--seed'" in ended.err
+    with pytest.raises(UserError, match=rf"^seed is {seed}, outside \[0, 2147483647\]$"):
+        train.init("tiny", tokenizer=str(tokenizer_folder), out=out, seed=seed)
+    assert not out.exists()
+
+
 def test_another_tokenizer_does_not_take_its_place(
     start: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
