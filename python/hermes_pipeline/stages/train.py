@@ -121,11 +121,10 @@ def run(
         return 0
     say("train: loading ...")
     check_tokenizer(job)
-    arguments = ["--recipe", recipe]
-    for name, value in (("--store", store), ("--model", model), ("--out", out)):
-        arguments += [] if value is None else [name, str(value)]
-    for setting in settings:
-        arguments += ["--set", setting]
+    options = [("recipe", recipe), ("store", store), ("model", model), ("out", out)]
+    options += [("set", setting) for setting in settings]
+    # In one word each, for a value may begin with a hyphen.
+    arguments = [f"--{name}={value}" for name, value in options if value is not None]
     return launch(arguments, processes)
 
 
@@ -145,11 +144,13 @@ def export(run: Path, out: Path, *, step: int | None = None, dtype: str | None =
         there = ", ".join(map(str, steps)) or "none"
         raise UserError(f"run {run} has not {wanted}; steps with one: {there}")
     chosen = steps[-1] if step is None else step
-    files = run / "model"
+    files = run_folder.model_files(run, record)
     shape = read_shape(files)
     dtype = dtype or stored_dtype(files)
     if dtype not in BYTES:
-        raise UserError(f"dtype is {dtype!r}, not float32, bfloat16 or float16")
+        raise UserError(
+            f"dtype is {dtype!r}, not float32, bfloat16 or float16; choose one by --dtype"
+        )
     from hermes_pipeline.training.titan.export import export_weights
 
     source = {"run": str(run.resolve()), "dtype": dtype, "step": chosen}

@@ -26,10 +26,11 @@ from hermes_pipeline import config
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.training.recipes import MAY_CHANGE, Recipe
 from hermes_pipeline.training.report import StepReport
-from hermes_pipeline.training.shape import read_json
+from hermes_pipeline.training.shape import read_config, read_json
 from hermes_pipeline.training.weights import (
     copy_tokenizer,
     generation_config,
+    stored_dtype,
     write_json,
 )
 
@@ -220,8 +221,24 @@ def write_model_files(folder: Path, model: Path, store: Store) -> None:
     tokenizer = store.folder / "tokenizer"
     out = folder / "model"
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(model / "config.json", out / "config.json")
+    write_json(out / "config.json", read_config(model) | {"dtype": stored_dtype(model)})
     copy_tokenizer(tokenizer if tokenizer.is_dir() else model, out)
     ends = [int(token) for token in store.meta.get("eos_token_ids") or ()]
     earlier = read_json(model / "generation_config.json")
     write_json(out / "generation_config.json", generation_config(earlier, ends))
+
+
+def model_files(folder: Path, record: Mapping[str, Any]) -> Path:
+    """The folder that `write_model_files` has filled.
+
+    Raises:
+        UserError: it is gone.
+    """
+    out = folder / "model"
+    if not (out / "config.json").is_file():
+        raise UserError(
+            f"run {folder} has lost {out}, which `hermes4 train` writes as a run begins; bring it "
+            f"back from a copy, or begin a run elsewhere with --store {record['store']['folder']} "
+            f"--model {record['model']} and copy that one's"
+        )
+    return out

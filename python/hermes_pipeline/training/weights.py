@@ -25,7 +25,9 @@ from hermes_pipeline.training.shape import Shape, read_json
 
 MARKER = "hermes4.json"  # who wrote a folder, and of what, so that it may be replaced
 LOCK = "hermes4.lock"  # of a work folder, which is ours by it
-FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
+# What training takes, as what it is written back.
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float32"}
+COMPUTED = ".rotary_emb.inv_freq"  # old folders hold it; models compute it
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,7 +52,7 @@ def check_weights(folder: Path, shape: Shape) -> None:
         raise UserError(f"model {folder} holds no .safetensors file")
     found: dict[str, tuple[int, ...]] = {}
     for path in files:
-        found |= _header(path)
+        found |= {name: size for name, (_, size) in _header(path).items()}
     wanted = shape.tensors()
     spare = {"lm_head.weight"} if shape.tied else set()
     for name, size in wanted.items():
@@ -64,13 +66,13 @@ def check_weights(folder: Path, shape: Shape) -> None:
                 f"{list(size)}"
             )
     for name in found:
-        if name not in wanted and name not in spare and not name.endswith(".rotary_emb.inv_freq"):
+        if name not in wanted and name not in spare and not name.endswith(COMPUTED):
             raise UserError(f"model {folder} holds {name}, which its config.json does not imply")
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a file."""
-    shapes = {}
+def _header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a file, by its name."""
+    found = {}
     try:
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -79,18 +81,32 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                     raise UserError(
                         f"{path}: {name} is {tensor.get_dtype()}; quantised models are not trained"
                     )
-                shapes[name] = tuple(tensor.get_shape())
+                found[name] = tensor.get_dtype(), tuple(tensor.get_shape())
     except UserError:
         raise
     except Exception as error:  # safetensors raises its own, untyped
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    return shapes
+    return found
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype a model folder's config.json names; float32 if it names none."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    """The dtype that a model folder's config.json names, or else that of all its weights.
+
+    float32 where weights differ, as no other holds them all.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    if named := config.get("dtype") or config.get("torch_dtype"):
+        return str(named)
+    dtypes = {
+        dtype
+        for path in folder.glob("*.safetensors")
+        for name, (dtype, _) in _header(path).items()
+        if not name.endswith(COMPUTED)
+    }
+    return FLOATS[dtypes.pop()] if len(dtypes) == 1 else "float32"
 
 
 def tokenizer_fingerprint_of(folder: Path) -> str | None:
