@@ -140,6 +140,11 @@ def written_whole(
             f"--out {out} is replaced as a whole, which the current folder and mount points cannot "
             f"be; give a folder inside it"
         )
+    hidden = sorted(p.name for p in place.glob(".*")) if place.is_dir() else []
+    if hidden:
+        raise UserError(
+            f"--out {out} is replaced as a whole, and holds {hidden[0]}; choose another --out"
+        )
     with writing(out, goes_on="run the same command again"):
         place.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(place)

@@ -57,6 +57,16 @@ def test_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_hidden_files_are_not_lost(tmp_path: Path, is_ours: bool) -> None:
+    if is_ours:
+        write(tmp_path / "model", "first")
+    (tmp_path / "model/.git").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"is replaced as a whole, and holds \.git; choose another"):
+        write(tmp_path / "model", "second")
+    assert (tmp_path / "model/.git").is_dir()
+
+
 def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
     with pytest.raises(UserError, match="mount points cannot be; give a folder inside it"):
