@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import pickle
@@ -134,10 +133,7 @@ def test_second_writer_is_refused_until_the_first_closes(tmp_path: Path) -> None
 
 
 def test_a_writer_that_is_dropped_lets_the_next_one_in(tmp_path: Path) -> None:
-    writer = StoreWriter(tmp_path, meta={}, vocab_size=9)
-    writer.append([1, 2], [[0, 1]])
-    del writer
-    gc.collect()
+    StoreWriter(tmp_path, meta={}, vocab_size=9).append([1, 2], [[0, 1]])
     with StoreWriter(tmp_path, meta={}, vocab_size=9) as writer:
         assert writer.records_done == 0
 
@@ -147,8 +143,7 @@ def shorten(path: Path) -> None:
 
 
 def overwrite(path: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(b"NOTSTORE" + data[8:])
+    path.write_bytes(b"NOTSTORE" + path.read_bytes()[8:])
 
 
 def make_newer(path: Path) -> None:
