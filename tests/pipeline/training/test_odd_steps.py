@@ -304,3 +304,24 @@ def test_step_without_kept_tokens_counts_and_changes_nothing(
     assert run("stopped", 3).read_bytes() == straight != start
     rates = [line["lr"] for line in read_metrics(tmp_path / "stopped")]
     assert rates == pytest.approx([1e-3, 1e-3, 5.5e-4])
+
+
+def test_what_a_run_drops_is_said_and_logged_before_its_first_step(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    train: Callable[..., Any],
+    any_recipe: Path,
+) -> None:
+    ended = train(
+        tmp_path / "run",
+        settings=["training.steps=1", "data.row_length=32", "data.too_long=drop"],
+        recipe=str(any_recipe),
+        store=make_store(tmp_path / "store"),
+        model=make_model(tmp_path / "model"),
+    )
+    assert ended.code == 0, ended.said
+    told = r"(\d+ of 60 samples are longer than a row of 32 and are dropped: .*)\n"
+    found = re.match(rf"train: loading \.\.\.\ntrain: {told}", ended.said)
+    assert found is not None, ended.said
+    assert found[1] in (tmp_path / "run/log.txt").read_text()
