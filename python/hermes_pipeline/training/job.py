@@ -87,6 +87,9 @@ def prepare(
     step = steps[-1] if steps else 0
     _check_lengths(recipe, opened)
     notes = _check_lost(recipe, opened)
+    if record is not None and step > 0:
+        notes += _check_unused(recipe, record, step)
+        recipe = replace(recipe, model=replace(recipe.model, path=record["model"]))
     start = _start_weights(recipe) if step == 0 else None
     shape = read_shape(folder / "model" if start is None else start)
     job = Job(recipe, folder, opened, shape, start, record is not None, step, tuple(notes))
@@ -140,6 +143,14 @@ def _open_store(recipe: Recipe, record: dict[str, Any] | None) -> Store:
             f"({record['store']['folder']}); give that, or choose another --out"
         )
     return store
+
+
+def _check_unused(recipe: Recipe, record: dict[str, Any], step: int) -> list[str]:
+    """In words, which start weights are given in vain: a run keeps those it began with."""
+    path = recipe.model.path
+    if path is None or str(Path(path).resolve()) == record["model"]:
+        return []
+    return [f"model {path} is not used: the weights are those of the checkpoint of step {step}"]
 
 
 def _start_weights(recipe: Recipe) -> Path:

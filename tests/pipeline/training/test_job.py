@@ -13,6 +13,7 @@ from hermes_core.store import read_header
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.training import run_folder
 from hermes_pipeline.training.job import Job, prepare
+from hermes_pipeline.training.run import _begin
 
 Check = Callable[..., Job]
 
@@ -69,6 +70,23 @@ def test_a_run_goes_on_with_another_seed_of_torch_which_nothing_uses(
     check: Check, begun: Path
 ) -> None:
     assert check("training.seed=5").step == 2
+
+
+def test_a_run_keeps_the_weights_it_began_with_and_says_that_others_are_not_used(
+    check: Check, begun: Path, folder: Path, tmp_path: Path
+) -> None:
+    assert check().notes == check(model=None).notes == ()
+
+    job = check(model=tmp_path / "other")
+
+    assert job.notes == (
+        f"model {tmp_path / 'other'} is not used: the weights are those of the checkpoint of "
+        f"step 2",
+    )
+    _begin(job)
+    record = run_folder.read_record(begun)
+    assert record is not None
+    assert record["model"] == record["recipe"]["model.path"] == str((folder / "model").resolve())
 
 
 # A prompt of 80 tokens, and an answer of 20 that is kept; a short one of 10 and 10.
