@@ -178,12 +178,14 @@ def test_longer_samples_are_dropped_on_demand(pack: Pack, tmp_path: Path) -> Non
     ended = pack(write_store(tmp_path), "--row-length", 4, "--too-long", "drop")
     assert "3 samples of 2 to 3 tokens, 8 in all\n" in ended.out
     assert "2 samples longer than a row dropped\n" in ended.out
+    assert "10 of 18 tokens are lost with them, 2 of 5 kept ones\n" in ended.out
 
 
 def test_longer_samples_are_truncated_on_demand(pack: Pack, tmp_path: Path) -> None:
     ended = pack(write_store(tmp_path), "--row-length", 4, "--too-long", "truncate")
     assert "5 samples of 2 to 4 tokens, 16 in all\n" in ended.out
     assert "2 samples longer than a row truncated\n" in ended.out
+    assert "2 of 18 tokens are lost with them, 0 of 5 kept ones\n" in ended.out
 
 
 def test_nothing_left_to_pack_is_refused(pack: Pack, tmp_path: Path) -> None:

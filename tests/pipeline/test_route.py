@@ -29,7 +29,10 @@ READY_S = 60
 
 
 class Commands:
-    """Commands `hermes4` of one test, each a process with its own log."""
+    """Commands `hermes4` of one test, each a process with its own log.
+
+    Their folder holds a module that ends whoever imports it.
+    """
 
     def __init__(self, folder: Path, model: Path, *python_path: Path) -> None:
         self.folder, self.model = folder, model
@@ -48,7 +51,7 @@ class Commands:
         log = self.folder / f"{number}.{words[0]}.err"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hermes_pipeline", *map(str, words)],
+                [sys.executable, "-P", "-m", "hermes_pipeline", *map(str, words)],
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 cwd=self.folder,
@@ -126,6 +129,7 @@ def real_commands(tmp_path: Path, model: Path) -> Iterator[Commands]:
 def ending(commands: Commands) -> Iterator[Commands]:
     records = (json.dumps({"prompt": f"{i}?"}) for i in range(200))
     (commands.folder / "data.jsonl").write_text("\n".join(records))
+    (commands.folder / "queue.py").write_text("raise SystemExit(9)")
     try:
         yield commands
     finally:

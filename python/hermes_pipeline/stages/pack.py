@@ -10,6 +10,7 @@ from hermes_core.packing import counted
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.packing import check_choices, imbalance_report, length_histogram, plan_epoch
 from hermes_pipeline.services.folders import writing
+from hermes_pipeline.training.lost import lost_to_rows
 from hermes_pipeline.training.shape import BASES
 
 
@@ -52,6 +53,12 @@ def run(
         opened, row_length=row_length, strategy=strategy, too_long=too_long, seed=seed
     )
     _say(plan.report())
+    lost = lost_to_rows(opened, row_length=row_length, too_long=plan.too_long)
+    if lost.samples:
+        _say(
+            f"{lost.tokens:,} of {opened.token_count:,} tokens are lost with them, "
+            f"{lost.kept:,} of {opened.kept_count:,} kept ones"
+        )
     if ranks is not None:
         flops = BASES[base].training_flops()
         given = micro_batches or 1

@@ -14,6 +14,7 @@ from hermes_pipeline import config
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.folders import check_folder
 from hermes_pipeline.training import run_folder
+from hermes_pipeline.training.lost import lost_to_rows
 from hermes_pipeline.training.recipes import Recipe, load_recipe
 from hermes_pipeline.training.shape import Shape, check_shape, read_json, read_shape
 from hermes_pipeline.training.weights import check_weights, tokenizer_fingerprint_of
@@ -30,6 +31,7 @@ class Job:
     model: Path | None  # start weights; None where a checkpoint takes their place
     begun: bool  # does the folder hold the record of this run?
     step: int  # of the latest whole checkpoint; 0 where there is none
+    notes: tuple[str, ...]  # what to say before the first step
 
     @property
     def complete(self) -> bool:
@@ -83,9 +85,14 @@ def prepare(
     run_folder.read_metrics(folder)  # so that damage is said before anything starts
     steps = run_folder.checkpoint_steps(folder) if record else []
     step = steps[-1] if steps else 0
+    _check_lengths(recipe, opened)
+    notes = _check_lost(recipe, opened)
+    if record is not None and step > 0:
+        notes += _check_unused(recipe, record, step)
+        recipe = replace(recipe, model=replace(recipe.model, path=record["model"]))
     start = _start_weights(recipe) if step == 0 else None
     shape = read_shape(folder / "model" if start is None else start)
-    job = Job(recipe, folder, opened, shape, start, record is not None, step)
+    job = Job(recipe, folder, opened, shape, start, record is not None, step, tuple(notes))
     _check(job)
     return job
 
@@ -138,6 +145,14 @@ def _open_store(recipe: Recipe, record: dict[str, Any] | None) -> Store:
     return store
 
 
+def _check_unused(recipe: Recipe, record: dict[str, Any], step: int) -> list[str]:
+    """In words, which start weights are given in vain: a run keeps those it began with."""
+    path = recipe.model.path
+    if path is None or str(Path(path).resolve()) == record["model"]:
+        return []
+    return [f"model {path} is not used: the weights are those of the checkpoint of step {step}"]
+
+
 def _start_weights(recipe: Recipe) -> Path:
     if recipe.model.path is None:
         raise UserError(
@@ -162,7 +177,6 @@ def _check(job: Job) -> None:
             f"{shape.max_positions} positions of model {model}"
         )
     _check_tensor_parallel(recipe, shape)
-    _check_lengths(recipe, store)
     if job.model is not None:
         check_weights(job.model, shape)
         for name in ("generation_config.json", "tokenizer_config.json"):  # which the run keeps
@@ -197,6 +211,31 @@ def _check_lengths(recipe: Recipe, store: Store) -> None:
         raise UserError(
             f"every sample of store {store.folder} is longer than data.row_length = {limit}"
         )
+
+
+def _check_lost(recipe: Recipe, store: Store) -> list[str]:
+    """In words, what rows of this length lose of the store, if they do.
+
+    Raises:
+        UserError: no kept token is left.
+    """
+    if store.kept_count == 0:
+        raise UserError(f"store {store.folder} has no kept token: there is nothing to learn")
+    length, too_long = recipe.data.row_length, recipe.data.too_long
+    lost = lost_to_rows(store, row_length=length, too_long=too_long)
+    if lost.samples == 0:
+        return []
+    told = (
+        f"{lost.samples:,} of {len(store):,} samples are longer than a row of {length:,} and are "
+        f"{'dropped' if too_long == 'drop' else 'truncated'}: {lost.tokens:,} of "
+        f"{store.token_count:,} tokens are lost, {lost.kept:,} of {store.kept_count:,} kept ones"
+    )
+    if lost.kept == store.kept_count:
+        raise UserError(
+            f"store {store.folder} has nothing left to learn: {told}; --set data.row_length to "
+            f"that of a longer row"
+        )
+    return [told]
 
 
 def check_tokenizer(job: Job) -> None:

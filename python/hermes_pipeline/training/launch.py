@@ -70,7 +70,7 @@ def _start(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "hermes_pipeline.training", *arguments],
+            [sys.executable, "-P", "-m", "hermes_pipeline.training", *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # gloo's chatter; a rank speaks on standard error

@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
         "model.path",  # the weights now come from the checkpoint
         "training.steps",
         "training.schedule_steps",
+        "training.seed",  # no step draws from it
         "training.recompute",
         "parallel.tensor",
         "parallel.shard",
@@ -104,7 +105,7 @@ class Optimizer:
     learning_rate: Positive
     warmup_steps: Annotated[int, Range(low=0)]
     decay: Literal["cosine", "linear"]
-    final_fraction: Fraction  # of the learning rate, at the last step
+    final_fraction: Fraction  # of the learning rate, which the step after the last would have
     beta1: Annotated[float, Range(low=0, high=0.9999999)]
     beta2: Annotated[float, Range(low=0, high=0.9999999)]
     eps: Annotated[float, Range(low=SMALLEST, high=LARGEST)]  # 0 would divide by nothing
@@ -117,7 +118,7 @@ class Training:
     """[training]: how long, and how the arithmetic is done."""
 
     steps: Count
-    seed: Annotated[int, Range(low=0, high=2**31 - 1)]
+    seed: Annotated[int, Range(low=0, high=2**31 - 1)]  # torch's; no step draws from it
     precision: Literal["bfloat16", "float32"]  # of matrix products; weights and sums are float32
     recompute: Literal["none", "selective", "full"]  # activations in the backward pass
     deterministic: bool  # bitwise equal runs on a GPU too, slower there

@@ -173,6 +173,9 @@ def _run(job: Job, rank: int, stop: StopRequest) -> int:
     _log_to(job.folder, rank)
     if rank == 0:
         job = _begin(job)
+        for note in job.notes:
+            _say(rank, note)
+            logging.getLogger(__name__).info(note)
     _without_datasets()
     from hermes_pipeline.training.titan import engine
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from hermes_core import StoreWriter, open_store
 from hermes_core.store import read_header
+from hermes_pipeline.stages.train import export
 from hermes_pipeline.training.order import RowOrder
 from hermes_pipeline.training.run_folder import checkpoint_steps, read_metrics
 
@@ -271,22 +272,56 @@ def seed_with_bad_second_step(folder: Path) -> int:
     raise AssertionError("no such seed")
 
 
-def test_step_without_kept_tokens_has_loss_0(
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's
+def test_step_without_kept_tokens_counts_and_changes_nothing(
     tmp_path: Path,
     make_store: Callable[..., Path],
     make_model: Callable[..., Path],
     train: Callable[..., Any],
     any_recipe: Path,
 ) -> None:
-    make_store(tmp_path / "store", samples=20, kept=False)
+    bare = open_store(make_store(tmp_path / "bare", kept=False))
+    order = RowOrder(bare, row_length=64, packing="best_fit_decreasing", too_long="error", seed=0)
+    kept = order.sample_ids([ROWS])[0][0]  # in the first row of the second step
+    with StoreWriter(tmp_path / "store", meta={}, vocab_size=128) as writer:
+        for number, (ids, _) in enumerate(bare):
+            writer.append(ids, [[1, len(ids)]] if number == kept else [])
+        writer.finish()
+    paths = {"store": tmp_path / "store", "model": make_model(tmp_path / "model")}
+
+    def run(name: str, steps: int, *settings: str) -> Path:
+        given = [f"training.steps={steps}", "training.schedule_steps=3", *settings]
+        ended = train(tmp_path / name, settings=given, recipe=str(any_recipe), **paths)
+        assert ended.code == 0, ended.said
+        export(ended.folder, tmp_path / f"{name}-{steps}")
+        return tmp_path / f"{name}-{steps}" / "model.safetensors"
+
+    start = (paths["model"] / "model.safetensors").read_bytes()
+    assert run("stopped", 1).read_bytes() == start
+    (line,) = read_metrics(tmp_path / "stopped")
+    assert (line["loss"], line["grad_norm"], line["kept_tokens"]) == (0, 0, 0)
+    straight = run("straight", 3, "checkpoint.every=100").read_bytes()
+    assert run("stopped", 3).read_bytes() == straight != start
+    rates = [line["lr"] for line in read_metrics(tmp_path / "stopped")]
+    assert rates == pytest.approx([1e-3, 1e-3, 5.5e-4])
+
+
+def test_what_a_run_drops_is_said_and_logged_before_its_first_step(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    make_model: Callable[..., Path],
+    train: Callable[..., Any],
+    any_recipe: Path,
+) -> None:
     ended = train(
         tmp_path / "run",
-        settings=["training.steps=2"],
+        settings=["training.steps=1", "data.row_length=32", "data.too_long=drop"],
         recipe=str(any_recipe),
-        store=tmp_path / "store",
+        store=make_store(tmp_path / "store"),
         model=make_model(tmp_path / "model"),
     )
     assert ended.code == 0, ended.said
-    assert [line["loss"] for line in ended.metrics] == [0, 0]
-    assert [line["grad_norm"] for line in ended.metrics] == [0, 0]
-    assert [line["kept_tokens"] for line in ended.metrics] == [0, 0]
+    told = r"(\d+ of 60 samples are longer than a row of 32 and are dropped: .*)\n"
+    found = re.match(rf"train: loading \.\.\.\ntrain: {told}", ended.said)
+    assert found is not None, ended.said
+    assert found[1] in (tmp_path / "run/log.txt").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,13 @@ def run(
     """
     trainer = config.build()
     try:
-        _compare_ranks(facts)
-        return bool(trainer.train(begin=begin, observe=observe, asked_to_stop=asked_to_stop))
+        with closing(trainer):
+            _compare_ranks(facts)
+            complete = trainer.train(begin=begin, observe=observe, asked_to_stop=asked_to_stop)
+        # The first rank may have had a checkpoint to delete; launchers end all soon after one.
+        dist.barrier()
+        return bool(complete)
     finally:
-        trainer.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -35,7 +35,7 @@ def optimizers(optimizer: Optimizer) -> OptimizersContainer.Config:
 
 
 def schedule(optimizer: Optimizer, steps: int) -> LRSchedulersContainer.Config:
-    """Linear warm-up, then decay to a fraction of the learning rate at step ``steps``."""
+    """Linear warm-up, then decay; the step after ``steps`` would have the final fraction."""
     return LRSchedulersContainer.Config(
         warmup_steps=optimizer.warmup_steps,
         total_steps=steps,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchtitan.components.optimizer.utils import init_optim_state
 from torchtitan.distributed import utils as titan_distributed
 from torchtitan.distributed.spmd_types import annotate_input_spmd_types
 from torchtitan.trainer import Trainer
@@ -31,8 +32,8 @@ class SegmentTrainer(Trainer):
     """Trains on packed rows; hands each step's figures to ``observe``.
 
     Against the parent: segments come from the packer, so nothing is looked up on the device; the
-    loss is told which positions are kept; a step whose gradient is not finite is never applied;
-    a step without kept tokens divides by nothing; all ranks agree at which step to stop.
+    loss is told which positions are kept; a step whose gradient is not finite is never applied,
+    nor is one without kept tokens, which divides by nothing; all ranks agree at which step to stop.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -114,13 +115,25 @@ class SegmentTrainer(Trainer):
             self.dataloader.order.position = position  # from which its rows can be looked up
             raise self._non_finite(group, losses, loss, grad_norm)
         self.checkpointer.maybe_wait_for_staging()
-        self.optimizers.step()
+        self._step_optimizers(kept)
         self.lr_schedulers.step()
         self.ntokens_seen += tokens
         seconds = time.perf_counter() - start
         return StepReport(
             self.step, loss, grad_norm, rate, kept, tokens, seconds, stop=stopping > 0
         )
+
+    def _step_optimizers(self, kept: int) -> None:
+        """Learn from the step's gradient; where nothing was kept, leave weights and moments alone.
+
+        A step of the optimizer would let the weights decay.
+        """
+        if kept:
+            self.optimizers.step()
+            return
+        self.optimizers.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            init_optim_state(optimizer)  # whether it is saved now or not: a later step counts it
 
     def _next_group(self, batches: Iterator[MicroBatch]) -> tuple[list[MicroBatch], str]:
         """This rank's micro-batches of a step, or why there are none."""
