@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from hermes_core import StoreWriter
+from hermes_pipeline.training import run_folder
+from hermes_pipeline.training.job import Job, check_tokenizer, prepare
 from hermes_pipeline.training.run_folder import read_metrics
 from hermes_pipeline.training.shape import RopeScaling, Shape, hugging_face_config
 from hermes_pipeline.training.weights import write_json, write_random
@@ -85,6 +87,7 @@ background = false
 """
 
 MakeStore = Callable[..., Path]
+Check = Callable[..., Job]
 MakeModel = Callable[..., Path]
 
 
@@ -147,6 +150,58 @@ def make_model() -> MakeModel:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, make_store: MakeStore, make_model: MakeModel
+) -> Path:
+    """A store and a model that go together."""
+    folder = tmp_path_factory.mktemp("sound")
+    make_store(folder / "store", samples=10)
+    make_model(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def check(folder: Path, any_recipe: Path, tmp_path: Path) -> Check:
+    """Checks a run as `hermes4 train` does before it starts a process."""
+
+    def checked(
+        *settings: str,
+        store: Path = folder / "store",
+        model: Path | None = folder / "model",
+        recipe: str = str(any_recipe),
+        processes: int = 1,
+    ) -> Job:
+        job = prepare(
+            recipe,
+            store=store,
+            model=None if model is None else str(model),
+            out=tmp_path / "run",
+            settings=settings,
+            processes=processes,
+        )
+        check_tokenizer(job)
+        return job
+
+    return checked
+
+
+@pytest.fixture
+def begun(check: Check, folder: Path) -> Path:
+    """A run folder as a run leaves it that saved nothing yet."""
+    job = check()
+    job.folder.mkdir()
+    run_folder.write_model_files(job.folder, folder / "model", job.store)
+    run_folder.write_record(
+        job.folder,
+        job.recipe,
+        store=job.store.folder,
+        fingerprint=job.store.fingerprint,
+        model=folder / "model",
+    )
+    return job.folder
 
 
 @dataclass(frozen=True)

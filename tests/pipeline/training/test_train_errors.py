@@ -18,49 +18,12 @@ from hermes_pipeline.errors import UserError
 from hermes_pipeline.services.hub import load_tokenizer, tokenizer_fingerprint
 from hermes_pipeline.stages import train
 from hermes_pipeline.training import run_folder
-from hermes_pipeline.training.job import Job, check_tokenizer, prepare
+from hermes_pipeline.training.job import Job, prepare
 from hermes_pipeline.training.recipes import MAY_CHANGE
 from hermes_pipeline.training.run import _begin
 from hermes_pipeline.training.shape import Shape
 
 Check = Callable[..., Job]
-
-
-@pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_store: Callable[..., Path],
-    make_model: Callable[..., Path],
-) -> Path:
-    folder = tmp_path_factory.mktemp("errors")
-    make_store(folder / "store", samples=10)
-    make_model(folder / "model")
-    return folder
-
-
-@pytest.fixture
-def check(folder: Path, any_recipe: Path, tmp_path: Path) -> Check:
-    """Checks a run as `hermes4 train` does before it starts a process."""
-
-    def checked(
-        *settings: str,
-        store: Path = folder / "store",
-        model: Path = folder / "model",
-        recipe: str = str(any_recipe),
-        processes: int = 1,
-    ) -> Job:
-        job = prepare(
-            recipe,
-            store=store,
-            model=str(model),
-            out=tmp_path / "run",
-            settings=settings,
-            processes=processes,
-        )
-        check_tokenizer(job)
-        return job
-
-    return checked
 
 
 def test_sound_run_passes_and_leaves_nothing(check: Check) -> None:
@@ -214,22 +177,6 @@ def test_path_that_nobody_gives(
     }
     with pytest.raises(UserError, match=f"give --{missing} "):
         prepare(str(any_recipe), settings=(), processes=1, **paths | {missing: None})
-
-
-@pytest.fixture
-def begun(check: Check, folder: Path) -> Path:
-    """A run folder as a run leaves it that saved nothing yet."""
-    job = check()
-    job.folder.mkdir()
-    run_folder.write_model_files(job.folder, folder / "model", job.store)
-    run_folder.write_record(
-        job.folder,
-        job.recipe,
-        store=job.store.folder,
-        fingerprint=job.store.fingerprint,
-        model=folder / "model",
-    )
-    return job.folder
 
 
 def test_only_folders_of_saves_are_removed(begun: Path) -> None:
