@@ -19,6 +19,7 @@ Config = TypeVar("Config")
 
 UNSET: Any = object()  # over a value of a recipe: it shall have none
 COMMANDS = {"answers": "complete"}  # of the project's recipes; the others are for `train`
+LARGEST_SEED = 2**31 - 1
 INT64 = range(-(2**63), 2**63)  # what JSON and databases hold
 
 
@@ -47,6 +48,7 @@ class Range:
 
 
 Count = Annotated[int, Range(low=1)]
+Seed = Annotated[int, Range(low=0, high=LARGEST_SEED)]
 
 
 def find_recipe(name: str) -> Path:

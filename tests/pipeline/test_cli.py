@@ -16,7 +16,8 @@ import pytest
 
 from hermes_core import __version__
 from hermes_pipeline.__main__ import EXTRAS
-from hermes_pipeline.config import recipe_names
+from hermes_pipeline.cli import options
+from hermes_pipeline.config import LARGEST_SEED, recipe_names
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.benchmarks import BENCHMARKS
 from hermes_pipeline.stages import demo, pack
@@ -62,6 +63,10 @@ def test_help_speaks_of_no_python(hermes4: Hermes4, command: str) -> None:
     for words in ("None", "<bool>", "[default: ("):
         assert words not in told
     assert " --help " in told
+
+
+def test_the_largest_seed_is_that_of_recipes() -> None:
+    assert options.LARGEST_SEED == LARGEST_SEED
 
 
 def test_help_names_every_recipe_and_benchmark(

@@ -10,6 +10,7 @@ import typer
 MODEL, ANSWERS, REQUESTS, COST = "Model", "Answers", "Requests", "Cost"
 
 NEEDED = r"\[required, here or in the recipe]"
+LARGEST_SEED = 2**31 - 1  # that of `config`, which help need not wait for
 FLAG = ""  # what stands for the value of an option that has none
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hermes_pipeline.cli.options import (
+    LARGEST_SEED,
     NEEDED,
     Recipe,
     Settings,
@@ -26,7 +27,9 @@ def init(
     out: Annotated[Path, typer.Option(help="Folder for the Hugging Face model.")],
     seed: Annotated[
         int,
-        typer.Option(min=0, max=2**31 - 1, help="Random seed; the same seed gives the same bytes."),
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Random seed; the same seed gives the same bytes."
+        ),
     ] = 0,
     set_: Settings = None,
 ) -> None:
@@ -99,7 +102,9 @@ def demo(
     seed: Annotated[
         int,
         typer.Option(
-            min=0, max=2**31 - 1, help="Random seed of the data, the weights and the order of rows."
+            min=0,
+            max=LARGEST_SEED,
+            help="Random seed of the data, the weights and the order of rows.",
         ),
     ] = 0,
 ) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hermes_core.files import write_atomically, write_text
+from hermes_pipeline.config import LARGEST_SEED
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.evaluation.recipe import Questions, Recipe, Run
 from hermes_pipeline.exits import INTERRUPTED, STOPPED, say
@@ -38,7 +39,6 @@ from hermes_pipeline.tasks.chain import build_tokenizer, conversations, tokenize
 
 RECIPE, TEMPLATE, ROW_LENGTH = "tiny", "hermes_chatml", 256
 CONVERSATIONS = 27_000
-LARGEST_SEED = 2**31 - 1  # of a recipe
 PACKING = "best"
 # The context of an answer with its question; training saw 256 tokens at most.
 MAX_MODEL_LEN, TEMPERATURE, TOP_P = 384, 0.6, 1.0

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hermes_pipeline.config import LARGEST_SEED
 from hermes_pipeline.errors import UserError
 from hermes_pipeline.exits import say
 from hermes_pipeline.services.folders import as_size, check_room
@@ -42,10 +43,10 @@ def init(
     Args:
         tokenizer: a folder, a file or a name; its vocabulary, rounded up, is the model's where
             the recipe gives none.
-        seed: from 0 to 2**31 - 1.
+        seed: from 0 to `LARGEST_SEED`.
     """
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed is {seed}, outside [0, {2**31 - 1}]")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed is {seed}, outside [0, {LARGEST_SEED}]")
     from hermes_pipeline.services.hub import load_tokenizer, tokenizer_fingerprint
 
     model = load_recipe(recipe, settings).model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from hermes_pipeline import config
-from hermes_pipeline.config import Count, Range
+from hermes_pipeline.config import Count, Range, Seed
 from hermes_pipeline.errors import UserError
 
 Fraction = Annotated[float, Range(low=0, high=1)]
@@ -93,7 +93,7 @@ class Data:
     rows: Annotated[int, Range(low=1, high=2**20)]  # of one step, over all processes
     packing: Literal["best", "exact_gap", "best_fit_decreasing", "first_fit_decreasing", "guided"]
     too_long: Literal["error", "drop", "truncate"]
-    seed: Annotated[int, Range(low=0, high=2**31 - 1)]
+    seed: Seed
     local_rows: Count | None = None  # of one forward pass on one process; None: its whole share
     store: str | None = None  # folder of `hermes4 tokenize`
 
@@ -118,7 +118,7 @@ class Training:
     """[training]: how long, and how the arithmetic is done."""
 
     steps: Count
-    seed: Annotated[int, Range(low=0, high=2**31 - 1)]  # torch's; no step draws from it
+    seed: Seed  # torch's; no step draws from it
     precision: Literal["bfloat16", "float32"]  # of matrix products; weights and sums are float32
     recompute: Literal["none", "selective", "full"]  # activations in the backward pass
     deterministic: bool  # bitwise equal runs on a GPU too, slower there
